@@ -2,14 +2,18 @@
 
 use std::path::PathBuf;
 
+use prost::Message;
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let files = ["flowstone/v1/error.proto", "flowstone/v1/log.proto", "flowstone/v1/admin.proto"];
     println!("cargo::rerun-if-changed=proto");
-    let descriptors = protox::compile(files, ["proto"])?;
+    let public = ["flowstone/v1/error.proto", "flowstone/v1/log.proto", "flowstone/v1/admin.proto"];
+    let internal = ["flowstone/internal/v1/metadata.proto", "flowstone/internal/v1/producers.proto"];
+    let out = PathBuf::from(std::env::var("OUT_DIR")?);
+    let descriptors = protox::compile(public, ["proto"])?;
+    // Server reflection tells of the public services alone.
+    std::fs::write(out.join("flowstone.v1.bin"), descriptors.encode_to_vec())?;
     // Payloads stay reference-counted from socket to disk and back.
-    tonic_prost_build::configure()
-        .bytes(".")
-        .file_descriptor_set_path(PathBuf::from(std::env::var("OUT_DIR")?).join("flowstone.v1.bin"))
-        .compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
+    tonic_prost_build::configure().bytes(".").compile_fds(protox::compile(internal, ["proto"])?)?;
     Ok(())
 }
