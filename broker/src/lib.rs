@@ -1,1 +1,20 @@
+//! The Flowstone broker: listeners, gRPC services, the coordinators behind them, configuration and metrics.
+//!
+//! A program builds a [`Config`], calls [`Broker::start`], and later [`RunningBroker::shutdown`]. What is acknowledged
+//! has been appended, flushed and committed by the replica underneath; this crate never answers ahead of it.
+//!
+//! It must never know how a client batches, nor how bytes lie on disk.
+
 #![forbid(unsafe_code)]
+
+pub mod config;
+pub mod telemetry;
+pub mod topic_config;
+
+mod broker;
+mod units;
+
+pub use broker::{Broker, RunningBroker, ShutdownReport, StartError};
+pub use config::{Config, ConfigError, Explained, Origin};
+/// Reading the files of a data directory, for tools that inspect them.
+pub use flowstone_storage as storage;

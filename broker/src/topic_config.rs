@@ -1,0 +1,423 @@
+//! A topic's configuration: Kafka's keys and ours, with their parsing, defaults and checks.
+//!
+//! A value travels and is stored as text in its canonical form (milliseconds and bytes as plain numbers, -1 for
+//! "without limit"); what a user writes may have a unit (`retention.ms=7d`).
+
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::time::Duration;
+
+use flowstone_protocol::{Compression, Error, ErrorCode};
+
+use crate::units;
+
+/// Kafka's overhead of a batch in its log: base offset and length. `segment.bytes` must hold a whole batch.
+const SEGMENT_BYTES_MIN: u64 = 1 << 16;
+/// A segment's positions are 32 bits wide.
+const SEGMENT_BYTES_MAX: u64 = 2 << 30;
+
+/// When a partition acknowledges: after its majority flushed, or as soon as a majority has it in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FlushPolicy {
+    /// On the disks of a majority before the answer.
+    Quorum,
+    /// In a majority's memory before the answer.
+    Relaxed,
+}
+
+/// What the broker does with the codec of a produced batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CompressionPolicy {
+    /// Kept as the producer sent it.
+    Producer,
+    /// Rewritten with this codec where it differs.
+    Codec(Compression),
+}
+
+/// Which time a record carries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TimestampPolicy {
+    /// The producer's.
+    CreateTime,
+    /// The leader's, when it appends.
+    LogAppendTime,
+}
+
+/// A topic's effective settings, defaults and overrides merged.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TopicConfig {
+    /// Records older than this may go; `None` keeps them for ever.
+    pub retention: Option<Duration>,
+    /// Bytes of one partition's log above which its oldest segments go; `None` is without limit.
+    pub retention_bytes: Option<u64>,
+    /// Size at which a segment is closed.
+    pub segment_bytes: u64,
+    /// Age at which a segment is closed; `None` never by age.
+    pub segment_age: Option<Duration>,
+    /// Largest batch accepted, header included.
+    pub max_message_bytes: usize,
+    /// How far a record's timestamp may lie ahead of the broker's clock.
+    pub timestamp_ahead_max: Duration,
+    /// What becomes of the producer's codec.
+    pub compression: CompressionPolicy,
+    /// Which time records carry.
+    pub timestamps: TimestampPolicy,
+    /// Replicas that must have a batch before `quorum` is answered; never above the majority.
+    pub min_insync_replicas: u32,
+    /// When a batch counts as had.
+    pub flush: FlushPolicy,
+}
+
+/// One key of a topic's configuration.
+#[derive(Debug)]
+pub struct TopicKey {
+    /// The key, as users write it.
+    pub name: &'static str,
+    /// Its default, in canonical form.
+    pub default: &'static str,
+    /// What it does, for the reference.
+    pub doc: &'static str,
+    /// Canonical form of a value, or why it is none.
+    canonical: fn(&str) -> Result<String, String>,
+}
+
+/// All keys, sorted by name.
+pub const TOPIC_KEYS: &[TopicKey] = &[
+    TopicKey {
+        name: "cleanup.policy",
+        default: "delete",
+        doc: "What makes room: `delete` drops whole segments by age and size. `compact` is not available yet.",
+        canonical: cleanup_policy,
+    },
+    TopicKey {
+        name: "compression.type",
+        default: "producer",
+        doc: "`producer` keeps batches as sent; `uncompressed`, `gzip`, `snappy`, `lz4`, `zstd` rewrite what differs.",
+        canonical: compression_type,
+    },
+    TopicKey {
+        name: "delete.retention.ms",
+        default: "86400000",
+        doc: "How long a compacted topic keeps the marks of deleted keys. No effect under `cleanup.policy=delete`.",
+        canonical: milliseconds,
+    },
+    TopicKey {
+        name: "flowstone.flush",
+        default: "quorum",
+        doc: "`quorum`: flushed to the disks of a majority before the answer; `relaxed`: in a majority's memory.",
+        canonical: flush,
+    },
+    TopicKey {
+        name: "max.message.bytes",
+        default: "1048588",
+        doc: "Largest record batch accepted, in bytes, compressed as it is sent.",
+        canonical: positive_bytes,
+    },
+    TopicKey {
+        name: "message.timestamp.after.max.ms",
+        default: "3600000",
+        doc: "How far a record's timestamp may lie ahead of the broker's clock.",
+        canonical: milliseconds,
+    },
+    TopicKey {
+        name: "message.timestamp.type",
+        default: "CreateTime",
+        doc: "`CreateTime`: the producer's time; `LogAppendTime`: the leader's.",
+        canonical: timestamp_type,
+    },
+    TopicKey {
+        name: "min.compaction.lag.ms",
+        default: "0",
+        doc: "Youngest age at which a compacted topic's record may go. No effect under `cleanup.policy=delete`.",
+        canonical: milliseconds,
+    },
+    TopicKey {
+        name: "min.insync.replicas",
+        default: "1",
+        doc: "Replicas that must have a record before `acks=quorum` is answered; at most the majority.",
+        canonical: positive_count,
+    },
+    TopicKey {
+        name: "retention.bytes",
+        default: "-1",
+        doc: "Bytes kept per partition; -1 without limit.",
+        canonical: bytes_or_unlimited,
+    },
+    TopicKey {
+        name: "retention.ms",
+        default: "604800000",
+        doc: "How long records are kept; -1 for ever.",
+        canonical: milliseconds_or_unlimited,
+    },
+    TopicKey {
+        name: "segment.bytes",
+        default: "1073741824",
+        doc: "Size at which a segment file is closed; at least `max.message.bytes`.",
+        canonical: segment_bytes,
+    },
+    TopicKey {
+        name: "segment.ms",
+        default: "604800000",
+        doc: "Age at which a segment file is closed.",
+        canonical: milliseconds,
+    },
+];
+
+/// Overrides of a topic, or the broker's defaults: canonical values by key.
+pub type TopicOverrides = BTreeMap<String, String>;
+
+/// The key called `name`.
+pub fn topic_key(name: &str) -> Option<&'static TopicKey> {
+    TOPIC_KEYS.iter().find(|key| key.name == name)
+}
+
+/// Canonical form of `value` for `key`.
+///
+/// # Errors
+/// `INVALID_CONFIG` for an unknown key (with the nearest known one) or a value that the key does not take.
+pub fn canonical_value(key: &str, value: &str) -> Result<String, Error> {
+    let Some(known) = topic_key(key) else {
+        let hint = match units::did_you_mean(key, TOPIC_KEYS.iter().map(|key| key.name)) {
+            Some(near) => format!("did you mean `{near}`?"),
+            None => format!("known are: {}", TOPIC_KEYS.iter().map(|key| key.name).collect::<Vec<_>>().join(", ")),
+        };
+        return Err(Error::new(ErrorCode::InvalidConfig, format!("unknown topic config `{key}`; {hint}")));
+    };
+    (known.canonical)(value.trim())
+        .map_err(|why| Error::new(ErrorCode::InvalidConfig, format!("topic config {key} = `{value}`: {why}")))
+}
+
+impl TopicConfig {
+    /// Merges a topic's overrides over the broker's defaults over the built-in ones.
+    ///
+    /// # Errors
+    /// `INVALID_CONFIG` where a value is malformed or two of them contradict each other.
+    pub fn resolve(defaults: &TopicOverrides, overrides: &TopicOverrides) -> Result<TopicConfig, Error> {
+        let value = |name: &str| -> &str {
+            overrides
+                .get(name)
+                .or_else(|| defaults.get(name))
+                .map(String::as_str)
+                .or_else(|| topic_key(name).map(|key| key.default))
+                .unwrap_or_default()
+        };
+        let config = TopicConfig {
+            retention: unlimited_duration("retention.ms", value("retention.ms"))?,
+            retention_bytes: unlimited_number("retention.bytes", value("retention.bytes"))?,
+            segment_bytes: number("segment.bytes", value("segment.bytes"))?,
+            segment_age: unlimited_duration("segment.ms", value("segment.ms"))?,
+            max_message_bytes: number("max.message.bytes", value("max.message.bytes"))?,
+            timestamp_ahead_max: Duration::from_millis(number(
+                "message.timestamp.after.max.ms",
+                value("message.timestamp.after.max.ms"),
+            )?),
+            compression: match value("compression.type") {
+                "producer" => CompressionPolicy::Producer,
+                "uncompressed" => CompressionPolicy::Codec(Compression::None),
+                codec => CompressionPolicy::Codec(
+                    Compression::from_str(codec).map_err(|_| malformed("compression.type", codec))?,
+                ),
+            },
+            timestamps: match value("message.timestamp.type") {
+                "LogAppendTime" => TimestampPolicy::LogAppendTime,
+                _ => TimestampPolicy::CreateTime,
+            },
+            min_insync_replicas: number("min.insync.replicas", value("min.insync.replicas"))?,
+            flush: if value("flowstone.flush") == "relaxed" { FlushPolicy::Relaxed } else { FlushPolicy::Quorum },
+        };
+        if config.segment_bytes < config.max_message_bytes as u64 {
+            return Err(Error::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "segment.bytes ({}) is below max.message.bytes ({}): a segment must hold the largest batch; raise \
+                     segment.bytes or lower max.message.bytes",
+                    config.segment_bytes, config.max_message_bytes
+                ),
+            ));
+        }
+        Ok(config)
+    }
+
+    /// Checks what depends on the topic's replicas and the broker's limits.
+    ///
+    /// # Errors
+    /// `INVALID_CONFIG`, saying which bound is broken.
+    pub fn check(&self, replication_factor: u32, batch_bytes_max: usize) -> Result<(), Error> {
+        let majority = replication_factor / 2 + 1;
+        if self.min_insync_replicas > majority {
+            return Err(Error::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "min.insync.replicas ({}) is above the majority ({majority}) of {replication_factor} replica(s): a \
+                     quorum never has more; lower it to {majority}",
+                    self.min_insync_replicas
+                ),
+            ));
+        }
+        if self.max_message_bytes > batch_bytes_max {
+            return Err(Error::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "max.message.bytes ({}) is above what this broker's limits.request_bytes lets through \
+                     ({batch_bytes_max}); lower it, or raise limits.request_bytes",
+                    self.max_message_bytes
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn malformed(key: &str, value: &str) -> Error {
+    Error::new(ErrorCode::InvalidConfig, format!("topic config {key} = `{value}` is malformed"))
+}
+
+fn number<T: FromStr>(key: &str, value: &str) -> Result<T, Error> {
+    value.parse().map_err(|_| malformed(key, value))
+}
+
+fn unlimited_number(key: &str, value: &str) -> Result<Option<u64>, Error> {
+    if value == "-1" { Ok(None) } else { number(key, value).map(Some) }
+}
+
+fn unlimited_duration(key: &str, value: &str) -> Result<Option<Duration>, Error> {
+    Ok(unlimited_number(key, value)?.map(Duration::from_millis))
+}
+
+fn milliseconds(value: &str) -> Result<String, String> {
+    let ms = match value.parse::<u64>() {
+        Ok(ms) => ms,
+        Err(_) => u64::try_from(units::parse_duration(value)?.as_millis()).map_err(|_| "too long".to_owned())?,
+    };
+    if ms > i64::MAX as u64 {
+        return Err("too long".to_owned());
+    }
+    Ok(ms.to_string())
+}
+
+fn milliseconds_or_unlimited(value: &str) -> Result<String, String> {
+    if value == "-1" { Ok(value.to_owned()) } else { milliseconds(value) }
+}
+
+fn bytes(value: &str) -> Result<u64, String> {
+    let bytes = units::parse_bytes(value)?;
+    if bytes > i64::MAX as u64 { Err("too large".to_owned()) } else { Ok(bytes) }
+}
+
+fn bytes_or_unlimited(value: &str) -> Result<String, String> {
+    if value == "-1" { Ok(value.to_owned()) } else { bytes(value).map(|bytes| bytes.to_string()) }
+}
+
+fn positive_bytes(value: &str) -> Result<String, String> {
+    match bytes(value)? {
+        0 => Err("must be above 0".to_owned()),
+        bytes if bytes > i32::MAX as u64 => Err(format!("at most {} (a batch's length has 32 bits)", i32::MAX)),
+        bytes => Ok(bytes.to_string()),
+    }
+}
+
+fn segment_bytes(value: &str) -> Result<String, String> {
+    let bytes = bytes(value)?;
+    if !(SEGMENT_BYTES_MIN..=SEGMENT_BYTES_MAX).contains(&bytes) {
+        return Err(format!("must lie between {SEGMENT_BYTES_MIN} and {SEGMENT_BYTES_MAX} bytes"));
+    }
+    Ok(bytes.to_string())
+}
+
+fn positive_count(value: &str) -> Result<String, String> {
+    match value.parse::<u32>() {
+        Ok(count) if (1..=1_000).contains(&count) => Ok(count.to_string()),
+        _ => Err("must be a number from 1 to 1000".to_owned()),
+    }
+}
+
+fn one_of(value: &str, known: &[&str]) -> Result<String, String> {
+    known
+        .iter()
+        .find(|name| name.eq_ignore_ascii_case(value))
+        .map(|name| (*name).to_owned())
+        .ok_or_else(|| format!("must be one of {}", known.join(", ")))
+}
+
+fn cleanup_policy(value: &str) -> Result<String, String> {
+    if value.split(',').any(|policy| policy.trim() == "compact") {
+        return Err("compaction is not available yet; use `delete`".to_owned());
+    }
+    one_of(value, &["delete"])
+}
+
+fn compression_type(value: &str) -> Result<String, String> {
+    let value = if value.eq_ignore_ascii_case("none") { "uncompressed" } else { value };
+    one_of(value, &["producer", "uncompressed", "gzip", "snappy", "lz4", "zstd"])
+}
+
+fn flush(value: &str) -> Result<String, String> {
+    one_of(value, &["quorum", "relaxed"])
+}
+
+fn timestamp_type(value: &str) -> Result<String, String> {
+    one_of(value, &["CreateTime", "LogAppendTime"])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn resolve(overrides: &[(&str, &str)]) -> Result<TopicConfig, Error> {
+        let overrides = overrides
+            .iter()
+            .map(|(key, value)| Ok(((*key).to_owned(), canonical_value(key, value)?)))
+            .collect::<Result<_, Error>>()?;
+        TopicConfig::resolve(&TopicOverrides::new(), &overrides)
+    }
+
+    #[test]
+    fn keys_are_sorted_and_their_defaults_canonical() {
+        assert!(TOPIC_KEYS.is_sorted_by_key(|key| key.name));
+        for key in TOPIC_KEYS {
+            assert_eq!(canonical_value(key.name, key.default).as_deref(), Ok(key.default), "{}", key.name);
+        }
+        assert!(TopicConfig::resolve(&TopicOverrides::new(), &TopicOverrides::new()).is_ok());
+    }
+
+    #[test]
+    fn values_take_units_and_are_kept_plain() {
+        assert_eq!(canonical_value("retention.ms", "7d").as_deref(), Ok("604800000"));
+        assert_eq!(canonical_value("segment.bytes", "64 MiB").as_deref(), Ok("67108864"));
+        assert_eq!(canonical_value("compression.type", "none").as_deref(), Ok("uncompressed"));
+    }
+
+    #[test]
+    fn bad_values_are_told() {
+        let check = |key: &str, value: &str, part: &str| {
+            let error = canonical_value(key, value).expect_err(key);
+            assert!(error.message.contains(part), "{key}={value}: {}", error.message);
+        };
+        check("retention.msec", "1", "did you mean `retention.ms`?");
+        check("colour", "red", "known are");
+        check("retention.ms", "soon", "no duration");
+        check("retention.ms", "-2", "no duration");
+        check("max.message.bytes", "0", "above 0");
+        check("max.message.bytes", "3 GiB", "at most");
+        check("segment.bytes", "1", "between");
+        check("cleanup.policy", "compact", "not available yet");
+        check("compression.type", "rar", "one of");
+        check("min.insync.replicas", "0", "1 to 1000");
+        check("flowstone.flush", "maybe", "one of quorum, relaxed");
+    }
+
+    #[test]
+    fn a_segment_holds_the_largest_batch() {
+        let error = resolve(&[("segment.bytes", "65536"), ("max.message.bytes", "65537")]).expect_err("refused");
+        assert!(error.message.contains("below max.message.bytes"), "{}", error.message);
+        assert!(resolve(&[("segment.bytes", "65536"), ("max.message.bytes", "65536")]).is_ok());
+    }
+
+    #[test]
+    fn more_replicas_than_the_majority_are_refused() {
+        let config = resolve(&[("min.insync.replicas", "2")]).expect("valid alone");
+        assert!(config.check(1, 1 << 24).is_err());
+        assert!(config.check(3, 1 << 24).is_ok());
+        assert!(resolve(&[("max.message.bytes", "32 MiB")]).expect("valid alone").check(1, 1 << 24).is_err());
+    }
+}
