@@ -30,7 +30,7 @@ pub enum Compression {
     Snappy,
     /// Quick, no levels.
     Lz4,
-    /// Small and rather quick. Levels -7 to 22; above 19 the window may be larger than readers here accept.
+    /// Small and rather quick. Levels -7 to 22.
     Zstd,
 }
 
@@ -61,6 +61,8 @@ pub struct UnknownCompression(pub String);
 
 /// log2 of the largest window that a zstd frame may ask for: 8 MiB, what RFC 8878 wants every decoder to support.
 const ZSTD_WINDOW_LOG_MAX: u32 = 23;
+/// Highest level whose window is no larger.
+const ZSTD_LEVEL_OF_WINDOW_MAX: i32 = 19;
 const ZSTD_LEVEL_DEFAULT: i32 = 3;
 const GZIP_LEVEL_DEFAULT: u32 = 6;
 
@@ -230,12 +232,20 @@ fn compress_lz4(input: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
 }
 
 fn compress_zstd(level: Option<i32>, input: &[u8], out: &mut Vec<u8>) -> io::Result<()> {
+    use zstd_safe::{CParameter, ResetDirective};
     let level = level.unwrap_or(ZSTD_LEVEL_DEFAULT).clamp(-7, 22);
     let at = out.len();
     out.resize(at + zstd_safe::compress_bound(input.len()), 0);
     let bytes = ZSTD_WRITING
         .with_borrow_mut(|context| {
-            context.get_or_insert_with(zstd_safe::CCtx::create).compress(&mut out[at..], input, level)
+            let context = context.get_or_insert_with(zstd_safe::CCtx::create);
+            context.reset(ResetDirective::SessionAndParameters)?;
+            context.set_parameter(CParameter::CompressionLevel(level))?;
+            if level > ZSTD_LEVEL_OF_WINDOW_MAX {
+                // Higher levels would take a window that readers need not accept.
+                context.set_parameter(CParameter::WindowLog(ZSTD_WINDOW_LOG_MAX))?;
+            }
+            context.compress2(&mut out[at..], input)
         })
         .map_err(|code| io::Error::other(zstd_safe::get_error_name(code)))?;
     out.truncate(at + bytes);
