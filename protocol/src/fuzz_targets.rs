@@ -15,8 +15,11 @@ use crate::record::{RecordBatchBuilder, records};
 use crate::rewrite::{with_compression, with_log_append_time};
 use crate::{Error, pb};
 
-/// A target by its name, which is also its corpus folder's.
-pub const TARGETS: [(&str, fn(&[u8])); 5] = [
+/// Takes any bytes, and panics where it finds a defect.
+pub type Target = fn(&[u8]);
+
+/// The targets by name, which is also the name of their corpus folder.
+pub const TARGETS: [(&str, Target); 5] = [
     ("batch", batch),
     ("sealed_batch", sealed_batch),
     ("decompress", decompress),

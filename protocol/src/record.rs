@@ -637,6 +637,39 @@ pub struct RecordView<'a> {
     pub value: Option<&'a [u8]>,
 }
 
+/// Where the parts of one record lie within [`RecordIter::record_bytes`]: for readers that keep a whole batch and look
+/// into it later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RecordLayout {
+    /// As [`Record::offset`].
+    pub offset: Offset,
+    /// As [`Record::timestamp`].
+    pub timestamp: Timestamp,
+    /// First byte and number of bytes of its key.
+    pub key: Option<(usize, usize)>,
+    /// First byte and number of bytes of its value.
+    pub value: Option<(usize, usize)>,
+    /// First byte of its headers, to be read by [`headers_at`].
+    pub headers_at: usize,
+    /// How many headers it has.
+    pub header_count: usize,
+}
+
+/// The headers of a record whose [`RecordLayout`] told where they begin and how many they are; in order, duplicates
+/// kept. Ends early where `record_bytes` is not what the layout was made from.
+pub fn headers_at(
+    record_bytes: &[u8],
+    headers_at: usize,
+    header_count: usize,
+) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
+    let mut source = Slice { bytes: record_bytes, at: headers_at.min(record_bytes.len()) };
+    (0..header_count).map_while(move |_| {
+        let (key, value) = header(&mut source, record_bytes.len()).ok()?;
+        let span = |span: Span| &record_bytes[span.at..span.at + span.bytes];
+        Some((span(key), value.map(span)))
+    })
+}
+
 impl RecordIter {
     /// The batch's header.
     pub fn header(&self) -> &BatchHeader {
@@ -658,6 +691,25 @@ impl RecordIter {
             }
             Err(error) => Err(error),
         })
+    }
+
+    /// The records' bytes, decompressed.
+    pub fn record_bytes(&self) -> &Bytes {
+        &self.records
+    }
+
+    /// Where the next record lies; as [`Iterator::next`] otherwise.
+    #[inline]
+    pub fn next_layout(&mut self) -> Option<Result<RecordLayout, BatchError>> {
+        let span = |span: Span| (span.at, span.bytes);
+        Some(self.advance()?.map(|parts| RecordLayout {
+            offset: self.offset(&parts),
+            timestamp: self.timestamp(&parts),
+            key: parts.key.map(span),
+            value: parts.value.map(span),
+            headers_at: parts.headers_at,
+            header_count: parts.header_count,
+        }))
     }
 
     #[inline]
