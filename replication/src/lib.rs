@@ -1,1 +1,42 @@
+//! One replica's Raft as a sans-io state machine, and the shard threads that run replicas.
+//!
+//! What it guarantees: a request is answered only when what it did is as durable as was asked for; what was answered is
+//! there again after any crash that its flush mode covers; a machine is given every committed entry once and in order; and
+//! a replica whose disk failed answers nothing any more until it was opened anew.
+//!
+//! What it must never know: topics' meaning, groups, transactions, gRPC services.
+//!
+//! Reading order: [`Machine`] (what is fed from the log), [`effects`] (what goes into a step and comes out), [`Replica`]
+//! (the step itself; `raft_adapter` and `raft_log` hold the Raft crate's ways), [`Shards`] (threads, timers, pools), and
+//! [`ReplicaHandle`] (what callers hold).
+
 #![forbid(unsafe_code)]
+
+pub mod effects;
+mod handle;
+mod inbox;
+mod machine;
+mod membership;
+mod parked;
+mod peer;
+mod raft_adapter;
+mod raft_log;
+mod replica;
+mod reply;
+mod request;
+mod shard;
+mod stripe;
+
+pub use effects::{Answer, Effects, Ended, Event};
+pub use flowstone_storage::{LogConfig, ReadBytes, RetentionConfig};
+pub use handle::ReplicaHandle;
+pub use machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
+pub use membership::{Membership, MembershipChange, MembershipError};
+pub use peer::{PeerBody, PeerMessage};
+pub use replica::{Replica, ReplicaConfig, Unusable};
+pub use reply::{Permit, Reply};
+pub use request::{
+    Acks, FlushMode, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure,
+    ReplicaSpec, ReplicaStatus, Role, TrimTo,
+};
+pub use shard::{Clock, Shards, ShardsConfig, StartError, system_clock};

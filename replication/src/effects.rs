@@ -1,0 +1,264 @@
+//! What goes into a replica's step, and what comes out.
+
+use flowstone_protocol::{Error, Offset, RaftIndex, Term};
+use flowstone_storage::{CheckpointDone, CheckpointJob, FlushDone, FlushJob, HardState, ReadTicket, StorageError};
+
+use crate::machine::Machine;
+use crate::membership::MembershipChange;
+use crate::peer::PeerMessage;
+use crate::reply::{Permit, Reply};
+use crate::request::{FoundOffset, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure, TrimTo};
+
+/// What can happen to a replica.
+#[derive(Debug)]
+pub enum Event<M: Machine> {
+    /// Stand for election now, rather than at the timeout: the only voter has nobody to wait for.
+    Campaign,
+    /// A client's batch.
+    Produce(Produce),
+    /// A coordinator's command.
+    Command {
+        /// For the machine.
+        command: M::Command,
+        /// Where its answer goes.
+        reply: Reply<Result<M::Reply, Error>>,
+    },
+    /// A read.
+    Read {
+        /// Of what.
+        request: ReadRequest,
+        /// Where the batches go.
+        reply: Reply<Result<ReadAnswer, Error>>,
+    },
+    /// A lookup of an offset.
+    ListOffset {
+        /// Of which.
+        query: OffsetQuery,
+        /// Where it goes.
+        reply: Reply<Result<Option<FoundOffset>, Error>>,
+    },
+    /// A wish to move the log start.
+    Trim {
+        /// To where.
+        to: TrimTo,
+        /// Where the log start goes.
+        reply: Reply<Result<Offset, Error>>,
+    },
+    /// Other settings.
+    Reconfigure(Reconfigure),
+    /// A change of who belongs to the group.
+    ChangeMembership {
+        /// One replica at a time.
+        change: MembershipChange,
+        /// Told when it is applied.
+        reply: Reply<Result<(), Error>>,
+    },
+    /// The flush that [`Effects::flush`] asked for is over.
+    Flushed(FlushDone),
+    /// The hard state of this number, and all before it, is flushed.
+    HardStateFlushed(HardStateNumber),
+    /// The checkpoint that [`Effects::checkpoint`] asked for is over.
+    CheckpointWritten(CheckpointDone),
+    /// One tick of the election clock. A replica alone in its group needs none.
+    Tick,
+    /// From another replica of the group.
+    Peer(PeerMessage),
+    /// Look whether retention lets something go (the leader's clock decides).
+    Retain,
+    /// Look whether a full disk has room again.
+    ProbeRoom,
+    /// What was only written should be flushed now ([`crate::FlushMode::Relaxed`]).
+    FlushNow,
+    /// Write a checkpoint, whether one is due or not.
+    CheckpointNow,
+    /// Drop the reads of those who have left.
+    DropAbandoned,
+}
+
+impl<M: Machine> Event<M> {
+    /// The answer `error` to whoever waits for this.
+    pub(crate) fn refused(self, error: Error) -> Option<Answer<M>> {
+        Some(match self {
+            Self::Produce(Produce { reply, permit, .. }) => Answer::Produce { reply, result: Err(error), permit },
+            Self::Command { reply, .. } => Answer::Command { reply, result: Err(error) },
+            Self::Read { reply, .. } => Answer::Read { reply, result: Err(error) },
+            Self::ListOffset { reply, .. } => Answer::ListOffset { reply, result: Err(error) },
+            Self::Trim { reply, .. } => Answer::Trim { reply, result: Err(error) },
+            Self::ChangeMembership { reply, .. } => Answer::ChangeMembership { reply, result: Err(error) },
+            Self::Campaign
+            | Self::Reconfigure(_)
+            | Self::Flushed(_)
+            | Self::HardStateFlushed(_)
+            | Self::CheckpointWritten(_)
+            | Self::Tick
+            | Self::Peer(_)
+            | Self::Retain
+            | Self::ProbeRoom
+            | Self::FlushNow
+            | Self::CheckpointNow
+            | Self::DropAbandoned => return None,
+        })
+    }
+}
+
+/// Counts a replica's changes of term and vote within one life.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct HardStateNumber(pub(crate) u64);
+
+/// What a step wants done. Everything in here may be done at once and in any order: what has to wait for the disk is not
+/// in here yet. It is kept inside the replica until [`Event::Flushed`] or [`Event::HardStateFlushed`] releases it, in the
+/// order in which it arose, and then comes out as `send_flushed` and `answers` of that step.
+#[derive(Debug)]
+#[must_use = "a flush that is not done is never answered"]
+pub struct Effects<M: Machine> {
+    /// A leader's messages: they need not wait for its own flush.
+    pub send_now: Vec<PeerMessage>,
+    /// Messages that waited for a flush, and that flush is done: votes, and a follower's answers.
+    pub send_flushed: Vec<PeerMessage>,
+    /// Term and vote to append to the stripe's file and to flush; then [`Event::HardStateFlushed`].
+    pub hard_state: Option<(HardStateNumber, HardState)>,
+    /// The log was flushed this far: to be noted beside term and vote, and flushed within a second. Nobody waits for it.
+    pub flushed: Option<HardState>,
+    /// A flush of the log to run, covering all that was written so far; then [`Event::Flushed`]. One at a time.
+    pub flush: Option<FlushOrder>,
+    /// A checkpoint to write; then [`Event::CheckpointWritten`]. One at a time.
+    pub checkpoint: Option<CheckpointJob>,
+    /// Answers to give.
+    pub answers: Vec<Answer<M>>,
+    /// Reads that need the disk: to be run on a pool, which answers.
+    pub tickets: Vec<ReadOrder>,
+    /// Entries committed by this step go up to here.
+    pub committed: Option<RaftIndex>,
+    /// The replica has ended: nothing in it may be used any more. Everyone who waited is in `answers`.
+    pub ended: Option<Ended>,
+}
+
+impl<M: Machine> Default for Effects<M> {
+    fn default() -> Self {
+        Self {
+            send_now: Vec::new(),
+            send_flushed: Vec::new(),
+            hard_state: None,
+            flushed: None,
+            flush: None,
+            checkpoint: None,
+            answers: Vec::new(),
+            tickets: Vec::new(),
+            committed: None,
+            ended: None,
+        }
+    }
+}
+
+/// Why a replica ended; it is to be opened anew.
+#[derive(Debug)]
+pub enum Ended {
+    /// A write, a flush or a read that it needs for itself failed.
+    Storage(StorageError),
+    /// The Raft crate found something that it holds impossible.
+    Panicked(String),
+    /// The term can not grow any more.
+    TermExhausted(Term),
+    /// The stripe's file of hard states failed.
+    HardState(String),
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Storage(error) => error.fmt(f),
+            Self::Panicked(message) => write!(f, "the consensus core refused to go on: {message}"),
+            Self::TermExhausted(term) => write!(f, "term {term} is the last that a log can hold"),
+            Self::HardState(message) => f.write_str(message),
+        }
+    }
+}
+
+/// One answer on its way out.
+#[derive(Debug)]
+pub enum Answer<M: Machine> {
+    /// To a produce request.
+    Produce {
+        /// Where it goes.
+        reply: Reply<Result<Produced, Error>>,
+        /// What it says.
+        result: Result<Produced, Error>,
+        /// Given back with it.
+        permit: Permit,
+    },
+    /// To a command.
+    Command {
+        /// Where it goes.
+        reply: Reply<Result<M::Reply, Error>>,
+        /// What it says.
+        result: Result<M::Reply, Error>,
+    },
+    /// To a read.
+    Read {
+        /// Where it goes.
+        reply: Reply<Result<ReadAnswer, Error>>,
+        /// What it says.
+        result: Result<ReadAnswer, Error>,
+    },
+    /// To a lookup.
+    ListOffset {
+        /// Where it goes.
+        reply: Reply<Result<Option<FoundOffset>, Error>>,
+        /// What it says.
+        result: Result<Option<FoundOffset>, Error>,
+    },
+    /// To a trim.
+    Trim {
+        /// Where it goes.
+        reply: Reply<Result<Offset, Error>>,
+        /// What it says.
+        result: Result<Offset, Error>,
+    },
+    /// To a change of membership.
+    ChangeMembership {
+        /// Where it goes.
+        reply: Reply<Result<(), Error>>,
+        /// What it says.
+        result: Result<(), Error>,
+    },
+}
+
+impl<M: Machine> Answer<M> {
+    /// Hands it on.
+    pub fn send(self) {
+        match self {
+            Self::Produce { reply, result, permit } => {
+                // Room first: whoever is woken by the answer finds it.
+                drop(permit);
+                reply.send(result);
+            }
+            Self::Command { reply, result } => reply.send(result),
+            Self::Read { reply, result } => reply.send(result),
+            Self::ListOffset { reply, result } => reply.send(result),
+            Self::Trim { reply, result } => reply.send(result),
+            Self::ChangeMembership { reply, result } => reply.send(result),
+        }
+    }
+}
+
+/// A flush to run.
+#[derive(Debug)]
+pub struct FlushOrder {
+    /// What to run.
+    pub job: FlushJob,
+    /// About how many bytes it has to write.
+    pub bytes: u64,
+}
+
+/// A read that needs the disk.
+#[derive(Debug)]
+pub struct ReadOrder {
+    /// What to run.
+    pub ticket: ReadTicket,
+    /// Where the batches go.
+    pub reply: Reply<Result<ReadAnswer, Error>>,
+    /// As the answer will say.
+    pub log_start: Offset,
+    /// As the answer will say.
+    pub high_watermark: Offset,
+}

@@ -1,0 +1,234 @@
+//! A replica as its callers hold it.
+
+use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytes::Bytes;
+use flowstone_protocol::{BatchHeader, Error, ErrorCode, Offset, Term, TopicPartition};
+use tokio::sync::Notify;
+
+use crate::effects::Event;
+use crate::inbox::{Inbox, Refused};
+use crate::machine::Machine;
+use crate::reply::{ByteBudget, Permit, Reply};
+use crate::request::{
+    Acks, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaStatus,
+    Role, TrimTo,
+};
+use crate::shard::Message;
+
+/// What callers share of one shard.
+#[derive(Debug)]
+pub(crate) struct Port<M: Machine> {
+    pub(crate) inbox: Inbox<Message<M>>,
+    pub(crate) budget: ByteBudget,
+}
+
+/// One life of one place in a shard's table: a message for an earlier life is refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct SlotKey {
+    pub(crate) index: u32,
+    pub(crate) life: u32,
+}
+
+/// A replica in its shard. Cheap to clone; every call returns at once, answers come through replies.
+#[derive(Debug)]
+pub struct ReplicaHandle<M: Machine> {
+    pub(crate) port: Arc<Port<M>>,
+    pub(crate) slot: SlotKey,
+    pub(crate) tp: TopicPartition,
+    pub(crate) status: Arc<StatusCell>,
+}
+
+impl<M: Machine> Clone for ReplicaHandle<M> {
+    fn clone(&self) -> Self {
+        Self { port: Arc::clone(&self.port), slot: self.slot, tp: self.tp, status: Arc::clone(&self.status) }
+    }
+}
+
+impl<M: Machine> ReplicaHandle<M> {
+    /// Its partition.
+    pub fn tp(&self) -> TopicPartition {
+        self.tp
+    }
+
+    /// How it is; read from atomics.
+    pub fn status(&self) -> ReplicaStatus {
+        self.status.read()
+    }
+
+    /// Waits until it leads and serves.
+    ///
+    /// # Errors
+    /// `QUARANTINED` when it never will.
+    pub async fn ready(&self) -> Result<(), Error> {
+        loop {
+            // Registered before looking: a change in between is not missed.
+            let changed = self.status.changed.notified();
+            let status = self.status.read();
+            if status.is_ready() {
+                return Ok(());
+            }
+            if let Health::Quarantined { message } = status.health {
+                return Err(Error::new(ErrorCode::Quarantined, message).with_partition(self.tp.partition));
+            }
+            changed.await;
+        }
+    }
+
+    /// Waits for room for `bytes` in its shard. First come, first served; more than the whole budget waits for all of it.
+    pub async fn reserve(&self, bytes: usize) -> Permit {
+        self.port.budget.reserve(bytes).await
+    }
+
+    /// Room for `bytes`, if there is any just now.
+    pub fn try_reserve(&self, bytes: usize) -> Option<Permit> {
+        self.port.budget.try_reserve(bytes)
+    }
+
+    /// Appends one client's batch, validated already. Batches of one caller are appended in the order of the calls.
+    pub fn produce(
+        &self,
+        batch: Bytes,
+        header: BatchHeader,
+        acks: Acks,
+        permit: Permit,
+        reply: Reply<Result<Produced, Error>>,
+    ) {
+        self.send(Event::Produce(Produce { batch, header, acks, permit, reply }));
+    }
+
+    /// Gives a coordinator's command to the machine; the answer waits until it is committed.
+    pub fn command(&self, command: M::Command, reply: Reply<Result<M::Reply, Error>>) {
+        self.send(Event::Command { command, reply });
+    }
+
+    /// Reads committed batches.
+    pub fn read(&self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>) {
+        self.send(Event::Read { request, reply });
+    }
+
+    /// Looks an offset up; `None` where no record is at or after the time.
+    pub fn list_offset(&self, query: OffsetQuery, reply: Reply<Result<Option<FoundOffset>, Error>>) {
+        self.send(Event::ListOffset { query, reply });
+    }
+
+    /// Moves the log start, by a control batch; answers with the log start once that is committed. A log start that is
+    /// there already is left as it is.
+    pub fn trim(&self, to: TrimTo, reply: Reply<Result<Offset, Error>>) {
+        self.send(Event::Trim { to, reply });
+    }
+
+    /// Changes settings from the next step on.
+    pub fn reconfigure(&self, change: Reconfigure) {
+        self.send(Event::Reconfigure(change));
+    }
+
+    fn send(&self, event: Event<M>) {
+        match self.port.inbox.request(Message::Event { slot: self.slot, event }) {
+            Ok(()) => {}
+            Err(Refused::Full(message)) => message.refuse(&Error::new(
+                ErrorCode::Overloaded,
+                "too many requests wait for this shard; try again in a moment",
+            )),
+            Err(Refused::Closed(message)) => message.refuse(&shutting_down()),
+        }
+    }
+}
+
+/// The shards are stopping, or have.
+pub(crate) fn shutting_down() -> Error {
+    Error::new(ErrorCode::ShuttingDown, "the broker is shutting down; try again when it is back")
+}
+
+/// What a replica's shard publishes about it.
+#[derive(Debug)]
+pub(crate) struct StatusCell {
+    role: AtomicU8,
+    term: AtomicU64,
+    log_start: AtomicI64,
+    high_watermark: AtomicI64,
+    end_offset: AtomicI64,
+    size_bytes: AtomicU64,
+    records: AtomicU64,
+    // Guards the message beside the state for the time of a clone.
+    health: Mutex<Health>,
+    // Told at every change of role or health.
+    changed: Notify,
+}
+
+impl StatusCell {
+    pub(crate) fn new() -> Self {
+        Self {
+            role: AtomicU8::new(role_to_u8(Role::Opening)),
+            term: AtomicU64::new(0),
+            log_start: AtomicI64::new(0),
+            high_watermark: AtomicI64::new(0),
+            end_offset: AtomicI64::new(0),
+            size_bytes: AtomicU64::new(0),
+            records: AtomicU64::new(0),
+            health: Mutex::new(Health::Ok),
+            changed: Notify::new(),
+        }
+    }
+
+    pub(crate) fn read(&self) -> ReplicaStatus {
+        // The order of the loads is the reverse of the stores' in `publish`: log start <= high watermark <= end.
+        let role = role_from_u8(self.role.load(Ordering::Acquire));
+        let log_start = Offset::new(self.log_start.load(Ordering::Acquire));
+        let high_watermark = Offset::new(self.high_watermark.load(Ordering::Acquire));
+        let end_offset = Offset::new(self.end_offset.load(Ordering::Acquire));
+        ReplicaStatus {
+            role,
+            term: Term::new(self.term.load(Ordering::Relaxed)),
+            log_start,
+            high_watermark,
+            end_offset,
+            size_bytes: self.size_bytes.load(Ordering::Relaxed),
+            records: self.records.load(Ordering::Relaxed),
+            health: self.health.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+        }
+    }
+
+    /// By the shard's thread alone.
+    pub(crate) fn publish(&self, now: &ReplicaStatus) {
+        self.size_bytes.store(now.size_bytes, Ordering::Relaxed);
+        self.records.store(now.records, Ordering::Relaxed);
+        self.term.store(now.term.get(), Ordering::Relaxed);
+        self.end_offset.store(now.end_offset.get(), Ordering::Release);
+        self.high_watermark.store(now.high_watermark.get(), Ordering::Release);
+        self.log_start.store(now.log_start.get(), Ordering::Release);
+        let role = role_to_u8(now.role);
+        let mut changed = self.role.swap(role, Ordering::Release) != role;
+        {
+            let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
+            if *health != now.health {
+                health.clone_from(&now.health);
+                changed = true;
+            }
+        }
+        if changed {
+            self.changed.notify_waiters();
+        }
+    }
+}
+
+const fn role_to_u8(role: Role) -> u8 {
+    match role {
+        Role::Opening => 0,
+        Role::Follower => 1,
+        Role::Candidate => 2,
+        Role::Elected => 3,
+        Role::Leader => 4,
+    }
+}
+
+const fn role_from_u8(role: u8) -> Role {
+    match role {
+        1 => Role::Follower,
+        2 => Role::Candidate,
+        3 => Role::Elected,
+        4 => Role::Leader,
+        _ => Role::Opening,
+    }
+}

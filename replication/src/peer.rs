@@ -1,0 +1,92 @@
+//! Messages between the replicas of one group.
+//!
+//! They are our own types from end to end: no byte from a peer reaches the Raft crate's decoder, entries carry batches by
+//! reference, and there is no form for a forwarded proposal (a follower would forward it, and a new leader append it
+//! without deduplication).
+
+use flowstone_protocol::{RaftIndex, ReplicaId, Term};
+use flowstone_storage::LogEntry;
+
+/// One message. Both ids are checked on arrival: what is not for this very replica is dropped.
+#[derive(Debug, Clone)]
+pub struct PeerMessage {
+    /// Who sent it.
+    pub from: ReplicaId,
+    /// For whom it is.
+    pub to: ReplicaId,
+    /// The sender's term; in a pre-vote the term it would have.
+    pub term: Term,
+    /// What it says.
+    pub body: PeerBody,
+}
+
+/// What a [`PeerMessage`] says.
+#[derive(Debug, Clone)]
+pub enum PeerBody {
+    /// The leader's next entries, or only its commit index.
+    Append {
+        /// The entry before them.
+        previous_index: RaftIndex,
+        /// Its term.
+        previous_term: Term,
+        /// The leader's commit index.
+        commit: RaftIndex,
+        /// The entries, in order, as the leader's log has them.
+        entries: Vec<LogEntry>,
+    },
+    /// Answers [`PeerBody::Append`].
+    AppendResponse {
+        /// The last entry that agrees, or, rejected, the one that was refused.
+        index: RaftIndex,
+        /// The follower's commit index.
+        commit: RaftIndex,
+        /// The entries did not fit.
+        reject: bool,
+        /// Rejected: where to try next.
+        reject_hint: RaftIndex,
+        /// Rejected: the term there.
+        hint_term: Term,
+        /// Not zero: the follower asks for a snapshot up to at least here.
+        request_snapshot: RaftIndex,
+    },
+    /// Asks for a vote.
+    Vote {
+        /// Only asks whether it would get it; changes nobody's term.
+        pre: bool,
+        /// The candidate's last entry.
+        last_index: RaftIndex,
+        /// Its term.
+        last_term: Term,
+        /// The candidate's commit index.
+        commit: RaftIndex,
+        /// The term of the entry there.
+        commit_term: Term,
+        /// The leader itself asked for this election, to hand over.
+        transfer: bool,
+    },
+    /// Answers [`PeerBody::Vote`].
+    VoteResponse {
+        /// As in the question.
+        pre: bool,
+        /// No.
+        reject: bool,
+        /// Rejected: the voter's commit index.
+        commit: RaftIndex,
+        /// Rejected: the term of the entry there.
+        commit_term: Term,
+    },
+    /// The leader lives.
+    Heartbeat {
+        /// What the follower may commit.
+        commit: RaftIndex,
+    },
+    /// So does the follower.
+    HeartbeatResponse {
+        /// The follower's commit index.
+        commit: RaftIndex,
+    },
+    /// A follower asks its leader to hand leadership to it.
+    TransferLeader,
+    /// The leader tells a follower to stand for election at once.
+    TimeoutNow,
+}

@@ -1,0 +1,1129 @@
+//! One replica: a log, its Raft and its machine, as a state machine without threads, clocks or files of its own.
+//!
+//! [`Replica::step`] takes what happened and returns what is to be done. Writing into the log happens inside (into the
+//! page cache, through the disk's door); flushing, sending and answering are effects. The order that makes a promise
+//! true is kept here, in one queue:
+//!
+//! ```text
+//!  proposals -> ready n: written -> [ready n | needs write w flushed, hard state h flushed | messages] -> released in order
+//!                                                                                    |
+//!                                          persisted in Raft -> committed -> applied -> answered
+//! ```
+//!
+//! One flush of a log is in flight at a time; whatever is written meanwhile is covered by the next. That is all there is
+//! to group commit.
+
+use std::cell::Ref;
+use std::collections::VecDeque;
+
+use bytes::Bytes;
+use flowstone_protocol::control::{log_start_of, log_start_payload};
+use flowstone_protocol::{
+    BatchHeader, ControlType, Error, ErrorCode, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term, Timestamp,
+    TimestampType, TopicPartition,
+};
+use flowstone_storage::{
+    Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RetentionConfig, StorageError,
+};
+use raft::StateRole;
+use raft::eraftpb::Entry;
+
+use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, HardStateNumber, ReadOrder};
+use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
+use crate::membership::{Membership, MembershipChange};
+use crate::parked::{Parked, ParkedReads, Waiting};
+use crate::peer::PeerMessage;
+use crate::raft_adapter::{self, Panicked, RaftAdapter};
+use crate::raft_log;
+use crate::reply::Reply;
+use crate::request::{
+    Acks, FlushMode, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure,
+    ReplicaStatus, Role, TrimTo,
+};
+
+/// What a probe asks for when the disk was full: less would let writes in for a moment only.
+const PROBE_BYTES: usize = 1 << 20;
+/// More than a control batch takes beside its payload.
+const CONTROL_BYTES: usize = 256;
+/// A checkpoint that waits for a quiet moment holds requests back once it is overdue by this factor.
+const CHECKPOINT_OVERDUE: u64 = 4;
+
+/// How one replica is run.
+#[derive(Debug, Clone)]
+pub struct ReplicaConfig {
+    /// Its partition.
+    pub tp: TopicPartition,
+    /// Its own id.
+    pub replica: ReplicaId,
+    /// When a write counts.
+    pub flush: FlushMode,
+    /// What may be deleted.
+    pub retention: RetentionConfig,
+    /// It may use the disk's reserve.
+    pub internal: bool,
+    /// The largest batch of a client, in bytes.
+    pub max_message_bytes: usize,
+    /// A checkpoint after this many bytes applied...
+    pub checkpoint_bytes: u64,
+    /// ...or this many entries: bounds what a restart replays.
+    pub checkpoint_entries: u64,
+    /// Readers that may wait at the high watermark; the next is refused with `OVERLOADED`.
+    pub parked_reads_max: usize,
+    /// For election timeouts.
+    pub seed: u64,
+}
+
+/// Why a replica could not be made from what its log holds. Final: an operator has to look.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unusable(pub String);
+
+/// One replica. See the module's documentation.
+#[derive(Debug)]
+pub struct Replica<M: Machine> {
+    config: ReplicaConfig,
+    raft: RaftAdapter,
+    machine: M,
+    membership: Membership,
+
+    /// Term and vote as last handed out to be flushed.
+    hard_state: HardState,
+    hard_states_written: HardStateNumber,
+    hard_states_flushed: HardStateNumber,
+    /// Appends so far, and how many of them are flushed: `writes_flushed <= in flight <= writes`.
+    writes: u64,
+    writes_flushed: u64,
+    flush_in_flight: Option<u64>,
+    /// Clients' bytes that no flush covers yet.
+    bytes_unflushed: u64,
+    /// Relaxed only: flush although nobody waits.
+    flush_wanted: bool,
+    /// Readies that are not persisted yet, in order, each with what it waits for.
+    unflushed: VecDeque<Unflushed>,
+
+    /// The term that it leads.
+    leading: Option<Term>,
+    /// Its term's no-op is applied: it serves.
+    serving: bool,
+    /// Accepted in this step, not yet given to Raft.
+    proposals: Vec<Entry>,
+    /// Where the next accepted batch goes. Storage stamps the same offset; both are compared after the write.
+    next_offset: Offset,
+    parked: Parked<M>,
+    reads: ParkedReads,
+    log_start_proposed: bool,
+    /// Set when a reservation failed; cleared by a probe.
+    disk_full: Option<String>,
+
+    applied: RaftIndex,
+    /// Data records between log start and high watermark.
+    records: u64,
+    checkpoint: CheckpointState,
+    /// Requests held back until an overdue checkpoint found its quiet moment.
+    held: Vec<Event<M>>,
+    ended: bool,
+}
+
+/// A ready that waits: for the log's write of this number, for the hard state of that.
+#[derive(Debug)]
+struct Unflushed {
+    ready: u64,
+    write: Option<u64>,
+    hard_state: Option<HardStateNumber>,
+    messages: Vec<PeerMessage>,
+}
+
+#[derive(Debug, Default)]
+struct CheckpointState {
+    entries: u64,
+    bytes: u64,
+    wanted: bool,
+    in_flight: bool,
+    /// Taken, and waiting for a flush that covers it.
+    taken: Option<Taken>,
+}
+
+/// What a checkpoint will say, as it was at `applied`.
+#[derive(Debug)]
+struct Taken {
+    applied: RaftIndex,
+    log_start: Offset,
+    membership: Bytes,
+    machine: Bytes,
+    /// Its entries are flushed with this write.
+    write: u64,
+}
+
+impl<M: Machine> Replica<M> {
+    /// A replica from its opened log and from what its stripe's file says about it; nothing if it was never written.
+    ///
+    /// # Errors
+    /// When what the checkpoint holds can not be understood.
+    pub fn open(
+        log: Log,
+        hard_state: Option<HardState>,
+        mut machine: M,
+        config: ReplicaConfig,
+    ) -> Result<Self, Unusable> {
+        let mut log = log;
+        let identity = *log.identity();
+        if identity.replica != config.replica || identity.topic_partition != config.tp {
+            return Err(Unusable(format!(
+                "the folder belongs to replica {} of {}, not to replica {} of {}",
+                identity.replica, identity.topic_partition, config.replica, config.tp
+            )));
+        }
+        let checkpoint = log.checkpoint();
+        let membership = Membership::decode(&checkpoint.membership)
+            .map_err(|error| Unusable(format!("the checkpoint at index {}: {error}", checkpoint.applied)))?;
+        machine.restore(&checkpoint.machine).map_err(|error| {
+            Unusable(format!("the checkpoint at index {} holds no state of this machine: {error}", checkpoint.applied))
+        })?;
+        let applied = checkpoint.applied;
+
+        // A crash may keep the first entries of a term and forget the term itself: it is in the log, then.
+        let flushed = log.flushed_index();
+        let mut hard_state = hard_state.unwrap_or(HardState { term: Term::new(0), vote: None, flushed });
+        if hard_state.term < log.last_term() {
+            hard_state = HardState { term: log.last_term(), vote: None, flushed };
+        }
+        let records = count_records(&mut log).map_err(|error| Unusable(error.to_string()))?;
+        let next_offset = log.end_offset();
+        let raft = RaftAdapter::open(config.replica, log, hard_state, membership.clone(), config.seed)
+            .map_err(|Panicked(message)| Unusable(message))?;
+        Ok(Self {
+            parked: Parked::default(),
+            reads: ParkedReads::new(config.parked_reads_max),
+            config,
+            raft,
+            machine,
+            membership,
+            hard_state,
+            hard_states_written: HardStateNumber::default(),
+            hard_states_flushed: HardStateNumber::default(),
+            writes: 0,
+            writes_flushed: 0,
+            flush_in_flight: None,
+            flush_wanted: false,
+            unflushed: VecDeque::new(),
+            leading: None,
+            serving: false,
+            proposals: Vec::new(),
+            bytes_unflushed: 0,
+            next_offset,
+            log_start_proposed: false,
+            disk_full: None,
+            applied,
+            records,
+            checkpoint: CheckpointState::default(),
+            held: Vec::new(),
+            ended: false,
+        })
+    }
+
+    /// Takes what happened, in order, and says what is to be done. `now` is the leader's clock.
+    pub fn step(&mut self, events: impl IntoIterator<Item = Event<M>>, now: Timestamp) -> Effects<M> {
+        let mut fx = Effects::default();
+        let mut outcome = Ok(());
+        for event in events {
+            if outcome.is_err() || self.ended {
+                fx.answers.extend(event.refused(self.ended_error("it was opened anew")));
+            } else {
+                outcome = self.on_event(event, now, &mut fx);
+            }
+        }
+        if !self.ended
+            && let Err(ended) = outcome.and_then(|()| self.settle(now, &mut fx))
+        {
+            self.end(ended, &mut fx);
+        }
+        fx
+    }
+
+    /// Whether this replica has to be ticked: not while it is alone in its group and leads it.
+    pub fn needs_ticks(&self) -> bool {
+        !(self.raft.is_leader() && self.membership.is_only_voter(self.config.replica))
+    }
+
+    /// Whether its vote alone decides.
+    pub fn is_only_voter(&self) -> bool {
+        self.membership.is_only_voter(self.config.replica)
+    }
+
+    /// Whether something is written and not flushed, nor being flushed.
+    pub fn is_dirty(&self) -> bool {
+        self.writes > self.flush_in_flight.unwrap_or(self.writes_flushed)
+    }
+
+    /// Whether writes are refused for want of room.
+    pub fn is_disk_full(&self) -> bool {
+        self.disk_full.is_some()
+    }
+
+    /// Whether readers wait.
+    pub fn has_parked_reads(&self) -> bool {
+        !self.reads.is_empty()
+    }
+
+    /// Applied and not yet in a checkpoint.
+    pub fn entries_since_checkpoint(&self) -> u64 {
+        self.checkpoint.entries
+    }
+
+    /// Whether a flush or a checkpoint that it ordered is not reported back yet.
+    pub fn has_work_in_flight(&self) -> bool {
+        self.flush_in_flight.is_some() || self.checkpoint.in_flight
+    }
+
+    /// Its settings.
+    pub fn config(&self) -> &ReplicaConfig {
+        &self.config
+    }
+
+    /// Its log.
+    pub fn log(&self) -> Ref<'_, Log> {
+        self.raft.log()
+    }
+
+    /// Its log, to close it: the replica is not stepped any more.
+    pub fn into_log(self) -> Log {
+        self.raft.into_log()
+    }
+
+    /// Its machine.
+    pub fn machine(&self) -> &M {
+        &self.machine
+    }
+
+    /// The machine of a replica that has ended, for its next life.
+    pub fn into_machine(self) -> M {
+        self.machine
+    }
+
+    /// Who belongs to its group.
+    pub fn membership(&self) -> &Membership {
+        &self.membership
+    }
+
+    /// Who leads, as far as it knows.
+    pub fn leader(&self) -> Option<ReplicaId> {
+        self.raft.leader()
+    }
+
+    /// Term, vote and flushed index as they are now.
+    pub fn hard_state(&self) -> HardState {
+        HardState { flushed: self.log().flushed_index(), ..self.hard_state }
+    }
+
+    /// The last entry that the machine was given.
+    pub fn applied(&self) -> RaftIndex {
+        self.applied
+    }
+
+    /// How it is.
+    pub fn status(&self) -> ReplicaStatus {
+        let log = self.log();
+        ReplicaStatus {
+            role: match self.raft.role() {
+                StateRole::Leader if self.serving => Role::Leader,
+                StateRole::Leader => Role::Elected,
+                StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
+                StateRole::Follower => Role::Follower,
+            },
+            term: self.raft.term(),
+            log_start: log.log_start(),
+            high_watermark: log.high_watermark(),
+            end_offset: log.end_offset(),
+            size_bytes: log.size_bytes(),
+            records: self.records,
+            health: if self.disk_full.is_some() { Health::DiskFull } else { Health::Ok },
+        }
+    }
+
+    fn on_event(&mut self, event: Event<M>, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
+        if self.holds_back() && matches!(event, Event::Produce(_) | Event::Command { .. } | Event::Trim { .. }) {
+            self.held.push(event);
+            return Ok(());
+        }
+        match event {
+            Event::Produce(produce) => self.produce(produce, now, fx),
+            Event::Command { command, reply } => self.command(command, reply, now, fx)?,
+            Event::Read { request, reply } => self.read(request, reply, fx),
+            Event::ListOffset { query, reply } => {
+                let result = self.list_offset(query);
+                fx.answers.push(Answer::ListOffset { reply, result });
+            }
+            Event::Trim { to, reply } => self.trim(to, reply, fx),
+            Event::ChangeMembership { change, reply } => self.propose_membership(change, reply, fx),
+            Event::Reconfigure(change) => self.reconfigure(change),
+            Event::Retain => self.retain(now),
+            Event::ProbeRoom => {
+                if self.disk_full.is_some() && self.raft.log_mut().reserve(PROBE_BYTES).is_ok() {
+                    tracing::info!(tp = %self.config.tp, "the disk has room again: writes are taken");
+                    self.disk_full = None;
+                }
+            }
+            Event::FlushNow => self.flush_wanted = true,
+            Event::CheckpointNow => self.checkpoint.wanted = true,
+            Event::DropAbandoned => self.reads.drop_abandoned(),
+
+            Event::Flushed(done) => {
+                let write =
+                    self.flush_in_flight.take().expect("a flush is reported once, by whoever was told to run it");
+                self.raft.log_mut().flush_done(done).map_err(Ended::Storage)?;
+                self.writes_flushed = write;
+                fx.flushed = Some(self.hard_state());
+            }
+            Event::HardStateFlushed(number) => {
+                self.hard_states_flushed = self.hard_states_flushed.max(number);
+            }
+            Event::CheckpointWritten(done) => {
+                self.checkpoint.in_flight = false;
+                match self.raft.log_mut().checkpoint_done(done) {
+                    Ok(()) => {
+                        let deleted = self.raft.log_mut().delete_segments_below_checkpoint();
+                        if let Err(error) = deleted {
+                            tracing::warn!(tp = %self.config.tp, %error, "cannot delete what retention let go; trying again");
+                        }
+                    }
+                    // The log is whole without it, only longer to replay; tried again when the next is due.
+                    Err(error) => tracing::warn!(tp = %self.config.tp, %error, "cannot write a checkpoint"),
+                }
+            }
+
+            // The order of what was accepted and of what peers say is the order in which they came.
+            Event::Campaign => {
+                self.propose_all()?;
+                self.check_term_below(self.raft.term())?;
+                self.raft.campaign()?;
+            }
+            Event::Tick => {
+                self.propose_all()?;
+                self.check_term_below(self.raft.term())?;
+                self.raft.tick()?;
+            }
+            Event::Peer(message) => {
+                self.propose_all()?;
+                // Only for this very replica, and only in a term that a log can hold.
+                if message.to == self.config.replica && LeaderEpoch::from_term(message.term).is_some() {
+                    self.raft.step(message)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    // ---- what clients ask ------------------------------------------------------------------------------------------
+
+    /// Why it does not serve, if it does not.
+    fn unavailable(&self) -> Option<Error> {
+        if self.serving {
+            return None;
+        }
+        let (code, message) = match self.raft.role() {
+            StateRole::Leader => {
+                (ErrorCode::LeaderNotReady, "the leader was just elected and is not ready yet; try again")
+            }
+            _ if self.is_only_voter() => (ErrorCode::LeaderNotReady, "the partition is being opened; try again"),
+            _ if self.raft.leader().is_some() => {
+                (ErrorCode::NotLeader, "this broker does not lead the partition; ask for its leader")
+            }
+            _ => (ErrorCode::NoLeader, "the partition has no leader at the moment; try again"),
+        };
+        Some(Error::new(code, message).with_partition(self.config.tp.partition))
+    }
+
+    /// Next index and offset of what is accepted now.
+    fn next_index(&self) -> RaftIndex {
+        self.raft.last_index().plus(self.proposals.len() as u64 + 1)
+    }
+
+    fn produce(&mut self, produce: Produce, now: Timestamp, fx: &mut Effects<M>) {
+        match self.try_produce(&produce, now) {
+            Ok((index, base_offset)) => {
+                let header = &produce.header;
+                let log_append_time = (header.attributes.timestamp_type() == TimestampType::LogAppendTime)
+                    .then_some(header.max_timestamp);
+                let produced = Produced { base_offset, log_append_time };
+                let Produce { acks, permit, reply, .. } = produce;
+                let answered = acks == Acks::None || index <= self.applied;
+                if answered {
+                    fx.answers.push(Answer::Produce { reply, result: Ok(produced), permit });
+                } else {
+                    let waiting = Waiting::Produce { reply, produced, permit };
+                    self.parked.park(index, acks == Acks::Leader, waiting);
+                }
+            }
+            Err(error) => {
+                let Produce { permit, reply, .. } = produce;
+                fx.answers.push(Answer::Produce { reply, result: Err(error), permit });
+            }
+        }
+    }
+
+    /// Where the batch is, or goes.
+    fn try_produce(&mut self, produce: &Produce, now: Timestamp) -> Result<(RaftIndex, Offset), Error> {
+        if let Some(error) = self.unavailable() {
+            return Err(error);
+        }
+        let bytes = produce.batch.len();
+        if bytes > self.config.max_message_bytes {
+            return Err(Error::new(
+                ErrorCode::BatchTooLarge,
+                format!(
+                    "a batch of {bytes} bytes is above the topic's max.message.bytes of {}; send smaller batches, or raise it",
+                    self.config.max_message_bytes
+                ),
+            )
+            .with_partition(self.config.tp.partition));
+        }
+        match self.machine.admit(&produce.header, now) {
+            Admission::Append => {}
+            Admission::Duplicate { base_offset, index } => return Ok((index, base_offset)),
+            Admission::Refuse(error) => return Err(error),
+        }
+        self.accept(produce.batch.clone(), &produce.header)
+    }
+
+    /// Takes a batch into this step's proposals, if there is room on the disk.
+    fn accept(&mut self, batch: Bytes, header: &BatchHeader) -> Result<(RaftIndex, Offset), Error> {
+        if !self.raft.takes_proposals() {
+            return Err(Error::new(ErrorCode::NotLeader, "leadership is being handed over; ask for the leader")
+                .with_partition(self.config.tp.partition));
+        }
+        self.reserve(batch.len())?;
+        let index = self.next_index();
+        let term = self.raft.term();
+        let base_offset = self.next_offset;
+        let header = BatchHeader {
+            base_offset,
+            leader_epoch: LeaderEpoch::from_term(term).unwrap_or(LeaderEpoch::NONE),
+            ..*header
+        };
+        let body = if self.machine.reads_records() { MachineBody::Records(&batch) } else { MachineBody::Header };
+        self.machine.appended(&MachineEntry { index, term, base_offset, header: &header, body });
+        self.next_offset = base_offset.plus(header.offsets());
+        self.bytes_unflushed += batch.len() as u64;
+        self.proposals.push(raft_adapter::proposal(EntryBody::Batch(batch)));
+        Ok((index, base_offset))
+    }
+
+    /// Room on the disk for a batch, before anything is decided about it: nothing that was proposed fails for want of it.
+    fn reserve(&mut self, bytes: usize) -> Result<(), Error> {
+        let partition = self.config.tp.partition;
+        let reserved = if self.config.internal {
+            self.raft.log_mut().reserve_privileged(bytes)
+        } else if let Some(message) = &self.disk_full {
+            return Err(Error::new(ErrorCode::DiskFull, message.clone()).with_partition(partition));
+        } else {
+            self.raft.log_mut().reserve(bytes)
+        };
+        reserved.map_err(|error| {
+            let message = error.to_string();
+            if !error.is_disk_full() {
+                return Error::new(ErrorCode::StorageFailed, message).with_partition(partition);
+            }
+            if !self.config.internal {
+                tracing::warn!(tp = %self.config.tp, %message, "disk full: writes are refused until there is room");
+                self.disk_full = Some(message.clone());
+            }
+            Error::new(ErrorCode::DiskFull, message).with_partition(partition)
+        })
+    }
+
+    /// Takes a control batch into this step's proposals; it may use the room that is kept for a full disk's cure.
+    fn accept_control(&mut self, ctype: ControlType, payload: Bytes) -> Result<RaftIndex, Error> {
+        self.raft.log_mut().reserve_privileged(CONTROL_BYTES + payload.len()).map_err(|error| {
+            let code = if error.is_disk_full() { ErrorCode::DiskFull } else { ErrorCode::StorageFailed };
+            Error::new(code, error.to_string()).with_partition(self.config.tp.partition)
+        })?;
+        let index = self.next_index();
+        self.next_offset = self.next_offset.next();
+        self.proposals.push(raft_adapter::proposal(EntryBody::Control { ctype, payload }));
+        Ok(index)
+    }
+
+    fn command(
+        &mut self,
+        command: M::Command,
+        reply: Reply<Result<M::Reply, Error>>,
+        now: Timestamp,
+        fx: &mut Effects<M>,
+    ) -> Result<(), Ended> {
+        let refusal = self.unavailable().or_else(|| {
+            (!self.raft.takes_proposals())
+                .then(|| Error::new(ErrorCode::NotLeader, "leadership is being handed over; ask for the leader"))
+        });
+        if let Some(error) = refusal {
+            fx.answers.push(Answer::Command { reply, result: Err(error) });
+            return Ok(());
+        }
+        let Commanded { batch, reply: answer } = self.machine.command(command, now);
+        if let Some(batch) = batch {
+            let header = BatchHeader::parse(&batch)
+                .unwrap_or_else(|error| panic!("the machine of {} made a batch that is none: {error}", self.config.tp));
+            // Nothing is decided twice: a machine that applied what then could not be appended would be ahead of its log.
+            if let Err(error) = self.accept(batch, &header) {
+                fx.answers.push(Answer::Command { reply, result: Err(error) });
+                return Ok(());
+            }
+        }
+        // All that was applied before it: reads too tell nothing that may yet be lost.
+        let index = RaftIndex::new(self.next_index().get() - 1);
+        if index <= self.applied {
+            fx.answers.push(Answer::Command { reply, result: Ok(answer) });
+        } else {
+            self.parked.park(index, false, Waiting::Command { reply, answer });
+        }
+        Ok(())
+    }
+
+    fn trim(&mut self, to: TrimTo, reply: Reply<Result<Offset, Error>>, fx: &mut Effects<M>) {
+        let (log_start, high_watermark) = (self.log().log_start(), self.log().high_watermark());
+        let to = match to {
+            TrimTo::Offset(to) => to,
+            TrimTo::HighWatermark => high_watermark,
+        };
+        let result = if let Some(error) = self.unavailable() {
+            Err(error)
+        } else if to > high_watermark || to < Offset::ZERO {
+            Err(Error::new(
+                ErrorCode::OffsetOutOfRange,
+                format!("cannot trim to offset {to}: {log_start} to {high_watermark} are valid"),
+            )
+            .with_partition(self.config.tp.partition))
+        } else if to <= log_start {
+            Ok(log_start)
+        } else {
+            match self.accept_control(ControlType::LogStart, log_start_payload(to)) {
+                Ok(index) => return self.parked.park(index, false, Waiting::Trim { reply, to }),
+                Err(error) => Err(error),
+            }
+        };
+        fx.answers.push(Answer::Trim { reply, result });
+    }
+
+    fn propose_membership(&mut self, change: MembershipChange, reply: Reply<Result<(), Error>>, fx: &mut Effects<M>) {
+        let accepted = match self.unavailable() {
+            Some(error) => Err(error),
+            None => self.accept_control(ControlType::Membership, change.encode()),
+        };
+        match accepted {
+            Ok(index) => self.parked.park(index, false, Waiting::Membership { reply }),
+            Err(error) => fx.answers.push(Answer::ChangeMembership { reply, result: Err(error) }),
+        }
+    }
+
+    /// The leader's clock decides what retention lets go; everyone learns it from the log.
+    fn retain(&mut self, now: Timestamp) {
+        if !self.serving || self.log_start_proposed || !self.raft.takes_proposals() {
+            return;
+        }
+        let target = {
+            let log = self.log();
+            log.retention_target(&self.config.retention, now)
+                .map(|target| target.min(log.high_watermark()))
+                .filter(|&target| target > log.log_start())
+        };
+        if let Some(target) = target {
+            // Without room it is tried again at the next round.
+            self.log_start_proposed = self.accept_control(ControlType::LogStart, log_start_payload(target)).is_ok();
+        }
+    }
+
+    fn reconfigure(&mut self, change: Reconfigure) {
+        let Reconfigure { log, retention, flush, max_message_bytes } = change;
+        self.raft.log_mut().set_config(log);
+        self.config.retention = retention;
+        self.config.max_message_bytes = max_message_bytes;
+        if self.config.flush == FlushMode::Relaxed && flush == FlushMode::Quorum {
+            // Everything that was acknowledged unflushed is flushed first.
+            self.flush_wanted = true;
+        }
+        self.config.flush = flush;
+    }
+
+    fn read(&mut self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>, fx: &mut Effects<M>) {
+        if let Some(error) = self.unavailable() {
+            fx.answers.push(Answer::Read { reply, result: Err(error) });
+            return;
+        }
+        let (log_start, high_watermark, end) = {
+            let log = self.log();
+            (log.log_start(), log.high_watermark(), log.end_offset())
+        };
+        if let Some(epoch) = request.last_epoch
+            && let Some(epoch_end) = self.log().epoch_end(epoch)
+            && epoch_end < request.from
+        {
+            let result = Err(Error::new(
+                ErrorCode::LogDiverged,
+                format!("the log was recovered with loss: leader epoch {epoch} ends at offset {epoch_end}, and {} was read with it; decide where to go on", request.from),
+            )
+            .with_partition(self.config.tp.partition));
+            fx.answers.push(Answer::Read { reply, result });
+            return;
+        }
+        // At the end, or in what is appended and not committed yet: there is nothing to read, and nothing is wrong.
+        if request.from >= high_watermark && request.from <= end {
+            if !request.wait {
+                // The log gives nothing at its high watermark.
+                self.read_now(ReadRequest { from: high_watermark, ..request }, reply, fx);
+            } else if let Err(reply) = self.reads.park(request, reply) {
+                let result = Err(Error::new(
+                    ErrorCode::Overloaded,
+                    format!(
+                        "more than {} readers wait for this partition; try again later",
+                        self.config.parked_reads_max
+                    ),
+                )
+                .with_partition(self.config.tp.partition));
+                fx.answers.push(Answer::Read { reply, result });
+            }
+            return;
+        }
+        self.read_now(request, reply, fx);
+    }
+
+    fn read_now(&mut self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>, fx: &mut Effects<M>) {
+        let log = self.raft.log_mut();
+        let (log_start, high_watermark) = (log.log_start(), log.high_watermark());
+        match log.read(request.from, request.max_bytes) {
+            Ok(Read::Bytes(bytes)) => {
+                fx.answers.push(Answer::Read { reply, result: Ok(ReadAnswer { bytes, log_start, high_watermark }) });
+            }
+            Ok(Read::Ticket(ticket)) => fx.tickets.push(ReadOrder { ticket, reply, log_start, high_watermark }),
+            Err(error) => {
+                let result = Err(read_error(&error).with_partition(self.config.tp.partition));
+                fx.answers.push(Answer::Read { reply, result });
+            }
+        }
+    }
+
+    fn list_offset(&mut self, query: OffsetQuery) -> Result<Option<FoundOffset>, Error> {
+        if let Some(error) = self.unavailable() {
+            return Err(error);
+        }
+        let leader_epoch = LeaderEpoch::from_term(self.raft.term()).unwrap_or(LeaderEpoch::NONE);
+        let at = |offset| Some(FoundOffset { offset, timestamp: Timestamp::NONE, leader_epoch });
+        let partition = self.config.tp.partition;
+        let failed = |error: ReadError| read_error(&error).with_partition(partition);
+        let log = self.raft.log_mut();
+        Ok(match query {
+            OffsetQuery::Start => at(log.log_start()),
+            OffsetQuery::End => at(log.high_watermark()),
+            OffsetQuery::RecordsFromEnd(records) => at(log.offset_records_from_end(records).map_err(failed)?),
+            OffsetQuery::Timestamp(timestamp) => log
+                .offset_for_timestamp(timestamp)
+                .map_err(failed)?
+                .map(|(offset, timestamp)| FoundOffset { offset, timestamp, leader_epoch }),
+        })
+    }
+
+    // ---- from accepted to answered ---------------------------------------------------------------------------------
+
+    /// Lets everything that can happen now happen, and orders what must be waited for.
+    fn settle(&mut self, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
+        loop {
+            self.propose_all()?;
+            loop {
+                self.release(fx)?;
+                if !self.raft.has_ready() {
+                    break;
+                }
+                self.process_ready(now, fx)?;
+            }
+            self.take_checkpoint();
+            if self.held.is_empty() || self.holds_back() {
+                break;
+            }
+            for event in std::mem::take(&mut self.held) {
+                self.on_event(event, now, fx)?;
+            }
+        }
+        self.order(fx);
+        Ok(())
+    }
+
+    /// Gives the accepted batches to Raft, all at once.
+    fn propose_all(&mut self) -> Result<(), Ended> {
+        if self.proposals.is_empty() {
+            return Ok(());
+        }
+        let expected = self.raft.last_index().plus(self.proposals.len() as u64);
+        let proposals = std::mem::take(&mut self.proposals);
+        let taken = self.raft.propose(proposals)?;
+        // The machine has them already: a proposal that is dropped now would leave it ahead of its log.
+        if !taken || self.raft.last_index() != expected {
+            return Err(Ended::Panicked(format!(
+                "proposals up to index {expected} were dropped at index {}",
+                self.raft.last_index()
+            )));
+        }
+        Ok(())
+    }
+
+    /// Releases what is flushed, strictly in the order of the readies: one that needs nothing itself still waits for those
+    /// before it, else an append that is sent again would be answered while its bytes are still in flight.
+    fn release(&mut self, fx: &mut Effects<M>) -> Result<(), Ended> {
+        let mut persisted = None;
+        while let Some(front) = self.unflushed.front() {
+            let written = front.write.is_none_or(|write| write <= self.writes_flushed);
+            let voted = front.hard_state.is_none_or(|number| number <= self.hard_states_flushed);
+            if !(written && voted) {
+                break;
+            }
+            persisted = Some(front.ready);
+            let front = self.unflushed.pop_front().expect("it was there a line ago");
+            fx.send_flushed.extend(front.messages);
+        }
+        if let Some(ready) = persisted {
+            self.raft.persisted_ready(ready)?;
+            let persisted = self.raft.persisted();
+            self.parked.answer_persisted(persisted, &mut fx.answers);
+        }
+        Ok(())
+    }
+
+    fn process_ready(&mut self, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
+        let mut ready = self.raft.ready()?;
+        let number = ready.number();
+        if !ready.snapshot().get_metadata().get_conf_state().get_voters().is_empty() {
+            return Err(Ended::Panicked("a snapshot appeared that nobody sent".to_owned()));
+        }
+        self.follow_leadership(fx)?;
+
+        let mut hard_state = None;
+        let term = self.raft.term();
+        let vote = ready
+            .hs()
+            .map_or(self.hard_state.vote, |hs| (hs.vote != raft::INVALID_ID).then(|| ReplicaId::new(hs.vote)));
+        // The commit index is not stored: a change of that alone is nothing.
+        if (term, vote) != (self.hard_state.term, self.hard_state.vote) {
+            assert!(term >= self.hard_state.term, "term goes back from {} to {term}", self.hard_state.term);
+            let flushed = self.log().flushed_index();
+            self.hard_state = HardState { term, vote, flushed };
+            self.hard_states_written = HardStateNumber(self.hard_states_written.0 + 1);
+            fx.hard_state = Some((self.hard_states_written, self.hard_state));
+            hard_state = Some(self.hard_states_written);
+        }
+
+        let entries = ready.take_entries();
+        let write = if entries.is_empty() {
+            None
+        } else {
+            self.write(entries, now)?;
+            (self.config.flush == FlushMode::Quorum).then_some(self.writes)
+        };
+
+        let to_peers = |messages: Vec<raft::eraftpb::Message>| {
+            messages.into_iter().filter_map(RaftAdapter::peer_message).collect::<Vec<_>>()
+        };
+        fx.send_now.extend(to_peers(ready.take_messages()));
+        let messages = to_peers(ready.take_persisted_messages());
+        let committed = ready.take_committed_entries();
+        self.raft.written(ready)?;
+        self.unflushed.push_back(Unflushed { ready: number, write, hard_state, messages });
+        if let (Some(first), Some(last)) = (committed.first(), committed.last()) {
+            self.apply(RaftIndex::new(first.index), RaftIndex::new(last.index), fx)?;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, entries: Vec<Entry>, now: Timestamp) -> Result<(), Ended> {
+        let entries = entries
+            .into_iter()
+            .map(|entry| {
+                let index = entry.index;
+                raft_log::from_raft(entry)
+                    .ok_or_else(|| Ended::Panicked(format!("entry {index} has a form that no leader makes")))
+            })
+            .collect::<Result<Vec<LogEntry>, Ended>>()?;
+        let first = entries[0].index;
+        let log = self.raft.log_mut();
+        if first <= log.last_index() {
+            log.truncate_from(first).map_err(Ended::Storage)?;
+        }
+        log.append(&entries, now).map_err(Ended::Storage)?;
+        self.writes += 1;
+        let end = self.log().end_offset();
+        if self.serving {
+            assert_eq!(end, self.next_offset, "storage stamped other offsets than {} was promised", self.config.tp);
+        } else {
+            self.next_offset = end;
+        }
+        Ok(())
+    }
+
+    /// Notices that leadership came or went.
+    fn follow_leadership(&mut self, fx: &mut Effects<M>) -> Result<(), Ended> {
+        let leading = self.raft.is_leader().then(|| self.raft.term());
+        if self.leading == leading {
+            return Ok(());
+        }
+        if self.leading.is_some() {
+            self.serving = false;
+            self.log_start_proposed = false;
+            self.machine.step_down();
+            let error = Error::new(
+                ErrorCode::NotLeader,
+                "leadership was lost before this was committed; it may or may not be in the log: ask for the leader and try again",
+            )
+            .with_partition(self.config.tp.partition);
+            self.parked.fail_all(&error, &mut fx.answers);
+            self.reads.fail_all(&error, &mut fx.answers);
+            if self.machine.applies_at_append() {
+                self.replay()?;
+            }
+        }
+        self.leading = leading;
+        Ok(())
+    }
+
+    /// Drops the machine's state and makes it anew from the checkpoint and what is applied since.
+    fn replay(&mut self) -> Result<(), Ended> {
+        let (from, machine) = {
+            let log = self.raft.log();
+            (log.checkpoint().applied.next(), log.checkpoint().machine.clone())
+        };
+        self.machine
+            .restore(&machine)
+            .map_err(|error| Ended::Panicked(format!("the checkpoint can not be read a second time: {error}")))?;
+        for index in from.get()..=self.applied.get() {
+            self.give(RaftIndex::new(index))?;
+        }
+        Ok(())
+    }
+
+    /// Gives one committed entry to the machine; says what it was if it was a control batch.
+    fn give(&mut self, index: RaftIndex) -> Result<(BatchHeader, Option<(ControlType, Bytes)>), Ended> {
+        let log = self.raft.log_mut();
+        let header = log.header(index).map_err(Ended::Storage)?;
+        let term = header.leader_epoch.term().unwrap_or_default();
+        let is_control = header.attributes.is_control();
+        let body = if is_control || self.machine.reads_records() {
+            Some(log.entry(index).map_err(Ended::Storage)?.body)
+        } else {
+            None
+        };
+        let entry = |body| MachineEntry { index, term, base_offset: header.base_offset, header: &header, body };
+        Ok(match body {
+            None => {
+                self.machine.committed(&entry(MachineBody::Header));
+                (header, None)
+            }
+            Some(EntryBody::Batch(batch)) => {
+                self.machine.committed(&entry(MachineBody::Records(&batch)));
+                (header, None)
+            }
+            Some(EntryBody::Control { ctype, payload }) => {
+                self.machine.committed(&entry(MachineBody::Control { ctype, payload: &payload }));
+                (header, Some((ctype, payload)))
+            }
+        })
+    }
+
+    fn apply(&mut self, first: RaftIndex, last: RaftIndex, fx: &mut Effects<M>) -> Result<(), Ended> {
+        assert_eq!(first, self.applied.next(), "{}: entries are applied in order", self.config.tp);
+        let mut log_start = None;
+        for index in first.get()..=last.get() {
+            let index = RaftIndex::new(index);
+            let (header, control) = self.give(index)?;
+            self.records += header.data_records();
+            self.checkpoint.entries += 1;
+            self.checkpoint.bytes += header.total_bytes() as u64;
+            self.applied = index;
+            match control {
+                Some((ControlType::NoOp, _))
+                    if self.leading.is_some() && self.leading == header.leader_epoch.term() =>
+                {
+                    // Raft gives the entries of a new term in order: everything before it is applied, too.
+                    self.serving = true;
+                    let end_offset = self.log().end_offset();
+                    self.next_offset = end_offset;
+                    self.machine.lead(self.raft.term());
+                }
+                Some((ControlType::LogStart, payload)) => {
+                    self.log_start_proposed = false;
+                    match log_start_of(&payload) {
+                        Ok(offset) => log_start = log_start.max(Some(offset)),
+                        Err(error) => {
+                            tracing::error!(tp = %self.config.tp, %index, %error, "a log start is not understood: it changes nothing")
+                        }
+                    }
+                }
+                Some((ControlType::Membership, payload)) => match MembershipChange::decode(&payload) {
+                    Ok(change) => self.membership = self.raft.change_membership(change)?,
+                    Err(error) => {
+                        tracing::error!(tp = %self.config.tp, %index, %error, "a change of members is not understood: it changes nothing")
+                    }
+                },
+                _ => {}
+            }
+        }
+        self.raft.applied(last)?;
+        let log = self.raft.log_mut();
+        log.commit_to(last);
+        if let Some(log_start) = log_start.filter(|&offset| offset > log.log_start()) {
+            log.set_log_start(log_start.min(log.high_watermark()));
+            // Files go only below a checkpoint that knows the new log start.
+            self.checkpoint.wanted = true;
+            self.records = count_records(log).map_err(|error| Ended::Panicked(error.to_string()))?;
+        }
+        fx.committed = Some(last);
+        let log_start = self.log().log_start();
+        self.parked.answer_applied(last, log_start, &mut fx.answers);
+        if self.serving {
+            let high_watermark = self.log().high_watermark();
+            for (request, reply) in self.reads.take_below(high_watermark) {
+                self.read_now(request, reply, fx);
+            }
+        }
+        Ok(())
+    }
+
+    // ---- flushes and checkpoints -----------------------------------------------------------------------------------
+
+    fn order(&mut self, fx: &mut Effects<M>) {
+        let wanted = self.config.flush == FlushMode::Quorum || self.flush_wanted || self.checkpoint.taken.is_some();
+        if wanted && self.flush_in_flight.is_none() && self.writes > self.writes_flushed {
+            if let Some(job) = self.raft.log_mut().flush_job() {
+                self.flush_in_flight = Some(self.writes);
+                fx.flush = Some(FlushOrder { job, bytes: std::mem::take(&mut self.bytes_unflushed) });
+            }
+        }
+        self.flush_wanted = self.flush_wanted && self.writes > self.flush_in_flight.unwrap_or(self.writes_flushed);
+        if let Some(taken) = self.checkpoint.taken.take_if(|taken| taken.write <= self.writes_flushed) {
+            self.checkpoint.in_flight = true;
+            let log = self.raft.log_mut();
+            let checkpoint = log.new_checkpoint(taken.applied, taken.membership, taken.machine);
+            // The log start of then: one that moved meanwhile may lie above what this checkpoint knows.
+            fx.checkpoint = Some(log.checkpoint_job(Checkpoint { log_start: taken.log_start, ..checkpoint }));
+        }
+    }
+
+    fn checkpoint_due(&self, factor: u64) -> bool {
+        let state = &self.checkpoint;
+        state.entries > 0
+            && (state.wanted
+                || state.entries >= self.config.checkpoint_entries * factor
+                || state.bytes >= self.config.checkpoint_bytes * factor)
+    }
+
+    /// Nothing is in flight that the machine has and the log has not committed.
+    fn is_quiet(&self) -> bool {
+        self.applied == self.raft.last_index() && self.proposals.is_empty()
+    }
+
+    /// An overdue checkpoint waits for a quiet moment: nothing more is let in until it came.
+    fn holds_back(&self) -> bool {
+        self.machine.applies_at_append()
+            && self.serving
+            && !self.is_quiet()
+            && self.checkpoint.taken.is_none()
+            && !self.checkpoint.in_flight
+            && self.checkpoint_due(CHECKPOINT_OVERDUE)
+    }
+
+    fn take_checkpoint(&mut self) {
+        if self.checkpoint.in_flight || self.checkpoint.taken.is_some() || !self.checkpoint_due(1) {
+            return;
+        }
+        // One that applies at append is ahead of what is committed unless nothing is in flight.
+        if self.machine.applies_at_append() && self.serving && !self.is_quiet() {
+            return;
+        }
+        let (log_start, flushed) = (self.log().log_start(), self.log().flushed_index());
+        let taken = Taken {
+            applied: self.applied,
+            log_start,
+            membership: self.membership.encode(),
+            machine: self.machine.checkpoint(),
+            // Already flushed under `FlushMode::Quorum`; else it waits for a flush that covers it.
+            write: if self.applied <= flushed { self.writes_flushed } else { self.writes },
+        };
+        self.checkpoint = CheckpointState { taken: Some(taken), ..CheckpointState::default() };
+    }
+
+    // ---- ends ------------------------------------------------------------------------------------------------------
+
+    fn check_term_below(&self, term: Term) -> Result<(), Ended> {
+        // The next election must have a term that a leader epoch can hold.
+        if LeaderEpoch::from_term(Term::new(term.get() + 1)).is_none() {
+            return Err(Ended::TermExhausted(term));
+        }
+        Ok(())
+    }
+
+    fn ended_error(&self, why: &str) -> Error {
+        Error::new(
+            ErrorCode::StorageFailed,
+            format!("the replica had to stop ({why}) and is opened anew; what was in flight may or may not be in the log: try again"),
+        )
+        .with_partition(self.config.tp.partition)
+    }
+
+    /// Ends it from outside: its stripe's file of hard states failed. Everyone who waits is in the effects.
+    pub fn fail(&mut self, ended: Ended) -> Effects<M> {
+        let mut fx = Effects::default();
+        if !self.ended {
+            self.end(ended, &mut fx);
+        }
+        fx
+    }
+
+    /// Ends it because it is closed: whoever waits is told `error`.
+    pub fn close(&mut self, error: &Error) -> Effects<M> {
+        let mut fx = Effects::default();
+        self.fail_everyone(error, &mut fx);
+        self.ended = true;
+        fx
+    }
+
+    fn end(&mut self, ended: Ended, fx: &mut Effects<M>) {
+        let error = self.ended_error(&ended.to_string());
+        // What this step wanted of the disk or of others is not wanted any more; what it answered before stays true.
+        fx.send_now.clear();
+        fx.hard_state = None;
+        fx.flush = None;
+        fx.checkpoint = None;
+        self.fail_everyone(&error, fx);
+        self.ended = true;
+        fx.ended = Some(ended);
+    }
+
+    fn fail_everyone(&mut self, error: &Error, fx: &mut Effects<M>) {
+        self.serving = false;
+        self.parked.fail_all(error, &mut fx.answers);
+        self.reads.fail_all(error, &mut fx.answers);
+        fx.answers.extend(std::mem::take(&mut self.held).into_iter().filter_map(|event| event.refused(error.clone())));
+    }
+}
+
+impl From<Panicked> for Ended {
+    fn from(Panicked(message): Panicked) -> Self {
+        Self::Panicked(message)
+    }
+}
+
+impl From<StorageError> for Ended {
+    fn from(error: StorageError) -> Self {
+        Self::Storage(error)
+    }
+}
+
+/// Data records that can be read.
+fn count_records(log: &mut Log) -> Result<u64, ReadError> {
+    let (from, to) = (log.log_start(), log.high_watermark());
+    log.records_between(from, to)
+}
+
+/// A read's failure as its caller is told.
+pub(crate) fn read_error(error: &ReadError) -> Error {
+    let code = match error {
+        ReadError::OutOfRange { .. } => ErrorCode::OffsetOutOfRange,
+        ReadError::Corrupt { .. } => ErrorCode::CorruptLog,
+        _ => ErrorCode::StorageFailed,
+    };
+    Error::new(code, error.to_string())
+}

@@ -1,0 +1,1381 @@
+//! Threads, queues, pools and clocks around the sans-io replicas.
+//!
+//! One thread per shard owns its replicas and the stripes of hard states that they belong to. Round by round it takes all
+//! that waits in its inbox, steps every replica that is touched, hands flushes to the pool, and sends the answers:
+//!
+//! ```text
+//!  inbox -> events by replica -> step -> hard states: one append, one flush per stripe
+//!                                     -> log flushes: side by side on the pool, or right here when one alone is dirty
+//!                                     -> answers
+//!                                     -> reads that need the disk: another pool, which answers by itself
+//! ```
+//!
+//! Queues and their bounds: requests in the inbox (`inbox_requests_max`, then `OVERLOADED`), bytes of produce requests
+//! in flight (`inbox_bytes_max`, then [`ReplicaHandle::reserve`] waits), reads waiting at a log's end
+//! (`parked_reads_max`, then `OVERLOADED`), reads on their way to the disk (`disk_reads_max`, then `OVERLOADED`).
+//! What pools report back is bounded by what was given to them: a flush, a checkpoint, an opening per replica.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
+
+use flowstone_protocol::{Error, ErrorCode, Offset, RaftIndex, Term, Timestamp, TopicPartition};
+use flowstone_storage::checkpoint::CREATION_INDEX;
+use flowstone_storage::hard_state::HardStateFlushDone;
+use flowstone_storage::{
+    CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, Log, OpenError, OpenMode, ReplicaIdentity,
+};
+
+use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, ReadOrder};
+use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
+use crate::inbox::Inbox;
+use crate::machine::Machine;
+use crate::membership::Membership;
+use crate::replica::{Replica, ReplicaConfig, read_error};
+use crate::reply::{ByteBudget, Reply};
+use crate::request::{FlushMode, Health, ReadAnswer, ReplicaSpec, ReplicaStatus, Role};
+use crate::stripe::Stripe;
+
+/// The leader's clock.
+pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
+
+/// The machine's clock: milliseconds since 1970.
+pub fn system_clock() -> Clock {
+    Arc::new(|| {
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Timestamp::new(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+    })
+}
+
+/// How long an end of a replica keeps it closed, the first time; doubled with each that follows.
+const REOPEN_AFTER_MIN: Duration = Duration::from_millis(100);
+/// At most.
+const REOPEN_AFTER_MAX: Duration = Duration::from_secs(10);
+/// A replica that lived this long has recovered: the next end counts as the first.
+const RECOVERED_AFTER: Duration = Duration::from_secs(60);
+/// How far a log is flushed is itself flushed at most this much later.
+const MARKS_FLUSHED_WITHIN: Duration = Duration::from_millis(900);
+/// Full disks are probed this often.
+const PROBE_EVERY: Duration = Duration::from_millis(500);
+/// Reads of those who left are dropped this often.
+const DROP_ABANDONED_EVERY: Duration = Duration::from_secs(5);
+/// Retention looks at one slice of the replicas at a time.
+const RETENTION_SLICES: u32 = 32;
+/// A flush with more bytes than this goes to the pool, even alone: the shard has better to do meanwhile.
+const INLINE_FLUSH_BYTES_MAX: u64 = 256 << 10;
+/// So does one on a disk that is slower than this on average.
+const INLINE_FLUSH_TIME_MAX: Duration = Duration::from_millis(1);
+/// Names the file that says that a broker is running here, and since which start of the machine.
+const RUNNING_FILE: &str = "running";
+
+/// How shards are run. The defaults suit a broker; tests change what they are about.
+#[derive(Debug, Clone)]
+pub struct ShardsConfig {
+    /// Shard threads.
+    pub shards: usize,
+    /// Flushes side by side, for all shards together.
+    pub flush_threads: usize,
+    /// Reads from far back, side by side.
+    pub read_threads: usize,
+    /// Openings, checkpoints and removals, side by side.
+    pub work_threads: usize,
+    /// One tick of the election clock; replicas that are alone in their group need none.
+    pub tick: Duration,
+    /// Bytes of produce requests in flight, per shard.
+    pub inbox_bytes_max: usize,
+    /// Requests that wait, per shard.
+    pub inbox_requests_max: usize,
+    /// Reads that wait at the end of one log.
+    pub parked_reads_max: usize,
+    /// Reads on their way to the disk, for all shards together.
+    pub disk_reads_max: usize,
+    /// A checkpoint after this many bytes of a log...
+    pub checkpoint_bytes: u64,
+    /// ...or this many entries: bounds what a restart replays.
+    pub checkpoint_entries: u64,
+    /// Every replica's retention is looked at this often.
+    pub retention_every: Duration,
+    /// [`FlushMode::Relaxed`]: what is written is flushed within this time.
+    pub relaxed_flush_within: Duration,
+    /// For election timeouts.
+    pub seed: u64,
+    /// The cluster's feature level, for what is created.
+    pub feature_level: u32,
+    /// Names this start of the machine: another one at the next start, without a clean stop between, means that what was
+    /// only in memory may be lost. Empty where the system does not say.
+    pub boot_id: String,
+}
+
+impl Default for ShardsConfig {
+    fn default() -> Self {
+        Self {
+            shards: std::thread::available_parallelism().map_or(1, usize::from),
+            flush_threads: 16,
+            read_threads: 4,
+            work_threads: 8,
+            tick: Duration::from_millis(100),
+            inbox_bytes_max: 64 << 20,
+            inbox_requests_max: 1 << 16,
+            parked_reads_max: 1 << 14,
+            disk_reads_max: 1 << 10,
+            checkpoint_bytes: 256 << 20,
+            checkpoint_entries: 50_000,
+            retention_every: Duration::from_secs(30),
+            relaxed_flush_within: Duration::from_secs(1),
+            seed: 0,
+            feature_level: 1,
+            boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+                .map(|id| id.trim().to_owned())
+                .unwrap_or_default(),
+        }
+    }
+}
+
+/// Why shards could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StartError {
+    /// A stripe's file of hard states can not be opened.
+    #[error(transparent)]
+    HardState(#[from] OpenError),
+    /// The file system or the system's limits refused.
+    #[error("cannot {action}: {source}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: std::io::Error,
+    },
+}
+
+/// All shards of a broker. Dropping it stops them as [`Shards::shutdown`] does.
+#[derive(Debug)]
+pub struct Shards<M: Machine> {
+    ports: Vec<Arc<Port<M>>>,
+    // Guards the handles for the time of taking them: threads are joined once, by whoever comes first.
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    data_dir: Arc<DataDir>,
+}
+
+impl<M: Machine> Shards<M> {
+    /// Starts the threads; no replica is open yet.
+    ///
+    /// # Errors
+    /// When the hard states can not be read, or threads can not be started.
+    pub fn start(config: ShardsConfig, data_dir: Arc<DataDir>, clock: Clock) -> Result<Self, StartError> {
+        let disk = Arc::clone(data_dir.disk());
+        let lost_memory = mark_running(&disk, &data_dir, &config.boot_id)
+            .map_err(|source| StartError::Io { action: "note in the data directory that a broker runs", source })?;
+        let pool = |name, threads| {
+            FlushPool::new(name, threads)
+                .map(Arc::new)
+                .map_err(|source| StartError::Io { action: "start a pool's threads", source })
+        };
+        let pools = Pools {
+            flush: pool("flush", config.flush_threads)?,
+            read: pool("read", config.read_threads)?,
+            work: pool("work", config.work_threads)?,
+            disk_reads: Arc::new(AtomicUsize::new(0)),
+        };
+        let shards = config.shards.max(1);
+        let hard_state_dir = data_dir.hard_state_dir();
+        let mut stripes: Vec<HashMap<u32, Stripe>> = (0..shards).map(|_| HashMap::new()).collect();
+        for number in 0..data_dir.stripes() {
+            let stripe = Stripe::open(&disk, &hard_state_dir, number)?;
+            stripes[number as usize % shards].insert(number, stripe);
+        }
+        let mut all = Self { ports: Vec::new(), threads: Mutex::new(Vec::new()), data_dir };
+        for (number, stripes) in stripes.into_iter().enumerate() {
+            let port = Arc::new(Port {
+                inbox: Inbox::new(config.inbox_requests_max),
+                budget: ByteBudget::new(config.inbox_bytes_max),
+            });
+            let shard = Shard {
+                config: config.clone(),
+                data_dir: Arc::clone(&all.data_dir),
+                disk: Arc::clone(&disk),
+                hard_state_dir: hard_state_dir.clone(),
+                clock: Arc::clone(&clock),
+                lost_memory,
+                port: Arc::clone(&port),
+                pools: pools.clone(),
+                stripes,
+                slots: Vec::new(),
+                free: Vec::new(),
+                by_partition: HashMap::new(),
+                touched: Vec::new(),
+                flushes: Vec::new(),
+                flushes_in_flight: 0,
+                flush_time: Duration::ZERO,
+                answers: Vec::new(),
+                timers: Timers::new(&config),
+                stopping: None,
+            };
+            all.ports.push(port);
+            let thread = std::thread::Builder::new()
+                .name(format!("shard-{number}"))
+                .spawn(move || {
+                    let _guard = StopTheProcess;
+                    shard.run();
+                })
+                .map_err(|source| StartError::Io { action: "start a shard's thread", source })?;
+            all.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        }
+        Ok(all)
+    }
+
+    fn port(&self, tp: TopicPartition) -> &Arc<Port<M>> {
+        &self.ports[self.data_dir.stripe_of(tp) as usize % self.ports.len()]
+    }
+
+    /// Opens a replica, or makes it where there is none yet. The handle is given once its log is recovered; leadership
+    /// follows by itself, see [`ReplicaHandle::ready`].
+    ///
+    /// A replica that is quarantined, or that can not be opened at the moment, gives a handle too: its status tells.
+    ///
+    /// # Errors
+    /// `INVALID_REQUEST` when the partition is open already; `SHUTTING_DOWN`.
+    pub fn open(&self, spec: ReplicaSpec, machine: M, opened: Reply<Result<ReplicaHandle<M>, Error>>) {
+        let port = self.port(spec.tp);
+        if let Some(message) = port.inbox.report(Message::Open { spec: Box::new(spec), machine, opened }) {
+            message.refuse(&shutting_down());
+        }
+    }
+
+    /// Closes a replica: whoever waits is told that this broker has it no longer. With `delete_files` its folder is
+    /// removed, too. Answers when that is done; at once when it is not open.
+    pub fn close(&self, tp: TopicPartition, delete_files: bool, closed: Reply<()>) {
+        if let Some(message) = self.port(tp).inbox.report(Message::Close { tp, delete_files, closed }) {
+            message.refuse(&shutting_down());
+        }
+    }
+
+    /// Stops: refuses what comes, finishes what was accepted, writes checkpoints, closes the logs cleanly and joins the
+    /// threads.
+    pub fn shutdown(self) {
+        drop(self);
+    }
+}
+
+impl<M: Machine> Drop for Shards<M> {
+    fn drop(&mut self) {
+        let (done, finished) = mpsc::channel();
+        for port in &self.ports {
+            // A shard that is gone already has nothing to stop.
+            drop(port.inbox.report(Message::Shutdown { done: done.clone() }));
+        }
+        drop(done);
+        let clean = (0..self.ports.len()).all(|_| finished.recv() == Ok(true));
+        for thread in self.threads.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            drop(thread.join());
+        }
+        if clean {
+            let file = self.data_dir.path().join(RUNNING_FILE);
+            let removed = self.data_dir.disk().remove_file(&file);
+            if let Err(error) = removed.and_then(|()| self.data_dir.disk().sync_dir(self.data_dir.path())) {
+                tracing::warn!(%error, path = %file.display(), "cannot note that the broker stopped cleanly");
+            }
+        }
+    }
+}
+
+/// Notes that a broker runs here; says whether an earlier one ended with the machine, without a clean stop.
+fn mark_running(disk: &Arc<dyn Disk>, data_dir: &DataDir, boot_id: &str) -> std::io::Result<bool> {
+    let path = data_dir.path().join(RUNNING_FILE);
+    let mut lost_memory = false;
+    if disk.exists(&path)? {
+        let file = disk.open(&path, OpenMode::Read)?;
+        let mut before = vec![0; usize::try_from(file.len()?.min(256)).unwrap_or(256)];
+        let length = file.read_at(&mut before, 0)?;
+        // Without a name for either start, the worse is assumed.
+        lost_memory = boot_id.is_empty() || &before[..length] != boot_id.as_bytes();
+        disk.remove_file(&path)?;
+    }
+    let file = disk.open(&path, OpenMode::CreateNew)?;
+    file.write_at(boot_id.as_bytes(), 0)?;
+    file.sync_data()?;
+    disk.sync_dir(data_dir.path())?;
+    Ok(lost_memory)
+}
+
+/// What arrives at a shard.
+#[derive(Debug)]
+pub(crate) enum Message<M: Machine> {
+    Event { slot: SlotKey, event: Event<M> },
+    Open { spec: Box<ReplicaSpec>, machine: M, opened: Reply<Result<ReplicaHandle<M>, Error>> },
+    Close { tp: TopicPartition, delete_files: bool, closed: Reply<()> },
+    Opened { slot: SlotKey, outcome: Opened<M> },
+    Flushed { slot: SlotKey, done: FlushDone, took: Duration },
+    CheckpointWritten { slot: SlotKey, done: CheckpointDone },
+    Removed { slot: SlotKey },
+    HardStatesFlushed { stripe: u32, done: HardStateFlushDone },
+    LogClosed { slot: SlotKey, flushed: Option<RaftIndex> },
+    Shutdown { done: mpsc::Sender<bool> },
+}
+
+impl<M: Machine> Message<M> {
+    /// Answers whoever waits for this with `error`.
+    pub(crate) fn refuse(self, error: &Error) {
+        match self {
+            Self::Event { event, .. } => {
+                if let Some(answer) = event.refused(error.clone()) {
+                    answer.send();
+                }
+            }
+            Self::Open { opened, .. } => opened.send(Err(error.clone())),
+            Self::Close { closed, .. } => closed.send(()),
+            Self::Shutdown { done } => drop(done.send(true)),
+            Self::Opened { .. }
+            | Self::Flushed { .. }
+            | Self::CheckpointWritten { .. }
+            | Self::Removed { .. }
+            | Self::HardStatesFlushed { .. }
+            | Self::LogClosed { .. } => {}
+        }
+    }
+}
+
+/// How an opening ended.
+#[derive(Debug)]
+pub(crate) enum Opened<M: Machine> {
+    Replica(Box<Replica<M>>),
+    /// The file system failed: tried again.
+    Failed {
+        machine: M,
+        message: String,
+    },
+    /// Final.
+    Quarantined {
+        message: String,
+    },
+}
+
+#[derive(Debug, Clone)]
+struct Pools {
+    flush: Arc<FlushPool>,
+    read: Arc<FlushPool>,
+    work: Arc<FlushPool>,
+    /// Reads submitted and not answered yet.
+    disk_reads: Arc<AtomicUsize>,
+}
+
+/// A shard or a job that panics has found a broken invariant: nothing it would do from here on could be trusted.
+struct StopTheProcess;
+
+impl Drop for StopTheProcess {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            tracing::error!("a broken invariant: the process stops, so that nothing is acknowledged that is not so");
+            std::process::abort();
+        }
+    }
+}
+
+/// A place in the table.
+#[derive(Debug)]
+struct Slot<M: Machine> {
+    life: u32,
+    spec: ReplicaSpec,
+    status: Arc<StatusCell>,
+    state: State<M>,
+    /// What waits for the next step.
+    events: Vec<Event<M>>,
+    touched: bool,
+    /// It is in the list of what is to be flushed, and in that of full disks.
+    awaits_flush: bool,
+    awaits_room: bool,
+    /// Flushes, checkpoints, openings that were handed out and are not reported back.
+    jobs: u32,
+    /// Term, vote and flushed index as they were last written to the stripe.
+    hard_state: Option<HardState>,
+    /// What readers were told last: it does not go back while the replica is opened anew.
+    shown: ReplicaStatus,
+    /// Ends since it last recovered.
+    ends: u32,
+    running_since: Instant,
+    opened: Option<Reply<Result<ReplicaHandle<M>, Error>>>,
+    closing: Option<Closing>,
+}
+
+#[derive(Debug)]
+struct Closing {
+    delete_files: bool,
+    closed: Vec<Reply<()>>,
+}
+
+#[derive(Debug)]
+enum State<M: Machine> {
+    /// Nothing lives here.
+    Free,
+    /// On the pool.
+    Opening,
+    Running(Box<Replica<M>>),
+    /// It ended; opened anew at that time, once nothing of it is in flight.
+    Failed {
+        machine: M,
+        message: String,
+        reopen_at: Instant,
+    },
+    /// Until an operator acts.
+    Quarantined {
+        message: String,
+    },
+    /// Its files are being removed, or its log closed.
+    Ending,
+}
+
+/// What has to happen later. Lists hold places in the table that may have become something else since.
+#[derive(Debug)]
+struct Timers {
+    tick_at: Option<Instant>,
+    ticking: Vec<u32>,
+    relaxed_at: Option<Instant>,
+    relaxed: Vec<u32>,
+    probe_at: Option<Instant>,
+    full: Vec<u32>,
+    reopen: Vec<u32>,
+    retention_at: Option<Instant>,
+    retention_slice: u32,
+    retention_step: Duration,
+    abandoned_at: Option<Instant>,
+}
+
+impl Timers {
+    fn new(config: &ShardsConfig) -> Self {
+        Self {
+            tick_at: None,
+            ticking: Vec::new(),
+            relaxed_at: None,
+            relaxed: Vec::new(),
+            probe_at: None,
+            full: Vec::new(),
+            reopen: Vec::new(),
+            retention_at: None,
+            retention_slice: 0,
+            retention_step: (config.retention_every / RETENTION_SLICES).max(Duration::from_millis(1)),
+            abandoned_at: None,
+        }
+    }
+}
+
+struct Shard<M: Machine> {
+    config: ShardsConfig,
+    data_dir: Arc<DataDir>,
+    disk: Arc<dyn Disk>,
+    hard_state_dir: PathBuf,
+    clock: Clock,
+    lost_memory: bool,
+    port: Arc<Port<M>>,
+    pools: Pools,
+    stripes: HashMap<u32, Stripe>,
+    slots: Vec<Slot<M>>,
+    free: Vec<u32>,
+    by_partition: HashMap<TopicPartition, u32>,
+    touched: Vec<u32>,
+    /// Ordered in this round.
+    flushes: Vec<(SlotKey, FlushOrder)>,
+    flushes_in_flight: usize,
+    /// How long a flush takes lately.
+    flush_time: Duration,
+    answers: Vec<Answer<M>>,
+    timers: Timers,
+    stopping: Option<mpsc::Sender<bool>>,
+}
+
+impl<M: Machine> Shard<M> {
+    fn run(mut self) {
+        let mut taken = Vec::new();
+        loop {
+            let deadline = self.next_deadline();
+            self.port.inbox.take(&mut taken, deadline);
+            let now = Instant::now();
+            for message in taken.drain(..) {
+                self.take(message);
+            }
+            self.on_time(now);
+            self.step_touched();
+            self.write_hard_states(now);
+            self.hand_out_flushes();
+            if self.stopping.is_some() && self.try_finish() {
+                return;
+            }
+        }
+    }
+
+    // ---- messages --------------------------------------------------------------------------------------------------
+
+    fn take(&mut self, message: Message<M>) {
+        match message {
+            Message::Event { slot, event } => self.on_request(slot, event),
+            Message::Open { spec, machine, opened } => self.on_open(*spec, machine, opened),
+            Message::Close { tp, delete_files, closed } => self.on_close(tp, delete_files, closed),
+            Message::Opened { slot, outcome } => self.on_opened(slot, outcome),
+            Message::Flushed { slot, done, took } => {
+                self.flushes_in_flight -= 1;
+                self.note_flush_time(took);
+                self.report(slot, Event::Flushed(done));
+            }
+            Message::CheckpointWritten { slot, done } => self.report(slot, Event::CheckpointWritten(done)),
+            Message::Removed { slot } => self.on_removed(slot),
+            Message::HardStatesFlushed { stripe, done } => self.on_hard_states_flushed(stripe, done),
+            Message::LogClosed { slot, flushed } => self.on_log_closed(slot, flushed),
+            Message::Shutdown { done } => self.on_shutdown(done),
+        }
+    }
+
+    fn on_request(&mut self, key: SlotKey, event: Event<M>) {
+        let partition = self.slots.get(key.index as usize).map(|slot| slot.spec.tp.partition);
+        let refusal = if self.stopping.is_some() {
+            shutting_down()
+        } else {
+            match self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life) {
+                None => gone(),
+                Some(slot) if slot.closing.is_some() => gone(),
+                Some(slot) => match &slot.state {
+                    State::Running(_) => {
+                        if let Event::Reconfigure(change) = &event {
+                            // Kept for its next life, too.
+                            slot.spec.log = change.log.clone();
+                            slot.spec.retention = change.retention;
+                            slot.spec.flush = change.flush;
+                            slot.spec.max_message_bytes = change.max_message_bytes;
+                        }
+                        slot.events.push(event);
+                        self.touch(key.index);
+                        return;
+                    }
+                    State::Opening => {
+                        Error::new(ErrorCode::LeaderNotReady, "the partition is being opened; try again in a moment")
+                    }
+                    State::Failed { message, .. } => Error::new(
+                        ErrorCode::StorageFailed,
+                        format!("the replica failed and is opened anew: {message}"),
+                    ),
+                    State::Quarantined { message } => Error::new(ErrorCode::Quarantined, message.clone()),
+                    State::Free | State::Ending => gone(),
+                },
+            }
+        };
+        let refusal = match partition {
+            Some(partition) => refusal.with_partition(partition),
+            None => refusal,
+        };
+        self.answers.extend(event.refused(refusal));
+    }
+
+    /// A job of a replica came home.
+    fn report(&mut self, key: SlotKey, event: Event<M>) {
+        let slot = &mut self.slots[key.index as usize];
+        assert_eq!(slot.life, key.life, "a place is not given away while a job of its replica is in flight");
+        slot.jobs -= 1;
+        if matches!(slot.state, State::Running(_)) {
+            slot.events.push(event);
+            self.touch(key.index);
+        }
+    }
+
+    fn touch(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        if !slot.touched {
+            slot.touched = true;
+            self.touched.push(index);
+        }
+    }
+
+    fn on_open(&mut self, spec: ReplicaSpec, machine: M, opened: Reply<Result<ReplicaHandle<M>, Error>>) {
+        if self.stopping.is_some() {
+            opened.send(Err(shutting_down()));
+            return;
+        }
+        if self.by_partition.contains_key(&spec.tp) {
+            opened.send(Err(Error::new(ErrorCode::InvalidRequest, format!("partition {} is open already", spec.tp))
+                .with_partition(spec.tp.partition)));
+            return;
+        }
+        let tp = spec.tp;
+        let stripe = &self.stripes[&self.data_dir.stripe_of(tp)];
+        let hard_state = stripe.found(spec.replica);
+        let slot = Slot {
+            life: 0,
+            spec,
+            status: Arc::new(StatusCell::new()),
+            state: State::Free,
+            events: Vec::new(),
+            touched: false,
+            awaits_flush: false,
+            awaits_room: false,
+            jobs: 0,
+            hard_state,
+            shown: ReplicaStatus {
+                role: Role::Opening,
+                term: Term::new(0),
+                log_start: Offset::ZERO,
+                high_watermark: Offset::ZERO,
+                end_offset: Offset::ZERO,
+                size_bytes: 0,
+                records: 0,
+                health: Health::Ok,
+            },
+            ends: 0,
+            running_since: Instant::now(),
+            opened: Some(opened),
+            closing: None,
+        };
+        let index = match self.free.pop() {
+            Some(index) => {
+                let place = &mut self.slots[index as usize];
+                *place = Slot { life: place.life.wrapping_add(1), ..slot };
+                index
+            }
+            None => {
+                self.slots.push(slot);
+                u32::try_from(self.slots.len() - 1).expect("fewer replicas than 2^32")
+            }
+        };
+        self.by_partition.insert(tp, index);
+        self.open_slot(index, machine);
+    }
+
+    /// Opens it on the pool, recovery included.
+    fn open_slot(&mut self, index: u32, machine: M) {
+        let key = self.key(index);
+        let slot = &mut self.slots[index as usize];
+        let stripe = &self.stripes[&self.data_dir.stripe_of(slot.spec.tp)];
+        if let Some(message) = stripe.rotten() {
+            self.on_opened_outcome(key, Opened::Quarantined { message });
+            return;
+        }
+        slot.state = State::Opening;
+        slot.jobs += 1;
+        let job = OpenJob {
+            disk: Arc::clone(&self.disk),
+            spec: slot.spec.clone(),
+            hard_state: slot.hard_state,
+            config: ReplicaConfig {
+                tp: slot.spec.tp,
+                replica: slot.spec.replica,
+                flush: slot.spec.flush,
+                retention: slot.spec.retention,
+                internal: slot.spec.internal,
+                max_message_bytes: slot.spec.max_message_bytes,
+                checkpoint_bytes: self.config.checkpoint_bytes,
+                checkpoint_entries: self.config.checkpoint_entries,
+                parked_reads_max: self.config.parked_reads_max,
+                seed: self.config.seed,
+            },
+            feature_level: self.config.feature_level,
+            lost_memory: self.lost_memory,
+            now: (self.clock)(),
+        };
+        let port = Arc::clone(&self.port);
+        self.pools.work.submit(Box::new(move || {
+            let _guard = StopTheProcess;
+            drop(port.inbox.report(Message::Opened { slot: key, outcome: job.run(machine) }));
+        }));
+    }
+
+    fn on_opened(&mut self, key: SlotKey, outcome: Opened<M>) {
+        self.slots[key.index as usize].jobs -= 1;
+        self.on_opened_outcome(key, outcome);
+    }
+
+    fn on_opened_outcome(&mut self, key: SlotKey, outcome: Opened<M>) {
+        let slot = &mut self.slots[key.index as usize];
+        match outcome {
+            Opened::Replica(replica) => {
+                if slot.hard_state.is_none() {
+                    slot.hard_state = Some(replica.hard_state());
+                }
+                let alone = replica.is_only_voter();
+                slot.state = State::Running(replica);
+                slot.running_since = Instant::now();
+                slot.events.clear();
+                if slot.spec.retention.time.is_some() || slot.spec.retention.bytes.is_some() {
+                    self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
+                }
+                if alone {
+                    slot.events.push(Event::Campaign);
+                } else {
+                    self.timers.ticking.push(key.index);
+                    self.timers.tick_at.get_or_insert(Instant::now() + self.config.tick);
+                }
+                self.touch(key.index);
+            }
+            Opened::Failed { machine, message } => {
+                tracing::error!(tp = %slot.spec.tp, %message, "cannot open a replica; trying again");
+                self.set_failed(key.index, machine, message);
+            }
+            Opened::Quarantined { message } => {
+                tracing::error!(tp = %slot.spec.tp, %message, "a replica is quarantined");
+                slot.state = State::Quarantined { message };
+                self.show(key.index);
+            }
+        }
+        let slot = &mut self.slots[key.index as usize];
+        if let Some(opened) = slot.opened.take() {
+            opened.send(Ok(ReplicaHandle {
+                port: Arc::clone(&self.port),
+                slot: key,
+                tp: slot.spec.tp,
+                status: Arc::clone(&slot.status),
+            }));
+        }
+        if slot.closing.is_some() {
+            self.close_if_idle(key.index);
+        }
+    }
+
+    fn set_failed(&mut self, index: u32, machine: M, message: String) {
+        let slot = &mut self.slots[index as usize];
+        if slot.running_since.elapsed() > RECOVERED_AFTER {
+            slot.ends = 0;
+        }
+        let wait = REOPEN_AFTER_MIN.saturating_mul(1 << slot.ends.min(16)).min(REOPEN_AFTER_MAX);
+        slot.ends += 1;
+        slot.state = State::Failed { machine, message, reopen_at: Instant::now() + wait };
+        self.timers.reopen.push(index);
+        self.show(index);
+    }
+
+    fn on_close(&mut self, tp: TopicPartition, delete_files: bool, closed: Reply<()>) {
+        let Some(&index) = self.by_partition.get(&tp) else {
+            closed.send(());
+            return;
+        };
+        let slot = &mut self.slots[index as usize];
+        let closing = slot.closing.get_or_insert(Closing { delete_files: false, closed: Vec::new() });
+        closing.delete_files |= delete_files;
+        closing.closed.push(closed);
+        // What was accepted is finished first, unless all of it goes anyway.
+        if delete_files && let State::Running(replica) = &mut slot.state {
+            let error = gone().with_partition(tp.partition);
+            let mut fx = replica.close(&error);
+            self.answers.append(&mut fx.answers);
+            let late = std::mem::take(&mut slot.events);
+            self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
+        }
+        self.close_if_idle(index);
+    }
+
+    /// Goes on with a closing once nothing of the replica is in flight.
+    fn close_if_idle(&mut self, index: u32) {
+        let key = self.key(index);
+        let slot = &mut self.slots[index as usize];
+        let Some(closing) = &slot.closing else { return };
+        if slot.jobs > 0 || slot.touched || matches!(slot.state, State::Ending | State::Free) {
+            return;
+        }
+        let state = std::mem::replace(&mut slot.state, State::Ending);
+        slot.jobs += 1;
+        let port = Arc::clone(&self.port);
+        if closing.delete_files {
+            drop(state);
+            let (data_dir, tp) = (Arc::clone(&self.data_dir), slot.spec.tp);
+            self.pools.work.submit(Box::new(move || {
+                let _guard = StopTheProcess;
+                if let Err(error) = data_dir.remove_replica(tp) {
+                    tracing::error!(%tp, %error, "cannot remove the files of a replica");
+                }
+                drop(port.inbox.report(Message::Removed { slot: key }));
+            }));
+        } else if let State::Running(mut replica) = state {
+            // Nothing of it is in flight: whoever still waits, waits for something that can not come any more.
+            let error = if self.stopping.is_some() { shutting_down() } else { gone() };
+            let mut fx = replica.close(&error.with_partition(slot.spec.tp.partition));
+            self.answers.append(&mut fx.answers);
+            self.pools.work.submit(Box::new(move || {
+                let _guard = StopTheProcess;
+                drop(port.inbox.report(Message::LogClosed { slot: key, flushed: close_log(replica.into_log()) }));
+            }));
+        } else {
+            drop(state);
+            drop(port.inbox.report(Message::LogClosed { slot: key, flushed: None }));
+        }
+    }
+
+    fn on_removed(&mut self, key: SlotKey) {
+        let slot = &mut self.slots[key.index as usize];
+        slot.jobs -= 1;
+        let (tp, replica) = (slot.spec.tp, slot.spec.replica);
+        if let Some(stripe) = self.stripes.get_mut(&self.data_dir.stripe_of(tp)) {
+            stripe.forget(replica);
+        }
+        self.free_slot(key.index);
+    }
+
+    fn on_log_closed(&mut self, key: SlotKey, flushed: Option<RaftIndex>) {
+        let slot = &mut self.slots[key.index as usize];
+        slot.jobs -= 1;
+        if let (Some(flushed), Some(hard_state)) = (flushed, &mut slot.hard_state) {
+            hard_state.flushed = flushed;
+            let (replica, state) = (slot.spec.replica, *hard_state);
+            if let Some(stripe) = self.stripes.get_mut(&self.data_dir.stripe_of(slot.spec.tp)) {
+                stripe.mark(replica, state, Instant::now());
+                stripe.remember(replica, state);
+            }
+        }
+        self.free_slot(key.index);
+    }
+
+    fn free_slot(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        slot.state = State::Free;
+        self.by_partition.remove(&slot.spec.tp);
+        if let Some(closing) = slot.closing.take() {
+            for closed in closing.closed {
+                closed.send(());
+            }
+        }
+        self.free.push(index);
+    }
+
+    // ---- steps -----------------------------------------------------------------------------------------------------
+
+    fn key(&self, index: u32) -> SlotKey {
+        SlotKey { index, life: self.slots[index as usize].life }
+    }
+
+    fn step_touched(&mut self) {
+        if self.touched.is_empty() {
+            return;
+        }
+        let now = (self.clock)();
+        for index in std::mem::take(&mut self.touched) {
+            self.step(index, now);
+        }
+    }
+
+    fn step(&mut self, index: u32, now: Timestamp) {
+        let slot = &mut self.slots[index as usize];
+        slot.touched = false;
+        let State::Running(replica) = &mut slot.state else { return };
+        let closing = slot.closing.is_some();
+        let mut events = std::mem::take(&mut slot.events);
+        let fx = replica.step(events.drain(..), now);
+        slot.events = events;
+        self.perform(index, fx);
+        if closing {
+            self.close_if_idle(index);
+        }
+    }
+
+    fn perform(&mut self, index: u32, fx: Effects<M>) {
+        let key = self.key(index);
+        let slot = &mut self.slots[index as usize];
+        let Effects {
+            send_now,
+            send_flushed,
+            hard_state,
+            flushed,
+            flush,
+            checkpoint,
+            mut answers,
+            tickets,
+            committed: _,
+            ended,
+        } = fx;
+        // Nobody to send to before there is a transport: a group of one sends nothing.
+        debug_assert!(send_now.is_empty() && send_flushed.is_empty());
+        self.answers.append(&mut answers);
+
+        let tp = slot.spec.tp;
+        let replica = slot.spec.replica;
+        if hard_state.is_some() || flushed.is_some() {
+            let stripe = self
+                .stripes
+                .get_mut(&self.data_dir.stripe_of(tp))
+                .expect("every shard has the stripes of its partitions");
+            if let Some((number, state)) = hard_state {
+                stripe.put(key, number, replica, state);
+                slot.hard_state = Some(state);
+            }
+            if let Some(state) = flushed {
+                stripe.mark(replica, state, Instant::now());
+                slot.hard_state = Some(state);
+            }
+        }
+        if let Some(order) = flush {
+            slot.jobs += 1;
+            self.flushes.push((key, order));
+        }
+        if let Some(job) = checkpoint {
+            slot.jobs += 1;
+            let port = Arc::clone(&self.port);
+            self.pools.work.submit(Box::new(move || {
+                let _guard = StopTheProcess;
+                drop(port.inbox.report(Message::CheckpointWritten { slot: key, done: job.run() }));
+            }));
+        }
+        for order in tickets {
+            self.read_from_disk(order);
+        }
+        if let Some(ended) = ended {
+            self.on_ended(index, &ended);
+            return;
+        }
+        self.show(index);
+        self.arm(index);
+    }
+
+    /// Sets the timers that the replica needs now.
+    fn arm(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        let State::Running(replica) = &slot.state else { return };
+        if slot.spec.flush == FlushMode::Relaxed && replica.is_dirty() && !slot.awaits_flush {
+            slot.awaits_flush = true;
+            self.timers.relaxed.push(index);
+            self.timers.relaxed_at.get_or_insert_with(|| Instant::now() + self.config.relaxed_flush_within);
+        }
+        if replica.is_disk_full() && !slot.awaits_room {
+            slot.awaits_room = true;
+            self.timers.full.push(index);
+            self.timers.probe_at.get_or_insert_with(|| Instant::now() + PROBE_EVERY);
+        }
+        if replica.has_parked_reads() {
+            self.timers.abandoned_at.get_or_insert_with(|| Instant::now() + DROP_ABANDONED_EVERY);
+        }
+    }
+
+    fn on_ended(&mut self, index: u32, ended: &Ended) {
+        let slot = &mut self.slots[index as usize];
+        let message = ended.to_string();
+        tracing::error!(tp = %slot.spec.tp, %message, "a replica ended; it is opened anew");
+        let State::Running(replica) = std::mem::replace(&mut slot.state, State::Ending) else {
+            unreachable!("only a running replica is stepped");
+        };
+        slot.events.clear();
+        let machine = replica.into_machine();
+        self.set_failed(index, machine, message);
+    }
+
+    /// Publishes how a replica is.
+    fn show(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        let mut now = match &slot.state {
+            State::Running(replica) => replica.status(),
+            State::Failed { message, .. } => ReplicaStatus {
+                role: Role::Opening,
+                health: Health::Failed { message: message.clone() },
+                ..slot.shown.clone()
+            },
+            State::Quarantined { message } => ReplicaStatus {
+                role: Role::Opening,
+                health: Health::Quarantined { message: message.clone() },
+                ..slot.shown.clone()
+            },
+            State::Free | State::Opening | State::Ending => ReplicaStatus { role: Role::Opening, ..slot.shown.clone() },
+        };
+        // Until it leads again it does not know how far it was committed: what was shown before holds.
+        if !now.is_ready() && now.high_watermark < slot.shown.high_watermark {
+            now.log_start = slot.shown.log_start;
+            now.high_watermark = slot.shown.high_watermark;
+            now.end_offset = now.end_offset.max(slot.shown.end_offset);
+            now.records = slot.shown.records;
+        }
+        slot.status.publish(&now);
+        slot.shown = now;
+    }
+
+    fn read_from_disk(&mut self, order: ReadOrder) {
+        let waiting = &self.pools.disk_reads;
+        if waiting.fetch_add(1, Ordering::Relaxed) >= self.config.disk_reads_max {
+            waiting.fetch_sub(1, Ordering::Relaxed);
+            order.reply.send(Err(Error::new(
+                ErrorCode::Overloaded,
+                "too many readers wait for the disk; try again in a moment",
+            )));
+            return;
+        }
+        let waiting = Arc::clone(waiting);
+        self.pools.read.submit(Box::new(move || {
+            let _guard = StopTheProcess;
+            let ReadOrder { ticket, reply, log_start, high_watermark } = order;
+            if !reply.is_abandoned() {
+                let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
+                reply.send(answer.map_err(|error| read_error(&error)));
+            }
+            waiting.fetch_sub(1, Ordering::Relaxed);
+        }));
+    }
+
+    // ---- flushes ---------------------------------------------------------------------------------------------------
+
+    fn note_flush_time(&mut self, took: Duration) {
+        // A moving average over some eight flushes; a single slow one counts at once, or the next would stall the shard.
+        self.flush_time = (self.flush_time * 7 + took) / 8;
+    }
+
+    fn hand_out_flushes(&mut self) {
+        loop {
+            let alone = self.flushes.len() == 1
+                && self.flushes_in_flight == 0
+                && self.flushes[0].1.bytes <= INLINE_FLUSH_BYTES_MAX
+                && self.flush_time < INLINE_FLUSH_TIME_MAX
+                && self.port.inbox.is_empty();
+            if alone {
+                self.send_answers();
+                self.flush_here();
+                // The step that follows may have ordered the next one; requests that came meanwhile go first.
+                continue;
+            }
+            for (slot, order) in std::mem::take(&mut self.flushes) {
+                self.flushes_in_flight += 1;
+                let port = Arc::clone(&self.port);
+                self.pools.flush.submit(Box::new(move || {
+                    let _guard = StopTheProcess;
+                    let began = Instant::now();
+                    let done = order.job.run();
+                    drop(port.inbox.report(Message::Flushed { slot, done, took: began.elapsed() }));
+                }));
+            }
+            self.send_answers();
+            return;
+        }
+    }
+
+    /// One replica alone is dirty, nobody else waits, the disk is quick: the two thread switches of a hand-over to the
+    /// pool would cost more than the flush itself.
+    fn flush_here(&mut self) {
+        let Some((key, order)) = self.flushes.pop() else { return };
+        let began = Instant::now();
+        let done = order.job.run();
+        let ended = Instant::now();
+        self.note_flush_time(ended - began);
+        self.report(key, Event::Flushed(done));
+        self.step_touched();
+        self.send_answers();
+        self.write_hard_states(ended);
+    }
+
+    fn send_answers(&mut self) {
+        for answer in self.answers.drain(..) {
+            answer.send();
+        }
+    }
+
+    fn write_hard_states(&mut self, now: Instant) {
+        let mut failed = Vec::new();
+        for (&number, stripe) in &mut self.stripes {
+            let flush_marks = stripe.marked_since().is_some_and(|since| since + MARKS_FLUSHED_WITHIN <= now);
+            match stripe.write(flush_marks) {
+                Ok(None) => {}
+                Ok(Some(job)) => {
+                    let port = Arc::clone(&self.port);
+                    self.pools.flush.submit(Box::new(move || {
+                        let _guard = StopTheProcess;
+                        drop(port.inbox.report(Message::HardStatesFlushed { stripe: number, done: job.run() }));
+                    }));
+                }
+                Err(error) => failed.push((number, error.to_string())),
+            }
+        }
+        for (number, why) in failed {
+            self.fail_stripe(number, &why);
+        }
+    }
+
+    fn on_hard_states_flushed(&mut self, number: u32, done: HardStateFlushDone) {
+        let Some(stripe) = self.stripes.get_mut(&number) else { return };
+        match stripe.flushed(done) {
+            Ok(waited) => {
+                for (key, state) in waited {
+                    let Some(slot) = self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life) else {
+                        continue;
+                    };
+                    if matches!(slot.state, State::Running(_)) {
+                        slot.events.push(Event::HardStateFlushed(state));
+                        self.touch(key.index);
+                    }
+                }
+            }
+            Err(error) => self.fail_stripe(number, &error.to_string()),
+        }
+    }
+
+    /// A stripe's file failed: all its replicas end, and are opened anew once the file was.
+    fn fail_stripe(&mut self, number: u32, why: &str) {
+        tracing::error!(stripe = number, why, "a file of hard states failed: its replicas end");
+        if let Some(stripe) = self.stripes.get_mut(&number) {
+            stripe.fail(why.to_owned());
+        }
+        for index in 0..self.slots.len() as u32 {
+            let slot = &mut self.slots[index as usize];
+            if self.data_dir.stripe_of(slot.spec.tp) != number || slot.closing.is_some() {
+                continue;
+            }
+            if let State::Running(replica) = &mut slot.state {
+                let events = std::mem::take(&mut slot.events);
+                let mut fx = replica.fail(Ended::HardState(why.to_owned()));
+                // What waited for a step is told the same.
+                let mut late = replica.step(events, Timestamp::NONE);
+                fx.answers.append(&mut late.answers);
+                self.perform(index, fx);
+            }
+        }
+        self.send_answers();
+    }
+
+    // ---- time ------------------------------------------------------------------------------------------------------
+
+    fn next_deadline(&self) -> Option<Instant> {
+        let timers = &self.timers;
+        let reopen = timers.reopen.iter().filter_map(|&index| match &self.slots[index as usize] {
+            Slot { state: State::Failed { reopen_at, .. }, jobs: 0, .. } => Some(*reopen_at),
+            _ => None,
+        });
+        let marks =
+            self.stripes.values().filter_map(|stripe| stripe.marked_since()).map(|since| since + MARKS_FLUSHED_WITHIN);
+        [timers.tick_at, timers.relaxed_at, timers.probe_at, timers.retention_at, timers.abandoned_at]
+            .into_iter()
+            .flatten()
+            .chain(reopen)
+            .chain(marks)
+            .min()
+    }
+
+    fn on_time(&mut self, now: Instant) {
+        if take_due(&mut self.timers.tick_at, now) {
+            for index in std::mem::take(&mut self.timers.ticking) {
+                if matches!(&self.slots[index as usize].state, State::Running(replica) if replica.needs_ticks()) {
+                    self.event(index, Event::Tick);
+                    self.timers.ticking.push(index);
+                }
+            }
+            if !self.timers.ticking.is_empty() {
+                self.timers.tick_at = Some(now + self.config.tick);
+            }
+        }
+        if take_due(&mut self.timers.relaxed_at, now) {
+            for index in std::mem::take(&mut self.timers.relaxed) {
+                self.slots[index as usize].awaits_flush = false;
+                self.event(index, Event::FlushNow);
+            }
+        }
+        if take_due(&mut self.timers.probe_at, now) {
+            // Those that are still full come back with their step.
+            for index in std::mem::take(&mut self.timers.full) {
+                self.slots[index as usize].awaits_room = false;
+                self.event(index, Event::ProbeRoom);
+            }
+        }
+        if take_due(&mut self.timers.abandoned_at, now) {
+            for index in 0..self.slots.len() as u32 {
+                if matches!(&self.slots[index as usize].state, State::Running(replica) if replica.has_parked_reads()) {
+                    self.event(index, Event::DropAbandoned);
+                }
+            }
+        }
+        if take_due(&mut self.timers.retention_at, now) {
+            let slice = self.timers.retention_slice;
+            self.timers.retention_slice = (slice + 1) % RETENTION_SLICES;
+            let mut any = false;
+            for index in 0..self.slots.len() as u32 {
+                let spec = &self.slots[index as usize].spec;
+                if spec.retention.time.is_some() || spec.retention.bytes.is_some() {
+                    any = true;
+                    if index % RETENTION_SLICES == slice {
+                        self.event(index, Event::Retain);
+                    }
+                }
+            }
+            if any {
+                self.timers.retention_at = Some(now + self.timers.retention_step);
+            }
+        }
+        if !self.timers.reopen.is_empty() {
+            self.reopen_due(now);
+        }
+    }
+
+    fn event(&mut self, index: u32, event: Event<M>) {
+        let slot = &mut self.slots[index as usize];
+        if matches!(slot.state, State::Running(_)) && slot.closing.is_none() {
+            slot.events.push(event);
+            self.touch(index);
+        }
+    }
+
+    /// Opens anew what ended, once its time has come and nothing of its earlier life is in flight.
+    fn reopen_due(&mut self, now: Instant) {
+        for index in std::mem::take(&mut self.timers.reopen) {
+            let slot = &mut self.slots[index as usize];
+            let State::Failed { reopen_at, .. } = &slot.state else { continue };
+            if slot.closing.is_some() {
+                self.close_if_idle(index);
+                continue;
+            }
+            if self.stopping.is_some() {
+                continue;
+            }
+            if *reopen_at > now || slot.jobs > 0 {
+                self.timers.reopen.push(index);
+                continue;
+            }
+            let number = self.data_dir.stripe_of(slot.spec.tp);
+            if let Err(message) = self.reopen_stripe(number) {
+                let slot = &mut self.slots[index as usize];
+                if let State::Failed { machine, .. } = std::mem::replace(&mut slot.state, State::Ending) {
+                    self.set_failed(index, machine, message);
+                }
+                continue;
+            }
+            let slot = &mut self.slots[index as usize];
+            if let State::Failed { machine, .. } = std::mem::replace(&mut slot.state, State::Opening) {
+                self.show(index);
+                self.open_slot(index, machine);
+            }
+        }
+    }
+
+    fn reopen_stripe(&mut self, number: u32) -> Result<(), String> {
+        let Some(stripe) = self.stripes.get_mut(&number) else { return Ok(()) };
+        if stripe.failed().is_none() {
+            return Ok(());
+        }
+        if stripe.has_flush_in_flight() {
+            return Err("a flush of the hard states is still in flight".to_owned());
+        }
+        let known: Vec<_> = self
+            .slots
+            .iter()
+            .filter(|slot| !matches!(slot.state, State::Free) && self.data_dir.stripe_of(slot.spec.tp) == number)
+            .filter_map(|slot| Some((slot.spec.replica, slot.hard_state?)))
+            .collect();
+        stripe.reopen(&self.disk, &self.hard_state_dir, &known)
+    }
+
+    // ---- the end ---------------------------------------------------------------------------------------------------
+
+    fn on_shutdown(&mut self, done: mpsc::Sender<bool>) {
+        if self.stopping.is_some() {
+            drop(done.send(true));
+            return;
+        }
+        self.stopping = Some(done);
+        // What was accepted is finished, flushed and put into a checkpoint.
+        for index in 0..self.slots.len() as u32 {
+            self.event(index, Event::FlushNow);
+            self.event(index, Event::CheckpointNow);
+        }
+    }
+
+    /// Whether all is done: every job came home, every log is closed, the last marks are flushed.
+    fn try_finish(&mut self) -> bool {
+        let in_flight = self.slots.iter().any(|slot| slot.jobs > 0 || slot.touched)
+            || self.stripes.values().any(Stripe::has_flush_in_flight)
+            || !self.touched.is_empty();
+        if in_flight {
+            return false;
+        }
+        let mut closing = false;
+        for index in 0..self.slots.len() as u32 {
+            let slot = &mut self.slots[index as usize];
+            if matches!(slot.state, State::Running(_)) {
+                slot.closing.get_or_insert(Closing { delete_files: false, closed: Vec::new() });
+                self.close_if_idle(index);
+                closing = true;
+            }
+        }
+        self.send_answers();
+        if closing {
+            return false;
+        }
+        let mut clean = true;
+        for stripe in self.stripes.values_mut() {
+            if let Err(error) = stripe.finish() {
+                tracing::error!(%error, "cannot flush the hard states at the end");
+                clean = false;
+            }
+        }
+        for message in self.port.inbox.close() {
+            message.refuse(&shutting_down());
+        }
+        if let Some(done) = self.stopping.take() {
+            // Nobody is left to tell when the process ends by itself.
+            drop(done.send(clean));
+        }
+        true
+    }
+}
+
+fn take_due(at: &mut Option<Instant>, now: Instant) -> bool {
+    at.take_if(|at| *at <= now).is_some()
+}
+
+fn gone() -> Error {
+    Error::new(ErrorCode::NotLeader, "this broker does not have the partition any more; ask for its leader")
+}
+
+fn close_log(log: Log) -> Option<RaftIndex> {
+    let tp = log.identity().topic_partition;
+    match log.close() {
+        Ok(flushed) => Some(flushed),
+        Err(error) => {
+            tracing::error!(%tp, %error, "cannot close a log cleanly: the next opening recovers it");
+            None
+        }
+    }
+}
+
+/// What an opening needs.
+struct OpenJob {
+    disk: Arc<dyn Disk>,
+    spec: ReplicaSpec,
+    hard_state: Option<HardState>,
+    config: ReplicaConfig,
+    feature_level: u32,
+    /// What was only in memory at the end of the last run is gone.
+    lost_memory: bool,
+    now: Timestamp,
+}
+
+impl OpenJob {
+    fn run<M: Machine>(self, machine: M) -> Opened<M> {
+        let Self { disk, spec, hard_state, config, feature_level, lost_memory, now } = self;
+        let exists = match Log::exists(&disk, &spec.dir) {
+            Ok(exists) => exists,
+            Err(error) => {
+                return Opened::Failed {
+                    machine,
+                    message: format!("cannot look into {}: {error}", spec.dir.display()),
+                };
+            }
+        };
+        if !exists {
+            // It voted, or it wrote: what it answered for is gone, and a new one must not take its name.
+            if hard_state.is_some() {
+                return Opened::Quarantined { message: missing(&spec) };
+            }
+            let identity = ReplicaIdentity { replica: spec.replica, topic_partition: spec.tp, feature_level };
+            if let Err(error) = Log::create(&disk, &spec.dir, identity, Membership::alone(spec.replica).encode()) {
+                return Opened::Failed { machine, message: error.to_string() };
+            }
+        }
+        let flushed = hard_state.map_or(CREATION_INDEX, |state| state.flushed);
+        match Log::open(disk, &spec.dir, spec.log.clone(), flushed, now) {
+            Ok(log) => {
+                if lost_memory && spec.flush == FlushMode::Relaxed {
+                    let end_offset = log.end_offset();
+                    tracing::warn!(tp = %spec.tp, %end_offset, "records above this offset may be lost: flowstone.flush = relaxed, and the machine was restarted");
+                }
+                match Replica::open(log, hard_state, machine, config) {
+                    Ok(replica) => Opened::Replica(Box::new(replica)),
+                    Err(unusable) => Opened::Quarantined { message: unusable.to_string() },
+                }
+            }
+            Err(error @ OpenError::Io { .. }) => Opened::Failed { machine, message: error.to_string() },
+            Err(error) => Opened::Quarantined { message: error.to_string() },
+        }
+    }
+}
+
+fn missing(spec: &ReplicaSpec) -> String {
+    format!(
+        "the files of replica {} in {} are gone; put them back from a backup, or delete the topic",
+        spec.replica,
+        spec.dir.display()
+    )
+}
