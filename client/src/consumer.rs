@@ -1,0 +1,849 @@
+//! Records on their way out.
+
+mod batch;
+mod fetcher;
+
+use std::collections::HashMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use flowstone_protocol::pb;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, Stream};
+use tokio::time::Sleep;
+
+use crate::admin::{OffsetSpec, known_partition, list_offsets};
+use crate::connection::CREDIT_BYTES_MAX;
+use crate::error::{Error, ErrorCode, Result};
+use crate::metadata::{Cluster, MetadataChanges, TopicInfo};
+use crate::record::unix_millis;
+use crate::retry::BackoffPolicy;
+
+pub use batch::{ConsumerRecord, RecordBatch, RecordRef, Records};
+
+use batch::Wanted;
+use fetcher::{BrokerStream, FetchEvent};
+
+/// Where reading of a partition begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StartAt {
+    /// The first record that can be read.
+    #[default]
+    Earliest,
+    /// Behind the last record there is when the consumer is built.
+    Latest,
+    /// This offset.
+    Offset(i64),
+    /// The first record whose timestamp, in milliseconds since 1970, is at least this.
+    Timestamp(i64),
+    /// So many records before the end, in each partition.
+    FromEnd(u64),
+}
+
+impl StartAt {
+    /// The first record from this time on.
+    pub fn time(at: SystemTime) -> Self {
+        Self::Timestamp(unix_millis(at))
+    }
+}
+
+/// Where reading of a partition ends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StopAt {
+    /// It goes on for ever.
+    #[default]
+    Never,
+    /// Where the partition ends when the consumer is built.
+    End,
+    /// Before this offset.
+    Offset(i64),
+    /// Before the first record whose timestamp, in milliseconds since 1970, is at least this; at the end as of now where
+    /// there is none.
+    Timestamp(i64),
+}
+
+/// What happens when the position is no offset that can be read: trimmed away, or beyond the end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum OnOutOfRange {
+    /// An `OFFSET_OUT_OF_RANGE` error that names the valid range; the partition then waits for a seek.
+    #[default]
+    Error,
+    /// Go on at the first record that can be read.
+    Earliest,
+    /// Go on at the end.
+    Latest,
+}
+
+/// A place in a partition.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[non_exhaustive]
+pub struct Position {
+    /// The topic.
+    pub topic: Arc<str>,
+    /// The partition.
+    pub partition: i32,
+    /// The offset.
+    pub offset: i64,
+}
+
+/// What to read, and how; made by [`Client::consumer`](crate::Client::consumer).
+#[derive(Clone, Debug)]
+#[must_use = "nothing is read before build()"]
+pub struct ConsumerBuilder {
+    cluster: Arc<Cluster>,
+    topics: Vec<String>,
+    partitions: Vec<(String, i32, Option<StartAt>)>,
+    start_at: StartAt,
+    stop_at: StopAt,
+    on_out_of_range: OnOutOfRange,
+    prefetch_bytes: usize,
+    decompressed_bytes_max: usize,
+}
+
+impl ConsumerBuilder {
+    pub(crate) fn new(cluster: Arc<Cluster>) -> Self {
+        Self {
+            cluster,
+            topics: Vec::new(),
+            partitions: Vec::new(),
+            start_at: StartAt::default(),
+            stop_at: StopAt::default(),
+            on_out_of_range: OnOutOfRange::default(),
+            prefetch_bytes: 8 << 20,
+            decompressed_bytes_max: 256 << 20,
+        }
+    }
+
+    /// Reads all partitions of this topic too, those that are added later from their start.
+    pub fn topic(mut self, topic: impl Into<String>) -> Self {
+        self.topics.push(topic.into());
+        self
+    }
+
+    /// Reads all partitions of these topics too.
+    pub fn topics(mut self, topics: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.topics.extend(topics.into_iter().map(Into::into));
+        self
+    }
+
+    /// Reads this partition too, from where [`start_at`](Self::start_at) says.
+    pub fn partition(mut self, topic: impl Into<String>, partition: i32) -> Self {
+        self.partitions.push((topic.into(), partition, None));
+        self
+    }
+
+    /// Reads this partition too, from here.
+    pub fn partition_at(mut self, topic: impl Into<String>, partition: i32, start_at: StartAt) -> Self {
+        self.partitions.push((topic.into(), partition, Some(start_at)));
+        self
+    }
+
+    /// Where reading begins; [`StartAt::Earliest`] unless set.
+    pub fn start_at(mut self, start_at: StartAt) -> Self {
+        self.start_at = start_at;
+        self
+    }
+
+    /// Where reading ends; [`StopAt::Never`] unless set. Once every partition is there, the consumer ends.
+    pub fn stop_at(mut self, stop_at: StopAt) -> Self {
+        self.stop_at = stop_at;
+        self
+    }
+
+    /// What happens when a position cannot be read; [`OnOutOfRange::Error`] unless set.
+    pub fn on_out_of_range(mut self, policy: OnOutOfRange) -> Self {
+        self.on_out_of_range = policy;
+        self
+    }
+
+    /// Bytes that a broker may send ahead of what was taken, up to 32 MiB; 8 MiB unless set. With the batch in hand,
+    /// this bounds a consumer's memory, per broker: one that stops reading stops the broker's sending. One batch of
+    /// records is always sent, however large.
+    pub fn prefetch_bytes(mut self, bytes: usize) -> Self {
+        self.prefetch_bytes = bytes;
+        self
+    }
+
+    /// Most bytes that one compressed batch may grow to, up to 2 GiB; 256 MiB unless set.
+    pub fn decompressed_bytes_max(mut self, bytes: usize) -> Self {
+        self.decompressed_bytes_max = bytes;
+        self
+    }
+
+    /// Looks up where to begin and to end. Reading begins with the first poll.
+    ///
+    /// # Errors
+    /// `UNKNOWN_TOPIC`, `UNKNOWN_PARTITION`; `INVALID_REQUEST` for settings that make no sense, such as nothing to
+    /// read; `TIMED_OUT` where no broker answers.
+    pub async fn build(self) -> Result<Consumer> {
+        let invalid = |message: &str| Err(Error::new(ErrorCode::InvalidRequest, message));
+        if self.topics.is_empty() && self.partitions.is_empty() {
+            return invalid("a consumer needs a topic or a partition to read");
+        }
+        if !(1..=CREDIT_BYTES_MAX).contains(&self.prefetch_bytes) {
+            return invalid("prefetch_bytes must be 1 byte to 32 MiB");
+        }
+        if !(1..=i32::MAX as usize).contains(&self.decompressed_bytes_max) {
+            return invalid("decompressed_bytes_max must be 1 byte to 2 GiB");
+        }
+        let mut wanted: Vec<(Arc<TopicInfo>, i32, StartAt)> = Vec::new();
+        let mut add = |topic: &Arc<TopicInfo>, partition: i32, start_at: StartAt| {
+            if !wanted.iter().any(|(known, number, _)| known.name == topic.name && *number == partition) {
+                wanted.push((topic.clone(), partition, start_at));
+            }
+        };
+        for (name, partition, start_at) in &self.partitions {
+            let topic = self.cluster.topic(name).await?;
+            known_partition(&topic, *partition)?;
+            add(&topic, *partition, start_at.unwrap_or(self.start_at));
+        }
+        let mut topics = Vec::new();
+        for name in &self.topics {
+            let topic = self.cluster.topic(name).await?;
+            for partition in 0..topic.partition_count() {
+                add(&topic, partition, self.start_at);
+            }
+            topics.push(topic.name.clone());
+        }
+        let mut queries = Vec::new();
+        for (topic, partition, start_at) in &wanted {
+            let start = match start_at {
+                StartAt::Earliest => Some(OffsetSpec::Start),
+                StartAt::Latest => Some(OffsetSpec::End),
+                StartAt::Timestamp(millis) => Some(OffsetSpec::Timestamp(*millis)),
+                StartAt::FromEnd(records) => Some(OffsetSpec::FromEnd(*records)),
+                StartAt::Offset(_) => None,
+            };
+            let stop = match self.stop_at {
+                StopAt::End => Some(OffsetSpec::End),
+                StopAt::Timestamp(millis) => Some(OffsetSpec::Timestamp(millis)),
+                StopAt::Never | StopAt::Offset(_) => None,
+            };
+            queries.extend(start.into_iter().chain(stop).map(|at| (&*topic.name, *partition, at)));
+        }
+        let mut found = list_offsets(&self.cluster, &queries).await?.into_iter().map(|info| info.offset);
+        let mut partitions = Vec::new();
+        for (topic, partition, start_at) in &wanted {
+            let mut next = || found.next().unwrap_or_default();
+            let start = match start_at {
+                StartAt::Offset(offset) => *offset,
+                _ => next(),
+            };
+            if start < 0 {
+                let message = format!("an offset to start at cannot be negative, {start} is");
+                return Err(Error::new(ErrorCode::InvalidRequest, message).at(&topic.name, *partition));
+            }
+            let until = match self.stop_at {
+                StopAt::Never => i64::MAX,
+                StopAt::Offset(offset) => offset,
+                StopAt::End | StopAt::Timestamp(_) => next(),
+            };
+            partitions.push(Partition::new(topic, *partition, start, until));
+        }
+        let mut consumer = Consumer {
+            changed: next_change(self.cluster.changes()),
+            settings: self,
+            topics,
+            partitions: Vec::new(),
+            by_name: HashMap::new(),
+            streams: Vec::new(),
+            turn: 0,
+            current: None,
+            errors: Vec::new(),
+            lookups: FuturesUnordered::new(),
+            wake_at: None,
+            dirty: true,
+        };
+        for partition in partitions {
+            consumer.add(partition);
+        }
+        Ok(consumer)
+    }
+}
+
+/// One partition that is read.
+#[derive(Debug)]
+struct Partition {
+    topic: Arc<str>,
+    topic_id: Bytes,
+    partition: i32,
+    /// Offset of the next record to be handed out.
+    position: i64,
+    /// Offset of the next record to come from the broker; ahead of `position` by what is in hand.
+    fetch_position: i64,
+    /// First offset that is not wanted.
+    until: i64,
+    /// Tells answers for this position from those for earlier ones.
+    session: u32,
+    last_epoch: i32,
+    paused: bool,
+    failures: u32,
+    high_watermark: Option<i64>,
+    state: Fetching,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fetching {
+    /// To be set on its leader's stream.
+    Unset,
+    /// Set on this broker's stream.
+    Set(i32),
+    /// To be set again after this moment.
+    Waiting(Instant),
+    /// Its new position is being looked up.
+    LookedUp,
+    /// The user was told why it stopped; a seek sets it going again.
+    Stopped,
+    /// It is where it should stop.
+    Done,
+}
+
+impl Partition {
+    fn new(topic: &TopicInfo, partition: i32, start: i64, until: i64) -> Self {
+        let mut partition = Self {
+            topic: topic.name.clone(),
+            topic_id: topic.id.clone(),
+            partition,
+            position: start,
+            fetch_position: start,
+            until,
+            session: 0,
+            last_epoch: -1,
+            paused: false,
+            failures: 0,
+            high_watermark: None,
+            state: Fetching::Unset,
+        };
+        partition.check_done();
+        partition
+    }
+
+    fn check_done(&mut self) {
+        if self.fetch_position >= self.until {
+            self.state = Fetching::Done;
+        }
+    }
+}
+
+type Lookup = (usize, u32, Result<i64>);
+
+/// Reads partitions by position, without a group: a [`Stream`] of records, or batch by batch.
+///
+/// It reads ahead within its [`prefetch_bytes`](ConsumerBuilder::prefetch_bytes) once it was polled, reconnects and follows
+/// leaders by itself, and goes on where it was. An error is told once; then its partition waits for a
+/// [`seek`](Consumer::seek) while the others go on.
+///
+/// ```no_run
+/// # async fn run(client: flowstone_client::Client) -> flowstone_client::Result<()> {
+/// use flowstone_client::{StartAt, StopAt};
+/// let mut consumer = client.consumer().topic("orders").start_at(StartAt::Earliest).stop_at(StopAt::End).build().await?;
+/// while let Some(batch) = consumer.next_batch().await {
+///     for record in &batch? {
+///         println!("{}: {:?}", record.offset(), record.value_bytes());
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
+pub struct Consumer {
+    settings: ConsumerBuilder,
+    /// Topics of which new partitions are read too.
+    topics: Vec<Arc<str>>,
+    /// By fetch id.
+    partitions: Vec<Partition>,
+    by_name: HashMap<(Arc<str>, i32), usize>,
+    streams: Vec<BrokerStream>,
+    /// Which stream is polled first.
+    turn: usize,
+    /// What the stream of records is in the middle of: the batch, and the next record's place in it.
+    current: Option<(usize, RecordBatch, usize)>,
+    /// To be told before anything else.
+    errors: Vec<Error>,
+    lookups: FuturesUnordered<BoxFuture<'static, Lookup>>,
+    wake_at: Option<(Instant, Pin<Box<Sleep>>)>,
+    changed: BoxFuture<'static, MetadataChanges>,
+    /// Some partition may have to be set on another stream.
+    dirty: bool,
+}
+
+impl std::fmt::Debug for Consumer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Consumer").field("partitions", &self.partitions).finish_non_exhaustive()
+    }
+}
+
+fn next_change(mut changes: MetadataChanges) -> BoxFuture<'static, MetadataChanges> {
+    Box::pin(async move {
+        changes.changed().await;
+        changes
+    })
+}
+
+impl Consumer {
+    /// The next records of some partition; `None` once every partition is where it should stop, or stopped by an error
+    /// that was told. Dropping the future loses nothing.
+    ///
+    /// # Errors
+    /// `OFFSET_OUT_OF_RANGE` (see [`OnOutOfRange`]), `LOG_DIVERGED` where the log was recovered with loss,
+    /// `CORRUPT_BATCH`, `UNKNOWN_TOPIC` for one that was deleted. Brokers that cannot be reached are tried for ever.
+    pub async fn next_batch(&mut self) -> Option<Result<RecordBatch>> {
+        std::future::poll_fn(|context| self.poll_next_batch(context)).await
+    }
+
+    /// The next record; `None` as for [`next_batch`](Self::next_batch).
+    ///
+    /// # Errors
+    /// As [`next_batch`](Self::next_batch).
+    pub async fn next_record(&mut self) -> Option<Result<ConsumerRecord>> {
+        std::future::poll_fn(|context| self.poll_next_record(context)).await
+    }
+
+    /// As [`next_batch`](Self::next_batch), for code that polls.
+    pub fn poll_next_batch(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<RecordBatch>>> {
+        if let Some((index, mut batch, next)) = self.current.take() {
+            batch.skip_to(next);
+            if !batch.is_empty() {
+                self.partitions[index].position = batch.next_offset();
+                return Poll::Ready(Some(Ok(batch)));
+            }
+        }
+        self.poll_fetched(context).map(|fetched| {
+            fetched.map(|fetched| {
+                fetched.map(|(index, batch)| {
+                    self.partitions[index].position = batch.next_offset();
+                    batch
+                })
+            })
+        })
+    }
+
+    fn poll_next_record(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<ConsumerRecord>>> {
+        loop {
+            if let Some((index, batch, next)) = &mut self.current {
+                if let Some(record) = batch.get(*next) {
+                    let record = record.to_record();
+                    *next += 1;
+                    // Behind the last record lie control records at most: they count as read with it.
+                    self.partitions[*index].position = batch.offset_at(*next).unwrap_or(batch.next_offset());
+                    return Poll::Ready(Some(Ok(record)));
+                }
+                self.current = None;
+            }
+            match std::task::ready!(self.poll_fetched(context)) {
+                Some(Ok((index, batch))) => self.current = Some((index, batch, 0)),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+    }
+
+    /// Goes on reading this partition at `offset`, whatever stopped it.
+    ///
+    /// # Errors
+    /// `UNKNOWN_PARTITION` for one that is not read here; `INVALID_REQUEST` for a negative offset. Whether the offset
+    /// can be read turns out when it is.
+    pub fn seek(&mut self, topic: &str, partition: i32, offset: i64) -> Result<()> {
+        let index = self.index(topic, partition)?;
+        if offset < 0 {
+            let message = format!("an offset to seek to cannot be negative, {offset} is");
+            return Err(Error::new(ErrorCode::InvalidRequest, message).at(topic, partition));
+        }
+        self.move_to(index, offset);
+        Ok(())
+    }
+
+    fn move_to(&mut self, index: usize, offset: i64) {
+        self.current.take_if(|(current, ..)| *current == index);
+        self.unset(index);
+        let partition = &mut self.partitions[index];
+        partition.position = offset;
+        partition.fetch_position = offset;
+        partition.last_epoch = -1;
+        partition.failures = 0;
+        partition.state = Fetching::Unset;
+        partition.check_done();
+        self.dirty = true;
+    }
+
+    /// As [`seek`](Self::seek), to a place that is looked up first.
+    ///
+    /// # Errors
+    /// As [`seek`](Self::seek); `TIMED_OUT` where no broker answers.
+    pub async fn seek_to(&mut self, topic: &str, partition: i32, to: StartAt) -> Result<()> {
+        self.index(topic, partition)?;
+        let at = match to {
+            StartAt::Offset(offset) => return self.seek(topic, partition, offset),
+            StartAt::Earliest => OffsetSpec::Start,
+            StartAt::Latest => OffsetSpec::End,
+            StartAt::Timestamp(millis) => OffsetSpec::Timestamp(millis),
+            StartAt::FromEnd(records) => OffsetSpec::FromEnd(records),
+        };
+        let found = list_offsets(&self.settings.cluster, &[(topic, partition, at)]).await?;
+        self.seek(topic, partition, found.first().map_or(0, |info| info.offset))
+    }
+
+    /// Hands out nothing more of this partition until it is resumed; its position stays.
+    ///
+    /// # Errors
+    /// `UNKNOWN_PARTITION` for one that is not read here.
+    pub fn pause(&mut self, topic: &str, partition: i32) -> Result<()> {
+        let index = self.index(topic, partition)?;
+        self.current.take_if(|(current, ..)| *current == index);
+        self.unset(index);
+        let partition = &mut self.partitions[index];
+        // What is in hand goes; it is fetched again.
+        partition.fetch_position = partition.position;
+        partition.paused = true;
+        Ok(())
+    }
+
+    /// Goes on with a partition that was paused.
+    ///
+    /// # Errors
+    /// `UNKNOWN_PARTITION` for one that is not read here.
+    pub fn resume(&mut self, topic: &str, partition: i32) -> Result<()> {
+        let index = self.index(topic, partition)?;
+        self.partitions[index].paused = false;
+        self.dirty = true;
+        Ok(())
+    }
+
+    /// Offset of the next record of this partition to be handed out.
+    ///
+    /// # Errors
+    /// `UNKNOWN_PARTITION` for one that is not read here.
+    pub fn position(&self, topic: &str, partition: i32) -> Result<i64> {
+        Ok(self.partitions[self.index(topic, partition)?].position)
+    }
+
+    /// The positions of all partitions that are read.
+    pub fn positions(&self) -> Vec<Position> {
+        let position = |partition: &Partition| Position {
+            topic: partition.topic.clone(),
+            partition: partition.partition,
+            offset: partition.position,
+        };
+        self.partitions.iter().map(position).collect()
+    }
+
+    /// One past the last offset that could be read when this partition's broker last sent something.
+    ///
+    /// # Errors
+    /// `UNKNOWN_PARTITION` for one that is not read here.
+    pub fn high_watermark(&self, topic: &str, partition: i32) -> Result<Option<i64>> {
+        Ok(self.partitions[self.index(topic, partition)?].high_watermark)
+    }
+
+    /// Where the partitions end now: one past the last offset that can be read, as the brokers say.
+    ///
+    /// # Errors
+    /// `TIMED_OUT` where no broker answers; `UNKNOWN_TOPIC` for one that was deleted.
+    pub async fn end_offsets(&self) -> Result<Vec<Position>> {
+        let queries: Vec<_> =
+            self.partitions.iter().map(|partition| (&*partition.topic, partition.partition, OffsetSpec::End)).collect();
+        let found = list_offsets(&self.settings.cluster, &queries).await?;
+        let position = |(partition, info): (&Partition, crate::admin::OffsetInfo)| Position {
+            topic: partition.topic.clone(),
+            partition: partition.partition,
+            offset: info.offset,
+        };
+        Ok(self.partitions.iter().zip(found).map(position).collect())
+    }
+
+    fn index(&self, topic: &str, partition: i32) -> Result<usize> {
+        let index = self.by_name.get(&(Arc::from(topic), partition)).copied();
+        index.ok_or_else(|| {
+            Error::new(ErrorCode::UnknownPartition, "this consumer does not read this partition").at(topic, partition)
+        })
+    }
+
+    fn add(&mut self, partition: Partition) {
+        self.by_name.insert((partition.topic.clone(), partition.partition), self.partitions.len());
+        self.partitions.push(partition);
+        self.dirty = true;
+    }
+
+    /// Takes a partition off the stream that it is set on; what is under way is then of an old session.
+    fn unset(&mut self, index: usize) {
+        let partition = &mut self.partitions[index];
+        if let Fetching::Set(broker) = partition.state {
+            partition.state = Fetching::Unset;
+            if let Some(stream) = self.streams.iter().find(|stream| stream.broker == broker) {
+                stream.send(pb::FetchRequest { remove: vec![index as u32], ..Default::default() });
+            }
+        }
+        partition.session = partition.session.wrapping_add(1);
+    }
+
+    fn poll_fetched(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<(usize, RecordBatch)>>> {
+        loop {
+            if let Some(error) = self.errors.pop() {
+                return Poll::Ready(Some(Err(error)));
+            }
+            while let Poll::Ready(changes) = self.changed.poll_unpin(context) {
+                self.changed = next_change(changes);
+                self.metadata_changed();
+            }
+            while let Poll::Ready(Some((index, session, found))) = Pin::new(&mut self.lookups).poll_next(context) {
+                self.looked_up(index, session, found);
+            }
+            if let Some((_, sleep)) = &mut self.wake_at
+                && sleep.as_mut().poll(context).is_ready()
+            {
+                self.wake_at = None;
+                self.dirty = true;
+            }
+            if std::mem::take(&mut self.dirty) {
+                self.place(context);
+            }
+            if !self.errors.is_empty() {
+                continue;
+            }
+            let ended = |partition: &Partition| matches!(partition.state, Fetching::Done | Fetching::Stopped);
+            let Poll::Ready((at, event)) = self.poll_streams(context) else {
+                if self.dirty {
+                    continue;
+                }
+                return if self.partitions.iter().all(ended) { Poll::Ready(None) } else { Poll::Pending };
+            };
+            match event {
+                FetchEvent::Up | FetchEvent::Rested => self.dirty = true,
+                FetchEvent::Down(error) => {
+                    let broker = self.streams[at].broker;
+                    tracing::debug!(broker, %error, "fetch stream ended");
+                    for partition in self.partitions.iter_mut().filter(|p| p.state == Fetching::Set(broker)) {
+                        partition.state = Fetching::Unset;
+                        partition.session = partition.session.wrapping_add(1);
+                    }
+                    self.dirty = true;
+                }
+                FetchEvent::Response(response) => {
+                    self.streams[at].taken(response.batches.len());
+                    if let Some(fetched) = self.take_in(response) {
+                        return Poll::Ready(Some(Ok(fetched)));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The first event of any stream; the others' wakers are registered where there is none.
+    fn poll_streams(&mut self, context: &mut Context<'_>) -> Poll<(usize, FetchEvent)> {
+        let streams = self.streams.len();
+        for step in 0..streams {
+            let at = (self.turn + step) % streams;
+            if let Poll::Ready(event) = self.streams[at].poll(context) {
+                // The next one first, so that a fast broker does not starve the others.
+                self.turn = (at + 1) % streams;
+                return Poll::Ready((at, event));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Sets what is unset on the streams of its leaders; connects these where need be.
+    fn place(&mut self, context: &mut Context<'_>) {
+        let snapshot = self.settings.cluster.snapshot();
+        let now = Instant::now();
+        let mut earliest: Option<Instant> = None;
+        let mut sets: HashMap<i32, Vec<pb::FetchPartition>> = HashMap::new();
+        for (index, partition) in self.partitions.iter_mut().enumerate() {
+            if let Fetching::Waiting(until) = partition.state {
+                if until > now {
+                    earliest = Some(earliest.map_or(until, |known| known.min(until)));
+                    continue;
+                }
+                partition.state = Fetching::Unset;
+            }
+            if partition.state != Fetching::Unset || partition.paused {
+                continue;
+            }
+            // Without a leader it waits for the metadata to name one.
+            let Some(leader) = snapshot.leader(&partition.topic, partition.partition) else { continue };
+            let at = self.streams.iter().position(|stream| stream.broker == leader).unwrap_or_else(|| {
+                self.streams.push(BrokerStream::new(leader, self.settings.prefetch_bytes));
+                self.streams.len() - 1
+            });
+            let stream = &mut self.streams[at];
+            if !stream.is_open() {
+                stream.connect(self.settings.cluster.settings(), snapshot.brokers.get(&leader));
+                continue;
+            }
+            partition.session = partition.session.wrapping_add(1);
+            partition.state = Fetching::Set(leader);
+            sets.entry(leader).or_default().push(pb::FetchPartition {
+                fetch_id: index as u32,
+                session: partition.session,
+                topic_id: partition.topic_id.clone(),
+                partition: partition.partition,
+                offset: partition.fetch_position,
+                last_epoch: partition.last_epoch,
+            });
+        }
+        for (leader, set) in sets {
+            if let Some(stream) = self.streams.iter().find(|stream| stream.broker == leader) {
+                stream.send(pb::FetchRequest { set, ..Default::default() });
+            }
+        }
+        if let Some(at) = earliest
+            && self.wake_at.as_ref().is_none_or(|(known, _)| *known > at)
+        {
+            let mut sleep = Box::pin(tokio::time::sleep_until(at.into()));
+            if sleep.as_mut().poll(context).is_ready() {
+                self.dirty = true;
+            }
+            self.wake_at = Some((at, sleep));
+        }
+    }
+
+    fn metadata_changed(&mut self) {
+        let snapshot = self.settings.cluster.snapshot();
+        self.dirty = true;
+        for index in 0..self.partitions.len() {
+            let partition = &self.partitions[index];
+            let known = snapshot.topic(&partition.topic).is_some_and(|topic| topic.id == partition.topic_id);
+            let leader = snapshot.leader(&partition.topic, partition.partition);
+            match partition.state {
+                Fetching::Done | Fetching::Stopped => {}
+                _ if !known => {
+                    let error = Error::new(ErrorCode::UnknownTopic, "the topic was deleted");
+                    self.stop(index, error);
+                }
+                Fetching::Set(broker) if leader.is_some_and(|leader| leader != broker) => self.unset(index),
+                _ => {}
+            }
+        }
+        for name in self.topics.clone() {
+            let Some(topic) = snapshot.topic(&name) else { continue };
+            for partition in 0..topic.partition_count() {
+                if !self.by_name.contains_key(&(name.clone(), partition)) {
+                    let until = match self.settings.stop_at {
+                        StopAt::Never => i64::MAX,
+                        StopAt::Offset(offset) => offset,
+                        // It was not there when the ends were looked up: nothing of it is wanted.
+                        StopAt::End | StopAt::Timestamp(_) => 0,
+                    };
+                    self.add(Partition::new(topic, partition, 0, until));
+                }
+            }
+        }
+    }
+
+    fn stop(&mut self, index: usize, error: Error) {
+        self.unset(index);
+        let partition = &mut self.partitions[index];
+        partition.state = Fetching::Stopped;
+        self.errors.push(error.at(&partition.topic, partition.partition));
+    }
+
+    /// A message of a broker; the records in it that are wanted.
+    fn take_in(&mut self, response: pb::FetchResponse) -> Option<(usize, RecordBatch)> {
+        let index = response.fetch_id as usize;
+        let partition = self.partitions.get_mut(index)?;
+        if partition.session != response.session || !matches!(partition.state, Fetching::Set(_)) {
+            // Meant for an earlier position.
+            return None;
+        }
+        if let Some(detail) = &response.error {
+            self.refused(index, Error::from_detail(detail));
+            return None;
+        }
+        partition.failures = 0;
+        partition.high_watermark = Some(response.high_watermark);
+        let wanted = Wanted {
+            from: partition.fetch_position,
+            until: partition.until,
+            decompressed_bytes_max: self.settings.decompressed_bytes_max,
+        };
+        let decoded =
+            batch::decode(&partition.topic, partition.partition, response.batches, response.high_watermark, wanted);
+        partition.fetch_position = decoded.batch.next_offset();
+        if decoded.last_epoch >= 0 {
+            partition.last_epoch = decoded.last_epoch;
+        }
+        if decoded.batch.is_empty() {
+            partition.position = partition.fetch_position;
+        }
+        if partition.fetch_position >= partition.until {
+            self.unset(index);
+            self.partitions[index].state = Fetching::Done;
+        }
+        if let Some(error) = decoded.failure {
+            self.stop(index, error);
+        }
+        (!decoded.batch.is_empty()).then_some((index, decoded.batch))
+    }
+
+    /// The broker does not send this partition any more until it is set again.
+    fn refused(&mut self, index: usize, error: Error) {
+        let policy = self.settings.on_out_of_range;
+        if error.code() == ErrorCode::OffsetOutOfRange && policy != OnOutOfRange::Error {
+            let at = if policy == OnOutOfRange::Earliest { OffsetSpec::Start } else { OffsetSpec::End };
+            self.look_up(index, at);
+            return;
+        }
+        let partition = &mut self.partitions[index];
+        if !error.is_retriable() {
+            self.stop(index, error);
+            return;
+        }
+        self.settings.cluster.heed_hint(&partition.topic, partition.partition, &error);
+        partition.failures = partition.failures.saturating_add(1);
+        let wait: Duration = BackoffPolicy::REQUEST.wait(partition.failures, rand::random::<f64>());
+        partition.state = Fetching::Waiting(Instant::now() + wait);
+        partition.session = partition.session.wrapping_add(1);
+        self.dirty = true;
+    }
+
+    fn look_up(&mut self, index: usize, at: OffsetSpec) {
+        let partition = &mut self.partitions[index];
+        partition.state = Fetching::LookedUp;
+        partition.session = partition.session.wrapping_add(1);
+        let (topic, number, session) = (partition.topic.clone(), partition.partition, partition.session);
+        let cluster = self.settings.cluster.clone();
+        self.lookups.push(Box::pin(async move {
+            let found = list_offsets(&cluster, &[(&topic, number, at)]).await;
+            (index, session, found.map(|found| found.first().map_or(0, |info| info.offset)))
+        }));
+    }
+
+    fn looked_up(&mut self, index: usize, session: u32, found: Result<i64>) {
+        let partition = &mut self.partitions[index];
+        if partition.session != session || partition.state != Fetching::LookedUp {
+            return;
+        }
+        match found {
+            Ok(offset) => {
+                tracing::info!(
+                    topic = %partition.topic,
+                    partition = partition.partition,
+                    from = partition.position,
+                    to = offset,
+                    "position was out of range"
+                );
+                self.move_to(index, offset);
+            }
+            Err(error) if error.is_retriable() => {
+                let wait = BackoffPolicy::REQUEST.wait(1, rand::random::<f64>());
+                partition.state = Fetching::Waiting(Instant::now() + wait);
+                self.dirty = true;
+            }
+            Err(error) => self.stop(index, error),
+        }
+    }
+}
+
+impl Stream for Consumer {
+    type Item = Result<ConsumerRecord>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.poll_next_record(context)
+    }
+}

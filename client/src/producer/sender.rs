@@ -1,0 +1,890 @@
+//! The shell around the batches: streams to the brokers, timers, and the buffer's room.
+//!
+//! Whoever makes a batch ready sends it: the thread that fills it, awaits it, or hears an answer calls
+//! [`ProducerCore::dispatch`], which needs no task to wake up. Two kinds of tasks remain: one [`Link`] per broker, which
+//! connects and reads answers, and one driver, for what time and metadata bring about.
+//!
+//! Locks, outermost first: topics, a partition's batches, a link, timers. Nothing awaits inside any.
+
+use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use flowstone_protocol::pb;
+use flowstone_protocol::{ProducerEpoch, ProducerId};
+use futures::Stream;
+use tokio::sync::{Notify, Semaphore, mpsc, watch};
+
+use crate::error::{Error, ErrorCode, Result};
+use crate::locked;
+use crate::metadata::{Cluster, TopicInfo};
+use crate::producer::ack::{Ack, Outcome};
+use crate::producer::batcher::{Added, Batch, BatchSettings, Ended, Identity, Next, PartitionBatches};
+use crate::producer::partitioner::{Partitioner, StickyPartition};
+use crate::record::{Record, unix_millis};
+use crate::retry::{Backoff, BackoffPolicy};
+
+/// How a producer behaves, beyond how it makes batches.
+#[derive(Clone, Debug)]
+pub(crate) struct SenderSettings {
+    pub(crate) acks: pb::Acks,
+    pub(crate) partitioner: Partitioner,
+    pub(crate) record_bytes_max: usize,
+    pub(crate) buffer_bytes: usize,
+}
+
+/// What one attempt to take a record in came to.
+pub(crate) enum Attempt {
+    Added(Ack),
+    /// The topic is not known yet.
+    UnknownTopic,
+    /// Nothing was taken in; this many bytes must be free first.
+    NoRoom(usize),
+    Refused(Error),
+}
+
+/// Everything of one producer; its tasks and handles share it.
+pub(crate) struct ProducerCore {
+    pub(crate) cluster: Arc<Cluster>,
+    batching: Arc<BatchSettings>,
+    settings: SenderSettings,
+    identity: Option<Identity>,
+    runtime: tokio::runtime::Handle,
+    topics: RwLock<HashMap<Arc<str>, Arc<ProducerTopic>>>,
+    /// Every partition that was ever written to, also those of topics that are gone.
+    queues: RwLock<Vec<Arc<PartitionQueue>>>,
+    links: Mutex<HashMap<i32, Arc<Link>>>,
+    /// Bytes of the buffer that are free.
+    room: Semaphore,
+    timers: Timers,
+    closing: AtomicBool,
+    stop: watch::Sender<bool>,
+    /// Batches begun and not ended.
+    outstanding: AtomicUsize,
+    /// The first failure that no flush has told of.
+    failure: Mutex<Option<Error>>,
+    pub(crate) counters: Counters,
+    /// Ourselves, for the queues.
+    this: Weak<Self>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) records_acknowledged: AtomicU64,
+    pub(crate) records_failed: AtomicU64,
+    pub(crate) batches_sent: AtomicU64,
+    pub(crate) bytes_sent: AtomicU64,
+}
+
+/// One topic as this producer sees it: immutable, replaced when its metadata changes.
+#[derive(Debug)]
+struct ProducerTopic {
+    info: Arc<TopicInfo>,
+    sticky: Arc<StickyPartition>,
+    queues: Vec<Arc<PartitionQueue>>,
+}
+
+/// One partition: its batches, and the link to its leader.
+pub(crate) struct PartitionQueue {
+    topic: Arc<str>,
+    topic_id: Bytes,
+    partition: i32,
+    core: Weak<ProducerCore>,
+    state: Mutex<QueueState>,
+}
+
+struct QueueState {
+    batches: PartitionBatches,
+    link: Option<Arc<Link>>,
+    asking_for_id: bool,
+}
+
+impl std::fmt::Debug for PartitionQueue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.topic, self.partition)
+    }
+}
+
+impl PartitionQueue {
+    /// Somebody awaits a batch of it.
+    pub(crate) fn send_now(self: &Arc<Self>) {
+        if let Some(core) = self.core.upgrade() {
+            core.dispatch(self);
+        }
+    }
+}
+
+impl ProducerCore {
+    /// A producer's core with its driver running.
+    pub(crate) fn start(
+        cluster: Arc<Cluster>,
+        batching: BatchSettings,
+        settings: SenderSettings,
+        identity: Option<Identity>,
+    ) -> Arc<Self> {
+        let core = Arc::new_cyclic(|this| Self {
+            cluster,
+            batching: Arc::new(batching),
+            identity,
+            runtime: tokio::runtime::Handle::current(),
+            topics: RwLock::default(),
+            queues: RwLock::default(),
+            links: Mutex::default(),
+            room: Semaphore::new(settings.buffer_bytes),
+            settings,
+            timers: Timers::default(),
+            closing: AtomicBool::new(false),
+            stop: watch::Sender::new(false),
+            outstanding: AtomicUsize::new(0),
+            failure: Mutex::default(),
+            counters: Counters::default(),
+            this: this.clone(),
+        });
+        tokio::spawn(drive(core.clone()));
+        core
+    }
+
+    /// Takes a record in, if its topic is known and there is room. `credit` is room that the caller holds already.
+    pub(crate) fn try_append(&self, record: &Record<'_>, credit: &mut usize) -> Attempt {
+        if self.closing.load(Ordering::Relaxed) {
+            return Attempt::Refused(Error::closed("producer"));
+        }
+        let bytes = record.bytes_max();
+        if bytes > self.settings.record_bytes_max {
+            let most = self.settings.record_bytes_max;
+            let message = format!("the record takes up to {bytes} bytes, this producer's limit is {most}");
+            return Attempt::Refused(Error::new(ErrorCode::MessageTooLarge, message).at_topic(record.topic));
+        }
+        let timestamp = record.timestamp.unwrap_or_else(|| unix_millis(SystemTime::now()));
+        if timestamp < 0 {
+            let message = format!("a record's timestamp must not be before 1970, {timestamp} ms is");
+            return Attempt::Refused(Error::new(ErrorCode::InvalidTimestamp, message).at_topic(record.topic));
+        }
+        let topics = self.topics.read().unwrap_or_else(PoisonError::into_inner);
+        let Some(topic) = topics.get(record.topic) else { return Attempt::UnknownTopic };
+        let count = topic.info.partition_count();
+        let partition = match record.partition {
+            Some(partition) => partition,
+            None => self.settings.partitioner.choose(record, count, &topic.sticky),
+        };
+        let queue = usize::try_from(partition).ok().and_then(|number| topic.queues.get(number));
+        let Some(queue) = queue else {
+            let message = format!("there is no partition {partition}: the topic has 0 to {}", count - 1);
+            let error = Error::new(ErrorCode::UnknownPartition, message).at(record.topic, partition);
+            return Attempt::Refused(error);
+        };
+        let take_room = |bytes: usize| self.take_room(bytes);
+        let appended = locked(&queue.state).batches.append(record, timestamp, credit, Instant::now, take_room);
+        let Added { delivery, index, opened, sealed } = match appended {
+            Ok(Some(added)) => added,
+            // The widest header, so that the wait is for enough wherever the record will go.
+            Ok(None) => return Attempt::NoRoom(bytes + flowstone_protocol::HEADER_BYTES),
+            Err(error) => return Attempt::Refused(error),
+        };
+        if opened.is_some() {
+            self.outstanding.fetch_add(1, Ordering::AcqRel);
+        }
+        if sealed {
+            topic.sticky.move_on(partition, &topic.info.leaders);
+        }
+        let now_due = opened.is_some() && self.batching.linger.is_zero();
+        let dispatch = (sealed || now_due).then(|| queue.clone());
+        if let Some((number, due)) = opened {
+            if now_due || sealed {
+                self.timers.touch();
+            } else {
+                self.timers.linger(due, number, queue.clone());
+            }
+        }
+        drop(topics);
+        if let Some(queue) = dispatch {
+            self.dispatch(&queue);
+        }
+        Attempt::Added(Ack::new(delivery, index, timestamp))
+    }
+
+    fn take_room(&self, bytes: usize) -> bool {
+        match u32::try_from(bytes).map(|bytes| self.room.try_acquire_many(bytes)) {
+            Ok(Ok(permit)) => {
+                permit.forget();
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Waits until this much of the buffer is free, and takes it; what is not used goes back by
+    /// [`ProducerCore::give_room`].
+    pub(crate) async fn wait_for_room(&self, bytes: usize) -> Result<usize> {
+        if bytes > self.settings.buffer_bytes {
+            let most = self.settings.buffer_bytes;
+            let message = format!("the record takes up to {bytes} bytes, this producer's whole buffer has {most}");
+            return Err(Error::new(ErrorCode::MessageTooLarge, message));
+        }
+        // Room comes free when batches end: those that still wait for company must go.
+        self.send_everything();
+        let wanted = u32::try_from(bytes).unwrap_or(u32::MAX);
+        let stopped = self.stopped();
+        tokio::select! {
+            permit = self.room.acquire_many(wanted) => {
+                permit.map_err(|_| Error::closed("producer"))?.forget();
+                Ok(wanted as usize)
+            }
+            () = stopped => Err(Error::closed("producer")),
+        }
+    }
+
+    pub(crate) fn give_room(&self, bytes: usize) {
+        self.room.add_permits(bytes);
+    }
+
+    async fn stopped(&self) {
+        let mut stop = self.stop.subscribe();
+        // The sender is ours: the wait ends by the value alone.
+        let _ = stop.wait_for(|stop| *stop).await;
+    }
+
+    fn all_queues(&self) -> Vec<Arc<PartitionQueue>> {
+        self.queues.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Sends what waits for company, and returns what all that is not ended is told through.
+    pub(crate) fn send_everything(&self) -> Vec<Arc<crate::producer::ack::Delivery>> {
+        let mut deliveries = Vec::new();
+        for queue in self.all_queues() {
+            let before = deliveries.len();
+            deliveries.extend(locked(&queue.state).batches.deliveries().cloned());
+            if deliveries.len() > before {
+                for delivery in &deliveries[before..] {
+                    delivery.want();
+                }
+                self.dispatch(&queue);
+            }
+        }
+        deliveries
+    }
+
+    /// Makes a topic's partitions known.
+    ///
+    /// # Errors
+    /// `UNKNOWN_TOPIC`.
+    pub(crate) async fn load_topic(&self, name: &str) -> Result<()> {
+        let info = self.cluster.topic(name).await?;
+        if info.leaders.is_empty() {
+            return Err(Error::new(ErrorCode::NoLeader, "the topic has no partitions yet; try again").at_topic(name));
+        }
+        self.set_topic(info);
+        Ok(())
+    }
+
+    /// Takes a topic's metadata in: new partitions get queues, changed leaders get links.
+    fn set_topic(&self, info: Arc<TopicInfo>) {
+        let (moved, queues) = {
+            let mut topics = self.topics.write().unwrap_or_else(PoisonError::into_inner);
+            let old = topics.get(&info.name).filter(|old| old.info.id == info.id);
+            let mut queues = old.map(|old| old.queues.clone()).unwrap_or_default();
+            let sticky = old.map_or_else(
+                || Arc::new(StickyPartition::starting_at(rand::random_range(0..info.partition_count().max(1)))),
+                |old| old.sticky.clone(),
+            );
+            let known = queues.len();
+            for partition in known..info.leaders.len() {
+                queues.push(self.new_queue(&info, partition as i32));
+            }
+            self.queues.write().unwrap_or_else(PoisonError::into_inner).extend(queues[known..].iter().cloned());
+            let topic = ProducerTopic { info: info.clone(), sticky, queues: queues.clone() };
+            (topics.insert(info.name.clone(), Arc::new(topic)).is_some(), queues)
+        };
+        for (queue, leader) in queues.iter().zip(&info.leaders) {
+            self.set_leader(queue, *leader);
+        }
+        if moved {
+            tracing::debug!(topic = %info.name, "metadata changed");
+        }
+    }
+
+    fn new_queue(&self, info: &TopicInfo, partition: i32) -> Arc<PartitionQueue> {
+        Arc::new_cyclic(|queue| PartitionQueue {
+            topic: info.name.clone(),
+            topic_id: info.id.clone(),
+            partition,
+            core: self.this.clone(),
+            state: Mutex::new(QueueState {
+                batches: PartitionBatches::new(
+                    self.batching.clone(),
+                    info.name.clone(),
+                    partition,
+                    queue.clone(),
+                    self.identity,
+                ),
+                link: None,
+                asking_for_id: false,
+            }),
+        })
+    }
+
+    /// Points a partition at the link of its leader. What is under way to another broker is sent again.
+    fn set_leader(&self, queue: &Arc<PartitionQueue>, leader: Option<i32>) {
+        let link = leader.map(|broker| self.link(broker));
+        {
+            let mut state = locked(&queue.state);
+            if state.link.as_ref().map(|link| link.broker) == leader {
+                return;
+            }
+            if leader.is_none() {
+                state.batches.set_trouble(Error::new(ErrorCode::NoLeader, "the partition has no leader"));
+            }
+            if let Some(old) = std::mem::replace(&mut state.link, link) {
+                old.abandon(queue);
+            }
+            state.batches.connection_lost(None);
+        }
+        self.dispatch(queue);
+    }
+
+    fn link(&self, broker: i32) -> Arc<Link> {
+        let mut links = locked(&self.links);
+        let link = links.entry(broker).or_insert_with(|| {
+            let link = Arc::new(Link { broker, state: Mutex::default(), needed: Notify::new() });
+            if let Some(core) = self.this.upgrade() {
+                self.runtime.spawn(run_link(core, link.clone()));
+            }
+            link
+        });
+        link.clone()
+    }
+
+    /// Sends what may go of a partition, now, on this thread.
+    pub(crate) fn dispatch(&self, queue: &Arc<PartitionQueue>) {
+        loop {
+            let unbuilt = {
+                let mut state = locked(&queue.state);
+                let state = &mut *state;
+                let Some(link) = &state.link else { return };
+                if !link.is_up() {
+                    if !state.batches.is_idle() {
+                        link.needed.notify_one();
+                    }
+                    return;
+                }
+                match state.batches.next(Instant::now()) {
+                    Next::Idle => return,
+                    Next::At(at) => {
+                        self.timers.alarm(at, queue.clone());
+                        return;
+                    }
+                    Next::Send { number, bytes } => {
+                        let bytes_sent = bytes.len() as u64;
+                        let left = link.push(queue, bytes, self.settings.acks, |request_id| {
+                            let unanswered = state.batches.sent(number, request_id)?;
+                            Some(Unanswered { core: self.this.clone(), batch: Some(unanswered) })
+                        });
+                        if !left {
+                            // The link went down since; its task will send this again.
+                            return;
+                        }
+                        self.counters.batches_sent.fetch_add(1, Ordering::Relaxed);
+                        self.counters.bytes_sent.fetch_add(bytes_sent, Ordering::Relaxed);
+                        continue;
+                    }
+                    Next::NewProducerId => {
+                        if !std::mem::replace(&mut state.asking_for_id, true)
+                            && let Some(core) = self.this.upgrade()
+                        {
+                            self.runtime.spawn(renew_producer_id(core, queue.clone()));
+                        }
+                        return;
+                    }
+                    Next::Build(unbuilt) => unbuilt,
+                }
+            };
+            let built = unbuilt.build();
+            locked(&queue.state).batches.built(built);
+        }
+    }
+
+    /// Tells what ended, and gives back its room.
+    fn finish(&self, ended: Ended) {
+        for (batch, outcome) in ended {
+            match &outcome {
+                Outcome::Stored { .. } => {
+                    self.counters.records_acknowledged.fetch_add(batch.records as u64, Ordering::Relaxed);
+                }
+                Outcome::Failed(error) => {
+                    self.counters.records_failed.fetch_add(batch.records as u64, Ordering::Relaxed);
+                    locked(&self.failure).get_or_insert_with(|| error.clone());
+                }
+                // One goes, two come.
+                Outcome::Split { .. } => {
+                    self.outstanding.fetch_add(2, Ordering::AcqRel);
+                }
+            }
+            // Room first: who awaits the outcome may send at once.
+            self.give_room(batch.room);
+            batch.delivery.resolve(outcome);
+            if self.outstanding.fetch_sub(1, Ordering::AcqRel) == 1 && self.closing.load(Ordering::Acquire) {
+                self.stop.send_replace(true);
+            }
+        }
+    }
+
+    fn answered(&self, link: &Arc<Link>, response: pb::ProduceResponse) {
+        let now = Instant::now();
+        let mut touched: Vec<Arc<PartitionQueue>> = Vec::new();
+        for result in response.results {
+            let Some(queue) = link.take(result.request_id) else { continue };
+            let answer = match &result.error {
+                None => Ok((result.base_offset, (result.log_append_time >= 0).then_some(result.log_append_time))),
+                Some(detail) => Err(Error::from_detail(detail)),
+            };
+            if let Err(error) = &answer {
+                self.cluster.heed_hint(&queue.topic, queue.partition, error);
+            }
+            let ended = locked(&queue.state).batches.answered(result.request_id, answer, now, rand::random::<f64>());
+            self.finish(ended);
+            if !touched.iter().any(|known| Arc::ptr_eq(known, &queue)) {
+                touched.push(queue);
+            }
+        }
+        for queue in touched {
+            self.dispatch(&queue);
+        }
+    }
+
+    /// The first failure since this was last asked.
+    pub(crate) fn take_failure(&self) -> Option<Error> {
+        locked(&self.failure).take()
+    }
+
+    /// No more records; the tasks end once everything is told.
+    pub(crate) fn begin_close(&self) {
+        self.closing.store(true, Ordering::Release);
+        self.send_everything();
+        if self.outstanding.load(Ordering::Acquire) == 0 {
+            self.stop.send_replace(true);
+        }
+    }
+
+    /// Fails what is left, and ends the tasks.
+    pub(crate) fn abort(&self, error: &Error) {
+        for queue in self.all_queues() {
+            let ended = locked(&queue.state).batches.fail_all(error);
+            self.finish(ended);
+        }
+        self.stop.send_replace(true);
+    }
+
+    /// Compares what is known of the topics with the metadata; returns the names that the metadata does not have.
+    fn refresh(&self) -> Vec<Arc<str>> {
+        let snapshot = self.cluster.snapshot();
+        let known: Vec<Arc<ProducerTopic>> =
+            self.topics.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let mut missing = Vec::new();
+        for topic in known {
+            match snapshot.topic(&topic.info.name) {
+                None => missing.push(topic.info.name.clone()),
+                Some(info) if **info == *topic.info => {}
+                Some(info) if info.id == topic.info.id => self.set_topic(info.clone()),
+                Some(info) => {
+                    self.drop_topic(&topic.info.name, "the topic was deleted, and made anew under its name");
+                    self.set_topic(info.clone());
+                }
+            }
+        }
+        missing
+    }
+
+    fn drop_topic(&self, name: &str, why: &str) {
+        let topic = self.topics.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        let Some(topic) = topic else { return };
+        let error = Error::new(ErrorCode::UnknownTopic, why);
+        for queue in &topic.queues {
+            let ended = locked(&queue.state).batches.fail_all(&error);
+            self.finish(ended);
+        }
+        let mut queues = self.queues.write().unwrap_or_else(PoisonError::into_inner);
+        queues.retain(|queue| !topic.queues.iter().any(|gone| Arc::ptr_eq(gone, queue)));
+    }
+
+    /// A topic that the metadata lost sight of: is it gone for good?
+    async fn check_missing(&self, name: Arc<str>) {
+        match self.cluster.topic(&name).await {
+            Ok(info) => self.set_topic(info),
+            Err(error) if error.code() == ErrorCode::UnknownTopic => self.drop_topic(&name, "the topic was deleted"),
+            Err(error) => tracing::debug!(topic = %name, %error, "cannot tell whether the topic still exists"),
+        }
+    }
+
+    /// Gives up what is too old.
+    fn sweep(&self, now: Instant) {
+        for queue in self.all_queues() {
+            let ended = locked(&queue.state).batches.expire(now);
+            if !ended.is_empty() {
+                self.finish(ended);
+                self.dispatch(&queue);
+            }
+        }
+    }
+
+    fn has_work_for(&self, link: &Arc<Link>) -> bool {
+        self.all_queues().iter().any(|queue| {
+            let state = locked(&queue.state);
+            state.link.as_ref().is_some_and(|known| Arc::ptr_eq(known, link)) && !state.batches.is_idle()
+        })
+    }
+
+    fn dispatch_link(&self, link: &Arc<Link>) {
+        for queue in self.all_queues() {
+            let ours = locked(&queue.state).link.as_ref().is_some_and(|known| Arc::ptr_eq(known, link));
+            if ours {
+                self.dispatch(&queue);
+            }
+        }
+    }
+}
+
+async fn renew_producer_id(core: Arc<ProducerCore>, queue: Arc<PartitionQueue>) {
+    let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
+    loop {
+        match init_producer(&core.cluster).await {
+            Ok(identity) => {
+                let mut state = locked(&queue.state);
+                state.batches.set_identity(identity);
+                state.asking_for_id = false;
+                break;
+            }
+            Err(error) => locked(&queue.state).batches.set_trouble(error),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(backoff.failed()) => {}
+            () = core.stopped() => return,
+        }
+    }
+    core.dispatch(&queue);
+}
+
+/// A producer id of our own.
+pub(crate) async fn init_producer(cluster: &Arc<Cluster>) -> Result<Identity> {
+    let response =
+        cluster.call_log(None, |mut log| async move { log.init_producer(pb::InitProducerRequest {}).await }).await?;
+    let epoch = i16::try_from(response.producer_epoch).map_err(|_| {
+        Error::new(ErrorCode::Internal, "the broker gave a producer epoch that is no 16-bit number; report this")
+    })?;
+    Ok(Identity { producer_id: ProducerId::new(response.producer_id), epoch: ProducerEpoch::new(epoch) })
+}
+
+/// The stream to one broker.
+#[derive(Debug)]
+pub(crate) struct Link {
+    broker: i32,
+    state: Mutex<LinkState>,
+    /// There is something to send, and no stream.
+    needed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct LinkState {
+    outbound: Option<mpsc::UnboundedSender<Outbound>>,
+    next_request: u64,
+    /// Requests without an answer yet.
+    pending: HashMap<u64, Arc<PartitionQueue>>,
+}
+
+/// One message on its way out. Bounded by the batches in flight per partition, or (`acks=none`) by the buffer.
+#[derive(Debug)]
+struct Outbound {
+    request: pb::ProduceRequest,
+    unanswered: Option<Unanswered>,
+}
+
+/// A batch whose end is that it leaves (`acks=none`): it is told so when the connection takes it, or that it was lost.
+struct Unanswered {
+    core: Weak<ProducerCore>,
+    batch: Option<Batch>,
+}
+
+impl std::fmt::Debug for Unanswered {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Unanswered").field("batch", &self.batch).finish_non_exhaustive()
+    }
+}
+
+impl Unanswered {
+    fn end(&mut self, outcome: Outcome) {
+        if let (Some(core), Some(batch)) = (self.core.upgrade(), self.batch.take()) {
+            core.finish(vec![(batch, outcome)]);
+        }
+    }
+}
+
+impl Drop for Unanswered {
+    fn drop(&mut self) {
+        if self.batch.is_some() {
+            self.end(Outcome::Failed(Error::unreachable(
+                "the connection broke before the record left; with acks=none it is not sent again",
+            )));
+        }
+    }
+}
+
+impl Link {
+    fn is_up(&self) -> bool {
+        locked(&self.state).outbound.is_some()
+    }
+
+    /// Puts a batch on the stream; `sent` learns its request id first, under the lock, so that no answer can be
+    /// faster. False where there is no stream.
+    fn push(
+        &self,
+        queue: &Arc<PartitionQueue>,
+        batch: Bytes,
+        acks: pb::Acks,
+        sent: impl FnOnce(u64) -> Option<Unanswered>,
+    ) -> bool {
+        let mut state = locked(&self.state);
+        let state = &mut *state;
+        let Some(outbound) = &state.outbound else { return false };
+        state.next_request += 1;
+        let request_id = state.next_request;
+        let unanswered = sent(request_id);
+        if unanswered.is_none() {
+            state.pending.insert(request_id, queue.clone());
+        }
+        let request = pb::ProduceRequest {
+            request_id,
+            topic_id: queue.topic_id.clone(),
+            partition: queue.partition,
+            acks: acks.into(),
+            batch,
+        };
+        // A stream whose other end is gone is about to be reported by its task, which sends all this again.
+        let _ = outbound.send(Outbound { request, unanswered });
+        true
+    }
+
+    fn take(&self, request_id: u64) -> Option<Arc<PartitionQueue>> {
+        locked(&self.state).pending.remove(&request_id)
+    }
+
+    /// Answers for this partition count no more.
+    fn abandon(&self, queue: &Arc<PartitionQueue>) {
+        locked(&self.state).pending.retain(|_, pending| !Arc::ptr_eq(pending, queue));
+    }
+
+    fn up(&self, outbound: mpsc::UnboundedSender<Outbound>) {
+        locked(&self.state).outbound = Some(outbound);
+    }
+
+    /// The stream is gone; returns the partitions that had something under way.
+    fn down(&self) -> Vec<Arc<PartitionQueue>> {
+        let mut state = locked(&self.state);
+        state.outbound = None;
+        let mut queues: Vec<Arc<PartitionQueue>> = Vec::new();
+        for (_, queue) in state.pending.drain() {
+            if !queues.iter().any(|known| Arc::ptr_eq(known, &queue)) {
+                queues.push(queue);
+            }
+        }
+        queues
+    }
+}
+
+/// What gRPC pulls from when the connection has room.
+struct OutboundStream(mpsc::UnboundedReceiver<Outbound>);
+
+impl Stream for OutboundStream {
+    type Item = pb::ProduceRequest;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.poll_recv(context).map(|outbound| {
+            outbound.map(|mut outbound| {
+                if let Some(unanswered) = &mut outbound.unanswered {
+                    unanswered.end(Outcome::Stored { base_offset: -1, log_append_time: None });
+                }
+                outbound.request
+            })
+        })
+    }
+}
+
+/// Keeps a stream to one broker while there is something to send to it.
+async fn run_link(core: Arc<ProducerCore>, link: Arc<Link>) {
+    let mut backoff = Backoff::new(BackoffPolicy::CONNECT);
+    loop {
+        tokio::select! {
+            () = link.needed.notified() => {}
+            () = core.stopped() => return,
+        }
+        while core.has_work_for(&link) {
+            let mut answered = false;
+            let error = tokio::select! {
+                error = serve_link(&core, &link, &mut answered) => error,
+                () = core.stopped() => {
+                    link.down();
+                    return;
+                }
+            };
+            if answered {
+                backoff.succeeded();
+            }
+            tracing::debug!(broker = link.broker, %error, "produce stream ended");
+            let under_way = link.down();
+            for queue in core.all_queues() {
+                let mut state = locked(&queue.state);
+                if under_way.iter().any(|known| Arc::ptr_eq(known, &queue)) {
+                    state.batches.connection_lost(Some(error.clone()));
+                } else if state.link.as_ref().is_some_and(|known| Arc::ptr_eq(known, &link)) {
+                    state.batches.set_trouble(error.clone());
+                }
+            }
+            tokio::select! {
+                () = tokio::time::sleep(backoff.failed()) => {}
+                () = core.stopped() => return,
+            }
+        }
+    }
+}
+
+/// One stream, from connecting to its end; the error says why it ended.
+async fn serve_link(core: &Arc<ProducerCore>, link: &Arc<Link>, answered: &mut bool) -> Error {
+    let address = core.cluster.snapshot().brokers.get(&link.broker).cloned();
+    let Some(address) = address else {
+        return Error::unreachable(format!("the address of broker {} is not known", link.broker));
+    };
+    let settings = core.cluster.settings();
+    let channel = match settings.connect(&address).await {
+        Ok(channel) => channel,
+        Err(error) => return error,
+    };
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let mut client = settings.log_client(channel);
+    // Batches need not wait for the call to be accepted: they follow its headers.
+    link.up(sender);
+    core.dispatch_link(link);
+    let mut answers = match client.produce(OutboundStream(receiver)).await {
+        Ok(response) => response.into_inner(),
+        Err(status) => return Error::from_status(status),
+    };
+    loop {
+        match answers.message().await {
+            Ok(Some(response)) => {
+                *answered = true;
+                core.answered(link, response);
+            }
+            Ok(None) => return Error::unreachable(format!("the broker at {address} ended the stream")),
+            Err(status) => return Error::from_status(status),
+        }
+    }
+}
+
+/// Moments at which partitions must be looked at.
+#[derive(Debug, Default)]
+struct Timers {
+    state: Mutex<TimerState>,
+    /// Something earlier than what the driver waits for was added.
+    changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct TimerState {
+    /// Open batches in order of their due time: the linger is the same for all.
+    lingering: VecDeque<(Instant, u64, Arc<PartitionQueue>)>,
+    /// Waits after refusals: few.
+    alarms: Vec<(Instant, Arc<PartitionQueue>)>,
+    /// What the driver waits for; `None` while it waits for `changed` alone.
+    armed: Option<Instant>,
+}
+
+impl Timers {
+    fn linger(&self, at: Instant, number: u64, queue: Arc<PartitionQueue>) {
+        let mut state = locked(&self.state);
+        state.lingering.push_back((at, number, queue));
+        self.arm(&mut state, at);
+    }
+
+    fn alarm(&self, at: Instant, queue: Arc<PartitionQueue>) {
+        let mut state = locked(&self.state);
+        if !state.alarms.iter().any(|(known, waiting)| *known == at && Arc::ptr_eq(waiting, &queue)) {
+            state.alarms.push((at, queue));
+        }
+        self.arm(&mut state, at);
+    }
+
+    /// There is something whose age must be watched from now on.
+    fn touch(&self) {
+        let state = locked(&self.state);
+        if state.armed.is_none() {
+            self.changed.notify_one();
+        }
+    }
+
+    fn arm(&self, state: &mut TimerState, at: Instant) {
+        if state.armed.is_none_or(|armed| at < armed) {
+            state.armed = Some(at);
+            self.changed.notify_one();
+        }
+    }
+
+    /// What is due, and sets what the driver waits for next: the earliest of the rest and `latest`.
+    fn take_due(&self, now: Instant, latest: Option<Instant>) -> (Vec<Arc<PartitionQueue>>, Option<Instant>) {
+        let mut state = locked(&self.state);
+        let mut due = Vec::new();
+        while let Some((_, number, queue)) = state.lingering.pop_front_if(|(at, ..)| *at <= now) {
+            // Most batches left long before, filled or awaited.
+            if locked(&queue.state).batches.is_open(number) {
+                due.push(queue);
+            }
+        }
+        state.alarms.retain(|(at, queue)| {
+            let wait = *at > now;
+            if !wait {
+                due.push(queue.clone());
+            }
+            wait
+        });
+        let next = state.alarms.iter().map(|(at, _)| *at).chain(state.lingering.front().map(|(at, ..)| *at));
+        state.armed = next.chain(latest).min();
+        (due, state.armed)
+    }
+}
+
+/// Looks at partitions when time or the metadata calls for it, until the producer stops.
+async fn drive(core: Arc<ProducerCore>) {
+    let mut changes = core.cluster.changes();
+    let sweep_every = (core.batching.delivery_timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
+    let mut sweep_at: Option<Instant> = None;
+    loop {
+        let now = Instant::now();
+        if sweep_at.is_some_and(|at| at <= now) {
+            core.sweep(now);
+            sweep_at = None;
+        }
+        if sweep_at.is_none() && core.outstanding.load(Ordering::Acquire) > 0 {
+            sweep_at = Some(now + sweep_every);
+        }
+        let (due, next) = core.timers.take_due(now, sweep_at);
+        for queue in due {
+            core.dispatch(&queue);
+        }
+        let wait = async {
+            match next {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            () = wait => {}
+            () = core.timers.changed.notified() => {}
+            () = changes.changed() => {
+                for name in core.refresh() {
+                    core.check_missing(name).await;
+                }
+            }
+            () = core.stopped() => return,
+        }
+    }
+}
