@@ -10,6 +10,7 @@ use tokio::sync::Notify;
 use crate::effects::Event;
 use crate::inbox::{Inbox, Refused};
 use crate::machine::Machine;
+use crate::metrics::Counters;
 use crate::reply::{ByteBudget, Permit, Reply};
 use crate::request::{
     Acks, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaStatus,
@@ -22,6 +23,7 @@ use crate::shard::Message;
 pub(crate) struct Port<M: Machine> {
     pub(crate) inbox: Inbox<Message<M>>,
     pub(crate) budget: ByteBudget,
+    pub(crate) counters: Counters,
 }
 
 /// One life of one place in a shard's table: a message for an earlier life is refused.

@@ -86,6 +86,11 @@ impl<T> Inbox<T> {
         self.waiting.load(Ordering::Relaxed) == 0
     }
 
+    /// How much waits; a hint, without the lock.
+    pub(crate) fn len(&self) -> usize {
+        self.waiting.load(Ordering::Relaxed)
+    }
+
     /// Moves all that waits into `taken` (which must be empty), sleeping until there is something or until `deadline`.
     pub(crate) fn take(&self, taken: &mut Vec<T>, deadline: Option<Instant>) {
         debug_assert!(taken.is_empty());

@@ -110,11 +110,6 @@ impl RaftAdapter {
         RaftIndex::new(self.node.raft.raft_log.persisted)
     }
 
-    /// Entries up to here are committed.
-    pub(crate) fn committed(&self) -> RaftIndex {
-        RaftIndex::new(self.node.raft.raft_log.committed)
-    }
-
     /// The last entry, written or not.
     pub(crate) fn last_index(&self) -> RaftIndex {
         RaftIndex::new(self.node.raft.raft_log.last_index())
@@ -148,7 +143,9 @@ impl RaftAdapter {
     }
 
     pub(crate) fn tick(&mut self) -> Result<(), Panicked> {
-        self.call(|node| drop(node.tick()))
+        self.call(|node| {
+            node.tick();
+        })
     }
 
     /// Appends entries as leader, in order; `Ok(false)` when Raft dropped them all.
@@ -229,10 +226,8 @@ fn mix(mut x: u64) -> u64 {
 }
 
 fn to_raft_message(message: PeerMessage) -> Message {
-    let mut m = Message::default();
-    m.from = message.from.get();
-    m.to = message.to.get();
-    m.term = message.term.get();
+    let mut m =
+        Message { from: message.from.get(), to: message.to.get(), term: message.term.get(), ..Message::default() };
     match message.body {
         PeerBody::Append { previous_index, previous_term, commit, entries } => {
             m.set_msg_type(MessageType::MsgAppend);

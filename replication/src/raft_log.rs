@@ -33,9 +33,7 @@ impl RaftLog {
 
     fn hollow(&self, index: u64) -> raft::Result<Entry> {
         let meta = self.log.borrow_mut().entry_meta(RaftIndex::new(index)).map_err(unreadable)?;
-        let mut entry = Entry::default();
-        entry.index = index;
-        entry.term = meta.term.get();
+        let mut entry = Entry { index, term: meta.term.get(), ..Entry::default() };
         // The crate counts changes of membership among them, nothing else.
         if meta.control == Some(ControlType::Membership) {
             entry.set_entry_type(EntryType::EntryConfChangeV2);

@@ -25,8 +25,8 @@ use flowstone_protocol::{
 use flowstone_storage::{
     Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RetentionConfig, StorageError,
 };
-use raft::StateRole;
 use raft::eraftpb::Entry;
+use raft::{Ready, StateRole};
 
 use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, HardStateNumber, ReadOrder};
 use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
@@ -121,7 +121,19 @@ pub struct Replica<M: Machine> {
     checkpoint: CheckpointState,
     /// Requests held back until an overdue checkpoint found its quiet moment.
     held: Vec<Event<M>>,
+    /// Another leader's entries replace some that are flushed: nothing else goes on until that is done.
+    truncation: Option<Truncation>,
+    /// The log is about to be cut here.
+    cut_below: Option<RaftIndex>,
     ended: bool,
+}
+
+/// A ready that waits to cut the log.
+#[derive(Debug)]
+struct Truncation {
+    ready: Ready,
+    below: RaftIndex,
+    number: HardStateNumber,
 }
 
 /// A ready that waits: for the log's write of this number, for the hard state of that.
@@ -217,6 +229,8 @@ impl<M: Machine> Replica<M> {
             records,
             checkpoint: CheckpointState::default(),
             held: Vec::new(),
+            truncation: None,
+            cut_below: None,
             ended: false,
         })
     }
@@ -312,7 +326,7 @@ impl<M: Machine> Replica<M> {
 
     /// Term, vote and flushed index as they are now.
     pub fn hard_state(&self) -> HardState {
-        HardState { flushed: self.log().flushed_index(), ..self.hard_state }
+        HardState { flushed: self.flushed_index(), ..self.hard_state }
     }
 
     /// The last entry that the machine was given.
@@ -341,7 +355,9 @@ impl<M: Machine> Replica<M> {
     }
 
     fn on_event(&mut self, event: Event<M>, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
-        if self.holds_back() && matches!(event, Event::Produce(_) | Event::Command { .. } | Event::Trim { .. }) {
+        let report = matches!(event, Event::Flushed(_) | Event::HardStateFlushed(_) | Event::CheckpointWritten(_));
+        let request = matches!(event, Event::Produce(_) | Event::Command { .. } | Event::Trim { .. });
+        if (self.truncation.is_some() && !report) || (request && self.holds_back()) {
             self.held.push(event);
             return Ok(());
         }
@@ -648,10 +664,7 @@ impl<M: Machine> Replica<M> {
             fx.answers.push(Answer::Read { reply, result: Err(error) });
             return;
         }
-        let (log_start, high_watermark, end) = {
-            let log = self.log();
-            (log.log_start(), log.high_watermark(), log.end_offset())
-        };
+        let (high_watermark, end) = (self.log().high_watermark(), self.log().end_offset());
         if let Some(epoch) = request.last_epoch
             && let Some(epoch_end) = self.log().epoch_end(epoch)
             && epoch_end < request.from
@@ -726,12 +739,19 @@ impl<M: Machine> Replica<M> {
     fn settle(&mut self, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
         loop {
             self.propose_all()?;
-            loop {
+            while self.truncation.is_none() {
                 self.release(fx)?;
                 if !self.raft.has_ready() {
                     break;
                 }
-                self.process_ready(now, fx)?;
+                let ready = self.raft.ready()?;
+                self.follow_leadership(fx)?;
+                self.process_ready(ready, now, fx)?;
+            }
+            if self.truncation.is_some() {
+                let Some(ready) = self.truncation_may_begin() else { break };
+                self.process_ready(ready, now, fx)?;
+                continue;
             }
             self.take_checkpoint();
             if self.held.is_empty() || self.holds_back() {
@@ -785,28 +805,30 @@ impl<M: Machine> Replica<M> {
         Ok(())
     }
 
-    fn process_ready(&mut self, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
-        let mut ready = self.raft.ready()?;
-        let number = ready.number();
+    fn process_ready(&mut self, mut ready: Ready, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
         if !ready.snapshot().get_metadata().get_conf_state().get_voters().is_empty() {
             return Err(Ended::Panicked("a snapshot appeared that nobody sent".to_owned()));
         }
-        self.follow_leadership(fx)?;
+        let (first, flushed) = (ready.entries().first().map(|entry| RaftIndex::new(entry.index)), self.flushed_index());
+        if let Some(first) = first.filter(|&first| first <= flushed) {
+            // What is flushed is only cut once it is known, durably, not to be answered for any more: a crash in the
+            // middle would look like loss otherwise.
+            let number =
+                self.put_hard_state(HardState { flushed: RaftIndex::new(first.get() - 1), ..self.hard_state }, fx);
+            self.truncation = Some(Truncation { ready, below: first, number });
+            return Ok(());
+        }
 
-        let mut hard_state = None;
+        let number = ready.number();
         let term = self.raft.term();
         let vote = ready
             .hs()
             .map_or(self.hard_state.vote, |hs| (hs.vote != raft::INVALID_ID).then(|| ReplicaId::new(hs.vote)));
         // The commit index is not stored: a change of that alone is nothing.
-        if (term, vote) != (self.hard_state.term, self.hard_state.vote) {
+        let hard_state = ((term, vote) != (self.hard_state.term, self.hard_state.vote)).then(|| {
             assert!(term >= self.hard_state.term, "term goes back from {} to {term}", self.hard_state.term);
-            let flushed = self.log().flushed_index();
-            self.hard_state = HardState { term, vote, flushed };
-            self.hard_states_written = HardStateNumber(self.hard_states_written.0 + 1);
-            fx.hard_state = Some((self.hard_states_written, self.hard_state));
-            hard_state = Some(self.hard_states_written);
-        }
+            self.put_hard_state(HardState { term, vote, flushed }, fx)
+        });
 
         let entries = ready.take_entries();
         let write = if entries.is_empty() {
@@ -830,6 +852,32 @@ impl<M: Machine> Replica<M> {
         Ok(())
     }
 
+    /// Hands out term, vote and flushed index; what waits for them names the number.
+    fn put_hard_state(&mut self, state: HardState, fx: &mut Effects<M>) -> HardStateNumber {
+        self.hard_state = state;
+        self.hard_states_written = HardStateNumber(self.hard_states_written.0 + 1);
+        fx.hard_state = Some((self.hard_states_written, state));
+        self.hard_states_written
+    }
+
+    /// The ready that cuts the log, once its hard state is durable and no flush of the old bytes is in flight.
+    fn truncation_may_begin(&mut self) -> Option<Ready> {
+        let (flushed, idle) = (self.hard_states_flushed, self.flush_in_flight.is_none());
+        let truncation = self.truncation.take_if(|truncation| idle && truncation.number <= flushed)?;
+        // From here on the log itself answers for less.
+        self.cut_below = Some(truncation.below);
+        Some(truncation.ready)
+    }
+
+    /// Up to where this replica answers for its log.
+    fn flushed_index(&self) -> RaftIndex {
+        let flushed = self.log().flushed_index();
+        match self.truncation.as_ref().map(|truncation| truncation.below).or(self.cut_below) {
+            Some(below) => flushed.min(RaftIndex::new(below.get() - 1)),
+            None => flushed,
+        }
+    }
+
     fn write(&mut self, entries: Vec<Entry>, now: Timestamp) -> Result<(), Ended> {
         let entries = entries
             .into_iter()
@@ -843,7 +891,9 @@ impl<M: Machine> Replica<M> {
         let log = self.raft.log_mut();
         if first <= log.last_index() {
             log.truncate_from(first).map_err(Ended::Storage)?;
+            self.cut_below = None;
         }
+        let log = self.raft.log_mut();
         log.append(&entries, now).map_err(Ended::Storage)?;
         self.writes += 1;
         let end = self.log().end_offset();
@@ -986,11 +1036,13 @@ impl<M: Machine> Replica<M> {
 
     fn order(&mut self, fx: &mut Effects<M>) {
         let wanted = self.config.flush == FlushMode::Quorum || self.flush_wanted || self.checkpoint.taken.is_some();
-        if wanted && self.flush_in_flight.is_none() && self.writes > self.writes_flushed {
-            if let Some(job) = self.raft.log_mut().flush_job() {
-                self.flush_in_flight = Some(self.writes);
-                fx.flush = Some(FlushOrder { job, bytes: std::mem::take(&mut self.bytes_unflushed) });
-            }
+        if wanted
+            && self.flush_in_flight.is_none()
+            && self.writes > self.writes_flushed
+            && let Some(job) = self.raft.log_mut().flush_job()
+        {
+            self.flush_in_flight = Some(self.writes);
+            fx.flush = Some(FlushOrder { job, bytes: std::mem::take(&mut self.bytes_unflushed) });
         }
         self.flush_wanted = self.flush_wanted && self.writes > self.flush_in_flight.unwrap_or(self.writes_flushed);
         if let Some(taken) = self.checkpoint.taken.take_if(|taken| taken.write <= self.writes_flushed) {

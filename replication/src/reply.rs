@@ -110,6 +110,10 @@ impl ByteBudget {
         Permit { _held: Arc::clone(&self.semaphore).acquire_many_owned(bytes).await.ok() }
     }
 
+    pub(crate) fn free(&self) -> usize {
+        self.semaphore.available_permits()
+    }
+
     pub(crate) fn try_reserve(&self, bytes: usize) -> Option<Permit> {
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(self.bytes_max);
         Arc::clone(&self.semaphore).try_acquire_many_owned(bytes).ok().map(|held| Permit { _held: Some(held) })

@@ -23,17 +23,15 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
 use flowstone_protocol::{Error, ErrorCode, Offset, RaftIndex, Term, Timestamp, TopicPartition};
-use flowstone_storage::checkpoint::CREATION_INDEX;
 use flowstone_storage::hard_state::HardStateFlushDone;
-use flowstone_storage::{
-    CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, Log, OpenError, OpenMode, ReplicaIdentity,
-};
+use flowstone_storage::{CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError};
 
 use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, ReadOrder};
 use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
 use crate::inbox::Inbox;
 use crate::machine::Machine;
-use crate::membership::Membership;
+use crate::metrics::{Counters, ShardMetrics};
+use crate::opening::{OpenJob, Opened, close_log, mark_running, mark_stopped};
 use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
 use crate::request::{FlushMode, Health, ReadAnswer, ReplicaSpec, ReplicaStatus, Role};
@@ -68,8 +66,6 @@ const RETENTION_SLICES: u32 = 32;
 const INLINE_FLUSH_BYTES_MAX: u64 = 256 << 10;
 /// So does one on a disk that is slower than this on average.
 const INLINE_FLUSH_TIME_MAX: Duration = Duration::from_millis(1);
-/// Names the file that says that a broker is running here, and since which start of the machine.
-const RUNNING_FILE: &str = "running";
 
 /// How shards are run. The defaults suit a broker; tests change what they are about.
 #[derive(Debug, Clone)]
@@ -192,6 +188,7 @@ impl<M: Machine> Shards<M> {
             let port = Arc::new(Port {
                 inbox: Inbox::new(config.inbox_requests_max),
                 budget: ByteBudget::new(config.inbox_bytes_max),
+                counters: Counters::default(),
             });
             let shard = Shard {
                 config: config.clone(),
@@ -253,6 +250,11 @@ impl<M: Machine> Shards<M> {
         }
     }
 
+    /// What each shard counted.
+    pub fn metrics(&self) -> Vec<ShardMetrics> {
+        self.ports.iter().map(|port| port.counters.read(port.inbox.len(), port.budget.free())).collect()
+    }
+
     /// Stops: refuses what comes, finishes what was accepted, writes checkpoints, closes the logs cleanly and joins the
     /// threads.
     pub fn shutdown(self) {
@@ -273,32 +275,9 @@ impl<M: Machine> Drop for Shards<M> {
             drop(thread.join());
         }
         if clean {
-            let file = self.data_dir.path().join(RUNNING_FILE);
-            let removed = self.data_dir.disk().remove_file(&file);
-            if let Err(error) = removed.and_then(|()| self.data_dir.disk().sync_dir(self.data_dir.path())) {
-                tracing::warn!(%error, path = %file.display(), "cannot note that the broker stopped cleanly");
-            }
+            mark_stopped(&self.data_dir);
         }
     }
-}
-
-/// Notes that a broker runs here; says whether an earlier one ended with the machine, without a clean stop.
-fn mark_running(disk: &Arc<dyn Disk>, data_dir: &DataDir, boot_id: &str) -> std::io::Result<bool> {
-    let path = data_dir.path().join(RUNNING_FILE);
-    let mut lost_memory = false;
-    if disk.exists(&path)? {
-        let file = disk.open(&path, OpenMode::Read)?;
-        let mut before = vec![0; usize::try_from(file.len()?.min(256)).unwrap_or(256)];
-        let length = file.read_at(&mut before, 0)?;
-        // Without a name for either start, the worse is assumed.
-        lost_memory = boot_id.is_empty() || &before[..length] != boot_id.as_bytes();
-        disk.remove_file(&path)?;
-    }
-    let file = disk.open(&path, OpenMode::CreateNew)?;
-    file.write_at(boot_id.as_bytes(), 0)?;
-    file.sync_data()?;
-    disk.sync_dir(data_dir.path())?;
-    Ok(lost_memory)
 }
 
 /// What arrives at a shard.
@@ -327,7 +306,9 @@ impl<M: Machine> Message<M> {
             }
             Self::Open { opened, .. } => opened.send(Err(error.clone())),
             Self::Close { closed, .. } => closed.send(()),
-            Self::Shutdown { done } => drop(done.send(true)),
+            Self::Shutdown { done } => {
+                let _ = done.send(true);
+            }
             Self::Opened { .. }
             | Self::Flushed { .. }
             | Self::CheckpointWritten { .. }
@@ -336,21 +317,6 @@ impl<M: Machine> Message<M> {
             | Self::LogClosed { .. } => {}
         }
     }
-}
-
-/// How an opening ended.
-#[derive(Debug)]
-pub(crate) enum Opened<M: Machine> {
-    Replica(Box<Replica<M>>),
-    /// The file system failed: tried again.
-    Failed {
-        machine: M,
-        message: String,
-    },
-    /// Final.
-    Quarantined {
-        message: String,
-    },
 }
 
 #[derive(Debug, Clone)]
@@ -855,6 +821,7 @@ impl<M: Machine> Shard<M> {
         let closing = slot.closing.is_some();
         let mut events = std::mem::take(&mut slot.events);
         let fx = replica.step(events.drain(..), now);
+        self.port.counters.steps.fetch_add(1, Ordering::Relaxed);
         slot.events = events;
         self.perform(index, fx);
         if closing {
@@ -943,6 +910,7 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[index as usize];
         let message = ended.to_string();
         tracing::error!(tp = %slot.spec.tp, %message, "a replica ended; it is opened anew");
+        self.port.counters.replicas_ended.fetch_add(1, Ordering::Relaxed);
         let State::Running(replica) = std::mem::replace(&mut slot.state, State::Ending) else {
             unreachable!("only a running replica is stepped");
         };
@@ -1005,6 +973,7 @@ impl<M: Machine> Shard<M> {
 
     fn note_flush_time(&mut self, took: Duration) {
         // A moving average over some eight flushes; a single slow one counts at once, or the next would stall the shard.
+        self.port.counters.flushed(took);
         self.flush_time = (self.flush_time * 7 + took) / 8;
     }
 
@@ -1040,6 +1009,7 @@ impl<M: Machine> Shard<M> {
     /// pool would cost more than the flush itself.
     fn flush_here(&mut self) {
         let Some((key, order)) = self.flushes.pop() else { return };
+        self.port.counters.flushes_inline.fetch_add(1, Ordering::Relaxed);
         let began = Instant::now();
         let done = order.job.run();
         let ended = Instant::now();
@@ -1251,7 +1221,7 @@ impl<M: Machine> Shard<M> {
 
     fn on_shutdown(&mut self, done: mpsc::Sender<bool>) {
         if self.stopping.is_some() {
-            drop(done.send(true));
+            let _ = done.send(true);
             return;
         }
         self.stopping = Some(done);
@@ -1295,7 +1265,7 @@ impl<M: Machine> Shard<M> {
         }
         if let Some(done) = self.stopping.take() {
             // Nobody is left to tell when the process ends by itself.
-            drop(done.send(clean));
+            let _ = done.send(clean);
         }
         true
     }
@@ -1307,75 +1277,4 @@ fn take_due(at: &mut Option<Instant>, now: Instant) -> bool {
 
 fn gone() -> Error {
     Error::new(ErrorCode::NotLeader, "this broker does not have the partition any more; ask for its leader")
-}
-
-fn close_log(log: Log) -> Option<RaftIndex> {
-    let tp = log.identity().topic_partition;
-    match log.close() {
-        Ok(flushed) => Some(flushed),
-        Err(error) => {
-            tracing::error!(%tp, %error, "cannot close a log cleanly: the next opening recovers it");
-            None
-        }
-    }
-}
-
-/// What an opening needs.
-struct OpenJob {
-    disk: Arc<dyn Disk>,
-    spec: ReplicaSpec,
-    hard_state: Option<HardState>,
-    config: ReplicaConfig,
-    feature_level: u32,
-    /// What was only in memory at the end of the last run is gone.
-    lost_memory: bool,
-    now: Timestamp,
-}
-
-impl OpenJob {
-    fn run<M: Machine>(self, machine: M) -> Opened<M> {
-        let Self { disk, spec, hard_state, config, feature_level, lost_memory, now } = self;
-        let exists = match Log::exists(&disk, &spec.dir) {
-            Ok(exists) => exists,
-            Err(error) => {
-                return Opened::Failed {
-                    machine,
-                    message: format!("cannot look into {}: {error}", spec.dir.display()),
-                };
-            }
-        };
-        if !exists {
-            // It voted, or it wrote: what it answered for is gone, and a new one must not take its name.
-            if hard_state.is_some() {
-                return Opened::Quarantined { message: missing(&spec) };
-            }
-            let identity = ReplicaIdentity { replica: spec.replica, topic_partition: spec.tp, feature_level };
-            if let Err(error) = Log::create(&disk, &spec.dir, identity, Membership::alone(spec.replica).encode()) {
-                return Opened::Failed { machine, message: error.to_string() };
-            }
-        }
-        let flushed = hard_state.map_or(CREATION_INDEX, |state| state.flushed);
-        match Log::open(disk, &spec.dir, spec.log.clone(), flushed, now) {
-            Ok(log) => {
-                if lost_memory && spec.flush == FlushMode::Relaxed {
-                    let end_offset = log.end_offset();
-                    tracing::warn!(tp = %spec.tp, %end_offset, "records above this offset may be lost: flowstone.flush = relaxed, and the machine was restarted");
-                }
-                match Replica::open(log, hard_state, machine, config) {
-                    Ok(replica) => Opened::Replica(Box::new(replica)),
-                    Err(unusable) => Opened::Quarantined { message: unusable.to_string() },
-                }
-            }
-            Err(error @ OpenError::Io { .. }) => Opened::Failed { machine, message: error.to_string() },
-            Err(error) => Opened::Quarantined { message: error.to_string() },
-        }
-    }
-}
-
-fn missing(spec: &ReplicaSpec) -> String {
-    format!(
-        "the files of replica {} in {} are gone; put them back from a backup, or delete the topic",
-        spec.replica,
-        spec.dir.display()
-    )
 }

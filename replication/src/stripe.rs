@@ -2,7 +2,7 @@
 //! one flush.
 
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -34,7 +34,7 @@ pub(crate) struct Stripe {
 }
 
 impl Stripe {
-    pub(crate) fn open(disk: &Arc<dyn Disk>, dir: &PathBuf, number: u32) -> Result<Self, OpenError> {
+    pub(crate) fn open(disk: &Arc<dyn Disk>, dir: &Path, number: u32) -> Result<Self, OpenError> {
         let (file, found, rot) = HardStateFile::open(Arc::clone(disk), dir, number)?;
         Ok(Self {
             number,
@@ -141,7 +141,7 @@ impl Stripe {
     pub(crate) fn reopen(
         &mut self,
         disk: &Arc<dyn Disk>,
-        dir: &PathBuf,
+        dir: &Path,
         known: &[(ReplicaId, HardState)],
     ) -> Result<(), String> {
         let mut anew = Self::open(disk, dir, self.number).map_err(|error| error.to_string())?;

@@ -1,0 +1,86 @@
+//! What a shard counts, for whoever shows it.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Upper bounds of the flush histogram's buckets; one more follows for all that took longer.
+pub const FLUSH_BUCKETS: [Duration; 10] = [
+    Duration::from_micros(50),
+    Duration::from_micros(100),
+    Duration::from_micros(250),
+    Duration::from_micros(500),
+    Duration::from_millis(1),
+    Duration::from_micros(2_500),
+    Duration::from_millis(10),
+    Duration::from_millis(50),
+    Duration::from_millis(250),
+    Duration::from_secs(1),
+];
+
+/// A shard's counters since it was started.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ShardMetrics {
+    /// Requests that wait in the inbox just now.
+    pub requests_waiting: usize,
+    /// Bytes of produce requests that may still be taken in.
+    pub bytes_free: usize,
+    /// Steps of replicas.
+    pub steps: u64,
+    /// Flushes of logs.
+    pub flushes: u64,
+    /// Those of them that the shard's own thread ran.
+    pub flushes_inline: u64,
+    /// Time spent in them, side by side counted each.
+    pub flush_time: Duration,
+    /// How many took up to [`FLUSH_BUCKETS`], each bucket by itself; the last took longer.
+    pub flush_buckets: [u64; FLUSH_BUCKETS.len() + 1],
+    /// Replicas that ended because their disk failed or their core gave up.
+    pub replicas_ended: u64,
+}
+
+/// The same, being counted.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    pub(crate) steps: AtomicU64,
+    pub(crate) flushes_inline: AtomicU64,
+    pub(crate) replicas_ended: AtomicU64,
+    flush_nanos: AtomicU64,
+    flush_buckets: [AtomicU64; FLUSH_BUCKETS.len() + 1],
+}
+
+impl Counters {
+    pub(crate) fn flushed(&self, took: Duration) {
+        let bucket = FLUSH_BUCKETS.iter().position(|&bound| took <= bound).unwrap_or(FLUSH_BUCKETS.len());
+        self.flush_buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        self.flush_nanos.fetch_add(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+    }
+
+    pub(crate) fn read(&self, requests_waiting: usize, bytes_free: usize) -> ShardMetrics {
+        let flush_buckets = std::array::from_fn(|i| self.flush_buckets[i].load(Ordering::Relaxed));
+        ShardMetrics {
+            requests_waiting,
+            bytes_free,
+            steps: self.steps.load(Ordering::Relaxed),
+            flushes: flush_buckets.iter().sum(),
+            flushes_inline: self.flushes_inline.load(Ordering::Relaxed),
+            flush_time: Duration::from_nanos(self.flush_nanos.load(Ordering::Relaxed)),
+            flush_buckets,
+            replicas_ended: self.replicas_ended.load(Ordering::Relaxed),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_flush_counts_in_the_first_bucket_that_holds_it() {
+        let counters = Counters::default();
+        counters.flushed(FLUSH_BUCKETS[0]);
+        counters.flushed(FLUSH_BUCKETS[0] + Duration::from_nanos(1));
+        counters.flushed(Duration::from_secs(60));
+        let read = counters.read(0, 0);
+        assert_eq!((read.flushes, read.flush_buckets[0], read.flush_buckets[1], read.flush_buckets[10]), (3, 1, 1, 1));
+    }
+}
