@@ -666,7 +666,7 @@ impl<M: Machine> Replica<M> {
         }
         let (high_watermark, end) = (self.log().high_watermark(), self.log().end_offset());
         if let Some(epoch) = request.last_epoch
-            && let Some(epoch_end) = self.log().epoch_end(epoch)
+            && let Some(epoch_end) = self.epoch_end(epoch)
             && epoch_end < request.from
         {
             let result = Err(Error::new(
@@ -696,6 +696,13 @@ impl<M: Machine> Replica<M> {
             return;
         }
         self.read_now(request, reply, fx);
+    }
+
+    /// Where an epoch ends at the latest, as far as this log knows.
+    fn epoch_end(&self, epoch: LeaderEpoch) -> Option<Offset> {
+        let log = self.log();
+        // Before the first that is known, none can end later than that one begins.
+        log.epoch_end(epoch).or_else(|| log.epochs().first().map(|start| start.offset))
     }
 
     fn read_now(&mut self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>, fx: &mut Effects<M>) {
