@@ -117,6 +117,8 @@ pub struct LimitsConfig {
     pub handshake_timeout: Duration,
     /// Time after which a connection without a call is closed.
     pub idle_timeout: Duration,
+    /// Age at which a connection is asked to go; calls on it end by themselves.
+    pub connection_age: Duration,
     /// Silence after which the broker pings.
     pub keepalive_interval: Duration,
     /// Silence after that ping which ends the connection.
@@ -302,39 +304,229 @@ pub const KEYS: &[Key] = &[
     key!("advertise.client", "", advertise.client, advertised, shown, "What clients are told, if not `listen.client`."),
     key!("advertise.peer", "", advertise.peer, advertised, shown, "What brokers are told, if not `listen.peer`."),
     key!("advertise.admin", "", advertise.admin, advertised, shown, "What others are told, if not `listen.admin`."),
-    key!("cluster.seeds", "", cluster.seeds, addresses, shown_list, "Peer addresses that form the cluster, the same list on every broker; empty or only this broker's own: a cluster of one."),
-    key!("security.insecure", "false", security.insecure, parsed, shown, "Allows listeners off loopback although there is no TLS and no login yet."),
-    key!("storage.shards", "0", storage.shards, parsed, shown, "Threads that run partitions; 0: by the machine's cores."),
+    key!(
+        "cluster.seeds",
+        "",
+        cluster.seeds,
+        addresses,
+        shown_list,
+        "Peer addresses that form the cluster, the same list on every broker; empty or only this broker's own: a cluster of one."
+    ),
+    key!(
+        "security.insecure",
+        "false",
+        security.insecure,
+        parsed,
+        shown,
+        "Allows listeners off loopback although there is no TLS and no login yet."
+    ),
+    key!(
+        "storage.shards",
+        "0",
+        storage.shards,
+        parsed,
+        shown,
+        "Threads that run partitions; 0: by the machine's cores."
+    ),
     key!("storage.flush_threads", "8", storage.flush_threads, positive, shown, "Flushes that run side by side."),
     key!("storage.read_threads", "4", storage.read_threads, positive, shown, "Reads from disk that run side by side."),
-    key!("storage.free_bytes_min", "16 MiB", storage.free_bytes_min, parse_bytes, size_u64, "Free bytes on the data directory's file system below which producing is refused until there is room."),
-    key!("storage.in_flight_bytes_max", "128 MiB", storage.in_flight_bytes_max, size, size_usize, "Bytes of clients' batches received and not yet answered; producers wait above it."),
+    key!(
+        "storage.free_bytes_min",
+        "16 MiB",
+        storage.free_bytes_min,
+        parse_bytes,
+        size_u64,
+        "Free bytes on the data directory's file system below which producing is refused until there is room."
+    ),
+    key!(
+        "storage.in_flight_bytes_max",
+        "128 MiB",
+        storage.in_flight_bytes_max,
+        size,
+        size_usize,
+        "Bytes of clients' batches received and not yet answered; producers wait above it."
+    ),
     key!("limits.connections", "4096", limits.connections, positive, shown, "Client connections."),
-    key!("limits.connections_per_address", "1024", limits.connections_per_address, positive, shown, "Client connections from one address."),
-    key!("limits.streams_per_connection", "256", limits.streams_per_connection, positive32, shown, "Open calls of one connection."),
-    key!("limits.request_bytes", "16 MiB", limits.request_bytes, size, size_usize, "Largest message of a client; a topic's `max.message.bytes` stays 1 KiB below."),
-    key!("limits.admin_request_bytes", "1 MiB", limits.admin_request_bytes, size, size_usize, "Largest message to the `Admin` service."),
+    key!(
+        "limits.connections_per_address",
+        "1024",
+        limits.connections_per_address,
+        positive,
+        shown,
+        "Client connections from one address."
+    ),
+    key!(
+        "limits.streams_per_connection",
+        "256",
+        limits.streams_per_connection,
+        positive32,
+        shown,
+        "Open calls of one connection."
+    ),
+    key!(
+        "limits.request_bytes",
+        "16 MiB",
+        limits.request_bytes,
+        size,
+        size_usize,
+        "Largest message of a client; a topic's `max.message.bytes` stays 1 KiB below."
+    ),
+    key!(
+        "limits.admin_request_bytes",
+        "1 MiB",
+        limits.admin_request_bytes,
+        size,
+        size_usize,
+        "Largest message to the `Admin` service."
+    ),
     key!("limits.header_bytes", "16 KiB", limits.header_bytes, size32, size_u32, "Headers of one call."),
-    key!("limits.handshake_timeout", "5s", limits.handshake_timeout, positive_duration, shown_duration, "Time in which a connection must have begun to speak HTTP/2."),
-    key!("limits.idle_timeout", "10m", limits.idle_timeout, positive_duration, shown_duration, "Time after which a connection without an open call is closed."),
-    key!("limits.keepalive_interval", "20s", limits.keepalive_interval, positive_duration, shown_duration, "Silence after which a connection is pinged."),
-    key!("limits.keepalive_timeout", "20s", limits.keepalive_timeout, positive_duration, shown_duration, "Time to answer that ping."),
-    key!("limits.stream_window_bytes", "8 MiB", limits.stream_window_bytes, window, size_u32, "HTTP/2 window of one call: bytes that a client may send ahead."),
-    key!("limits.connection_window_bytes", "16 MiB", limits.connection_window_bytes, window, size_u32, "HTTP/2 window of one connection."),
-    key!("limits.pending_reset_streams", "64", limits.pending_reset_streams, positive, shown, "Calls that a client may have reset before they were accepted; above it, it is cut off."),
-    key!("limits.fetch_response_bytes", "256 KiB", limits.fetch_response_bytes, size, size_usize, "Aim for one fetch response; a larger batch goes alone."),
-    key!("limits.fetch_credit_bytes", "64 MiB", limits.fetch_credit_bytes, size64, size_u64, "Credit that a fetch stream may hold; more is cut to this."),
-    key!("limits.fetch_partitions", "10000", limits.fetch_partitions, positive, shown, "Partitions of one fetch stream."),
-    key!("limits.queries_per_request", "10000", limits.queries_per_request, positive, shown, "Partitions of one ListOffsets call, names of one Metadata call."),
-    key!("limits.decompressed_bytes", "64 MiB", limits.decompressed_bytes, size, size_usize, "Bytes that one batch may decompress to."),
+    key!(
+        "limits.handshake_timeout",
+        "5s",
+        limits.handshake_timeout,
+        positive_duration,
+        shown_duration,
+        "Time in which a connection must have begun to speak HTTP/2."
+    ),
+    key!(
+        "limits.idle_timeout",
+        "10m",
+        limits.idle_timeout,
+        positive_duration,
+        shown_duration,
+        "Time after which a connection without an open call is closed."
+    ),
+    key!(
+        "limits.connection_age",
+        "1d",
+        limits.connection_age,
+        positive_duration,
+        shown_duration,
+        "Age at which a connection is asked to go; its open calls go on, new ones take another."
+    ),
+    key!(
+        "limits.keepalive_interval",
+        "20s",
+        limits.keepalive_interval,
+        positive_duration,
+        shown_duration,
+        "Silence after which a connection is pinged."
+    ),
+    key!(
+        "limits.keepalive_timeout",
+        "20s",
+        limits.keepalive_timeout,
+        positive_duration,
+        shown_duration,
+        "Time to answer that ping."
+    ),
+    key!(
+        "limits.stream_window_bytes",
+        "8 MiB",
+        limits.stream_window_bytes,
+        window,
+        size_u32,
+        "HTTP/2 window of one call: bytes that a client may send ahead."
+    ),
+    key!(
+        "limits.connection_window_bytes",
+        "16 MiB",
+        limits.connection_window_bytes,
+        window,
+        size_u32,
+        "HTTP/2 window of one connection."
+    ),
+    key!(
+        "limits.pending_reset_streams",
+        "64",
+        limits.pending_reset_streams,
+        positive,
+        shown,
+        "Calls that a client may have reset before they were accepted; above it, it is cut off."
+    ),
+    key!(
+        "limits.fetch_response_bytes",
+        "256 KiB",
+        limits.fetch_response_bytes,
+        size,
+        size_usize,
+        "Aim for one fetch response; a larger batch goes alone."
+    ),
+    key!(
+        "limits.fetch_credit_bytes",
+        "64 MiB",
+        limits.fetch_credit_bytes,
+        size64,
+        size_u64,
+        "Credit that a fetch stream may hold; more is cut to this."
+    ),
+    key!(
+        "limits.fetch_partitions",
+        "10000",
+        limits.fetch_partitions,
+        positive,
+        shown,
+        "Partitions of one fetch stream."
+    ),
+    key!(
+        "limits.queries_per_request",
+        "10000",
+        limits.queries_per_request,
+        positive,
+        shown,
+        "Partitions of one ListOffsets call, names of one Metadata call."
+    ),
+    key!(
+        "limits.decompressed_bytes",
+        "64 MiB",
+        limits.decompressed_bytes,
+        size,
+        size_usize,
+        "Bytes that one batch may decompress to."
+    ),
     key!("limits.records_per_batch", "1000000", limits.records_per_batch, positive32, shown, "Records of one batch."),
     key!("limits.topics", "10000", limits.topics, positive, shown, "Topics of the cluster."),
-    key!("limits.partitions_per_topic", "10000", limits.partitions_per_topic, positive32, shown, "Partitions of one topic."),
+    key!(
+        "limits.partitions_per_topic",
+        "10000",
+        limits.partitions_per_topic,
+        positive32,
+        shown,
+        "Partitions of one topic."
+    ),
     key!("limits.partitions", "20000", limits.partitions, positive, shown, "Partitions of the cluster."),
-    key!("limits.metrics_partitions", "1000", limits.metrics_partitions, parsed, shown, "Partitions with series of their own in `/metrics`; the rest only count in the totals."),
-    key!("limits.open_files", "1048576", limits.open_files, parsed, shown, "Open files asked of the system at start (as many as its hard limit gives)."),
-    key!("log.level", "info", log.level, text, shown, "The broker's own messages: `error`, `warn`, `info`, `debug`, `trace`, or per module as in `info,flowstone_broker=debug`."),
-    key!("log.format", "auto", log.format, log_format, shown_format, "`text`, `json`, or `auto`: text on a terminal, else JSON."),
+    key!(
+        "limits.metrics_partitions",
+        "1000",
+        limits.metrics_partitions,
+        parsed,
+        shown,
+        "Partitions with series of their own in `/metrics`; the rest only count in the totals."
+    ),
+    key!(
+        "limits.open_files",
+        "1048576",
+        limits.open_files,
+        parsed,
+        shown,
+        "Open files asked of the system at start (as many as its hard limit gives)."
+    ),
+    key!(
+        "log.level",
+        "info",
+        log.level,
+        text,
+        shown,
+        "The broker's own messages: `error`, `warn`, `info`, `debug`, `trace`, or per module as in `info,flowstone_broker=debug`."
+    ),
+    key!(
+        "log.format",
+        "auto",
+        log.format,
+        log_format,
+        shown_format,
+        "`text`, `json`, or `auto`: text on a terminal, else JSON."
+    ),
 ];
 
 impl Config {
@@ -503,6 +695,7 @@ impl Config {
                 header_bytes: 0,
                 handshake_timeout: Duration::ZERO,
                 idle_timeout: Duration::ZERO,
+                connection_age: Duration::ZERO,
                 keepalive_interval: Duration::ZERO,
                 keepalive_timeout: Duration::ZERO,
                 stream_window_bytes: 0,
@@ -575,8 +768,8 @@ fn key_of_env(key: &str) -> Option<String> {
 
 /// The file's values as text by dotted key.
 fn read_file(path: &Path) -> Result<Vec<(String, String)>, ConfigError> {
-    let text = std::fs::read_to_string(path)
-        .map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
+    let text =
+        std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable { path: path.to_owned(), source })?;
     let malformed = |reason: String| ConfigError::Malformed { path: path.to_owned(), reason };
     let tables =
         config::File::from_str(&text, FileFormat::Toml).collect().map_err(|error| malformed(error.to_string()))?;

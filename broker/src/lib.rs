@@ -11,7 +11,18 @@ pub mod config;
 pub mod telemetry;
 pub mod topic_config;
 
+mod admin_http;
 mod broker;
+mod connections;
+mod controller;
+mod coordinator;
+mod metrics;
+mod node;
+mod partition;
+mod producers;
+mod room;
+mod server;
+mod service;
 mod units;
 
 pub use broker::{Broker, RunningBroker, ShutdownReport, StartError};

@@ -21,7 +21,9 @@ pub struct LogLevel {
 #[non_exhaustive]
 pub enum TelemetryError {
     /// The filter is malformed.
-    #[error("log.level = `{level}`: {source}; write a level as in `info`, or per module as in `info,flowstone_broker=debug`")]
+    #[error(
+        "log.level = `{level}`: {source}; write a level as in `info`, or per module as in `info,flowstone_broker=debug`"
+    )]
     Level {
         /// As configured.
         level: String,

@@ -38,7 +38,8 @@ pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
     if rest == "0" {
         return Ok(Duration::ZERO);
     }
-    let complaint = || format!("`{text}` is no duration; write a number with a unit, as in `250ms`, `30s`, `10m`, `7d`");
+    let complaint =
+        || format!("`{text}` is no duration; write a number with a unit, as in `250ms`, `30s`, `10m`, `7d`");
     if rest.is_empty() {
         return Err(complaint());
     }

@@ -1,0 +1,197 @@
+//! The one coordinator shell: a pure state machine behind an internal topic's partition.
+//!
+//! A command becomes records and a parked reply; the records are appended to the machine's own log; the leader applies
+//! them at once, so that the next command sees them; the reply leaves when everything before it is committed.
+//!
+//! ```text
+//!   command --decide--> records --append--> live state (leader only, ahead)
+//!                          |
+//!                       commit ----------> committed state (every replica, published to readers)
+//! ```
+//!
+//! Two states rather than one: readers never see what may still be lost, a checkpoint is always of committed state, and
+//! a leader that steps down just drops `live`.
+
+use std::fmt::Debug;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use flowstone_protocol::{
+    BatchHeader, Compression, Error, ErrorCode, Offset, Record, RecordBatchBuilder, Term, Timestamp, record,
+};
+use flowstone_replication::{Admission, Commanded, MachineBody, MachineEntry};
+use parking_lot::RwLock;
+use prost::Message;
+use tokio::sync::watch;
+
+/// Most bytes that one batch of a coordinator's records may decompress to. They are written uncompressed; this bounds
+/// what a damaged log can cost.
+const BATCH_BYTES_MAX: usize = 64 << 20;
+
+/// A coordinator's pure core. Equal records lead to equal states.
+pub(crate) trait StateMachine: Clone + Debug + Send + Sync + 'static {
+    /// What a caller asks for.
+    type Command: Debug + Send + 'static;
+    /// What it is answered.
+    type Reply: Debug + Send + 'static;
+    /// What is appended.
+    type Record: Message + Default;
+
+    /// What follows from a command in this state: records to append (none where nothing changes) and the answer for
+    /// when they are committed. Whatever depends on the clock or on chance is in the command or in `now`.
+    fn decide(&self, command: Self::Command, now: Timestamp) -> (Vec<Self::Record>, Result<Self::Reply, Error>);
+
+    /// Takes one record in.
+    ///
+    /// # Errors
+    /// When the record cannot follow this state, or a newer release wrote it: the machine refuses to go on.
+    fn apply(&mut self, record: Self::Record, at: Offset) -> Result<(), Error>;
+
+    /// The whole state.
+    fn checkpoint(&self) -> Bytes;
+
+    /// Becomes the state that was checkpointed; from nothing when `bytes` is empty.
+    ///
+    /// # Errors
+    /// When the bytes are no checkpoint.
+    fn restore(&mut self, bytes: &[u8]) -> Result<(), Error>;
+}
+
+/// The committed state as everyone else sees it.
+#[derive(Debug)]
+pub(crate) struct Published<S> {
+    /// Written by the shard's thread alone, for the time of one record; readers copy out what they need and never await
+    /// while they hold it.
+    state: Arc<RwLock<S>>,
+    /// Offset after the last committed record taken in.
+    version: Arc<watch::Sender<Offset>>,
+}
+
+impl<S> Clone for Published<S> {
+    fn clone(&self) -> Self {
+        Self { state: Arc::clone(&self.state), version: Arc::clone(&self.version) }
+    }
+}
+
+impl<S> Published<S> {
+    fn new(state: S) -> Self {
+        Self { state: Arc::new(RwLock::new(state)), version: Arc::new(watch::Sender::new(Offset::ZERO)) }
+    }
+
+    /// Reads under the lock; `read` must be short.
+    pub(crate) fn with<R>(&self, read: impl FnOnce(&S) -> R) -> R {
+        read(&self.state.read())
+    }
+
+    /// Told of every commit.
+    pub(crate) fn changes(&self) -> watch::Receiver<Offset> {
+        self.version.subscribe()
+    }
+}
+
+/// The shell around one state machine; a replica's machine.
+#[derive(Debug)]
+pub(crate) struct Coordinator<S: StateMachine> {
+    committed: Published<S>,
+    /// Committed state and what is in flight; on the leader only.
+    live: Option<S>,
+    /// Why this machine goes no further: a record that it could not take in. Nothing is answered any more.
+    broken: Option<Error>,
+}
+
+impl<S: StateMachine> Coordinator<S> {
+    /// A machine that has seen nothing, and the view on what it commits.
+    pub(crate) fn new(empty: S) -> (Self, Published<S>) {
+        let committed = Published::new(empty);
+        (Self { committed: committed.clone(), live: None, broken: None }, committed)
+    }
+
+    /// Only the coordinator writes to its own log.
+    pub(crate) fn admit(&self, _batch: &BatchHeader) -> Admission {
+        Admission::Refuse(Error::new(
+            ErrorCode::InternalTopic,
+            "this topic is the cluster's own and is never written by clients; topics of yours do not begin with `__`",
+        ))
+    }
+
+    pub(crate) fn appended(&mut self, entry: &MachineEntry<'_>) {
+        if let (Some(live), None) = (&mut self.live, &self.broken)
+            && let Err(error) = apply_entry(live, entry)
+        {
+            // This leader wrote the record itself a moment ago: what it decides and what it applies differ.
+            unreachable!("a coordinator cannot take in its own record at offset {}: {error}", entry.base_offset);
+        }
+    }
+
+    pub(crate) fn committed(&mut self, entry: &MachineEntry<'_>) {
+        if self.broken.is_none() {
+            let applied = apply_entry(&mut *self.committed.state.write(), entry);
+            if let Err(error) = applied {
+                tracing::error!(offset = entry.base_offset.get(), %error, "a committed record cannot be taken in");
+                self.broken = Some(error);
+            }
+        }
+        let after = Offset::new(entry.base_offset.get() + i64::from(entry.header.last_offset_delta) + 1);
+        self.committed.version.send_replace(after);
+    }
+
+    pub(crate) fn command(&mut self, command: S::Command, now: Timestamp) -> Commanded<Result<S::Reply, Error>> {
+        if let Some(error) = &self.broken {
+            return Commanded { batch: None, reply: Err(error.clone()) };
+        }
+        let Some(live) = &self.live else {
+            let reply = Err(Error::new(ErrorCode::LeaderNotReady, "this coordinator does not lead yet; try again"));
+            return Commanded { batch: None, reply };
+        };
+        let (records, reply) = live.decide(command, now);
+        if records.is_empty() || reply.is_err() {
+            return Commanded { batch: None, reply };
+        }
+        let mut batch = RecordBatchBuilder::new(Compression::None);
+        for record in &records {
+            if let Err(error) = batch.append(now, None, Some(&record.encode_to_vec()), []) {
+                let error = Error::new(ErrorCode::InvalidRequest, format!("the change is too large: {error}"));
+                return Commanded { batch: None, reply: Err(error) };
+            }
+        }
+        Commanded { batch: Some(batch.build()), reply }
+    }
+
+    pub(crate) fn lead(&mut self, _term: Term) {
+        self.live = Some(self.committed.with(S::clone));
+    }
+
+    pub(crate) fn step_down(&mut self) {
+        self.live = None;
+    }
+
+    pub(crate) fn checkpoint(&self) -> Bytes {
+        self.committed.with(S::checkpoint)
+    }
+
+    pub(crate) fn restore(&mut self, checkpoint: &[u8]) -> Result<(), Error> {
+        self.live = None;
+        self.broken = None;
+        self.committed.state.write().restore(checkpoint)
+    }
+}
+
+fn apply_entry<S: StateMachine>(state: &mut S, entry: &MachineEntry<'_>) -> Result<(), Error> {
+    match entry.body {
+        MachineBody::Records(batch) => {
+            let mut at = entry.base_offset;
+            for record in record::records(batch.clone(), BATCH_BYTES_MAX)? {
+                let Record { value, .. } = record?;
+                let record = S::Record::decode(value.unwrap_or_default()).map_err(|error| {
+                    Error::new(ErrorCode::CorruptLog, format!("the record at offset {at} is malformed: {error}"))
+                })?;
+                state.apply(record, at)?;
+                at = at.next();
+            }
+            Ok(())
+        }
+        // The log's own entries say nothing to a coordinator.
+        MachineBody::Control { .. } => Ok(()),
+        MachineBody::Header => unreachable!("a coordinator reads records, and was handed a header alone"),
+    }
+}

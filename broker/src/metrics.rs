@@ -1,0 +1,323 @@
+//! What the broker counts, and how `/metrics` shows it: Prometheus text, names `flowstone_<what>_<unit>[_total]`, labels
+//! with few values. Series per partition are made when asked for, and only for so many partitions.
+
+use std::fmt;
+use std::time::Instant;
+
+use flowstone_protocol::Error;
+use flowstone_replication::Health;
+use parking_lot::RwLock;
+use prometheus_client::collector::Collector;
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
+use prometheus_client::metrics::counter::{ConstCounter, Counter};
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::registry::{Registry, Unit};
+
+use crate::controller::table::MetadataTable;
+use crate::coordinator::Published;
+use crate::partition::{LocalReplicas, Slot};
+use crate::room::Room;
+
+/// Upper bounds of the latency histograms, in seconds: 50 us to 6.5 s, each twice the one before.
+const LATENCY_BUCKETS: [f64; 18] = [
+    0.000_05, 0.000_1, 0.000_2, 0.000_4, 0.000_8, 0.001_6, 0.003_2, 0.006_4, 0.012_8, 0.025_6, 0.051_2, 0.102_4,
+    0.204_8, 0.409_6, 0.819_2, 1.638_4, 3.276_8, 6.553_6,
+];
+
+/// A call, as a label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, EncodeLabelValue)]
+pub(crate) enum Api {
+    Produce,
+    Fetch,
+    Other,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ApiLabels {
+    api: Api,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct ErrorLabels {
+    api: Api,
+    code: &'static str,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct PartitionLabels {
+    topic: String,
+    partition: i32,
+}
+
+/// Counters of one broker.
+pub(crate) struct Metrics {
+    registry: RwLock<Registry>,
+    requests: PerApi<Counter>,
+    received_bytes: PerApi<Counter>,
+    sent_bytes: PerApi<Counter>,
+    latency: PerApi<Histogram>,
+    errors: Family<ErrorLabels, Counter>,
+    /// Times that a producer had to wait for room.
+    pub(crate) produce_waits: Counter,
+    /// Client connections open now.
+    pub(crate) connections: Gauge,
+    /// Client connections turned away by a limit.
+    pub(crate) connections_refused: Counter,
+    /// Client connections cut off by a deadline.
+    pub(crate) connections_timed_out: Counter,
+    /// Accepts that failed, as for want of file descriptors.
+    pub(crate) accept_errors: Counter,
+}
+
+/// One metric per call, looked up without a lock.
+#[derive(Clone)]
+struct PerApi<M> {
+    produce: M,
+    fetch: M,
+    other: M,
+}
+
+impl<M> PerApi<M> {
+    fn get(&self, api: Api) -> &M {
+        match api {
+            Api::Produce => &self.produce,
+            Api::Fetch => &self.fetch,
+            Api::Other => &self.other,
+        }
+    }
+}
+
+impl fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+impl Metrics {
+    pub(crate) fn new() -> Self {
+        let mut registry = Registry::with_prefix("flowstone");
+        let counters = |registry: &mut Registry, name: &str, help: &str, unit: Option<Unit>| {
+            let family = Family::<ApiLabels, Counter>::default();
+            match unit {
+                Some(unit) => registry.register_with_unit(name, help, unit, family.clone()),
+                None => registry.register(name, help, family.clone()),
+            }
+            per_api(|api| family.get_or_create_owned(&ApiLabels { api }))
+        };
+        let requests = counters(&mut registry, "requests", "Requests received, by call", None);
+        let received_bytes =
+            counters(&mut registry, "received", "Bytes of records received, by call", Some(Unit::Bytes));
+        let sent_bytes = counters(&mut registry, "sent", "Bytes of records sent, by call", Some(Unit::Bytes));
+        let latency =
+            Family::<ApiLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS));
+        registry.register_with_unit(
+            "request_latency",
+            "Time from a request's arrival to its answer, by call; of fetches, from read to delivery",
+            Unit::Seconds,
+            latency.clone(),
+        );
+        let latency = per_api(|api| latency.get_or_create_owned(&ApiLabels { api }));
+        let errors = Family::<ErrorLabels, Counter>::default();
+        registry.register("request_errors", "Requests answered with an error, by call and code", errors.clone());
+        let mut counter = |name: &str, help: &str| {
+            let counter: Counter = Counter::default();
+            registry.register(name, help, counter.clone());
+            counter
+        };
+        let produce_waits = counter("produce_waits", "Times that a producer had to wait for room in flight");
+        let connections_refused = counter("connections_refused", "Client connections turned away by a limit");
+        let connections_timed_out = counter("connections_timed_out", "Client connections cut off by a deadline");
+        let accept_errors = counter("accept_errors", "Connections that the system could not accept");
+        let connections = Gauge::default();
+        registry.register("connections", "Client connections open now", connections.clone());
+        Self {
+            registry: RwLock::new(registry),
+            requests,
+            received_bytes,
+            sent_bytes,
+            latency,
+            errors,
+            produce_waits,
+            connections,
+            connections_refused,
+            connections_timed_out,
+            accept_errors,
+        }
+    }
+
+    /// Adds what is read off the broker's state when asked for.
+    pub(crate) fn watch(&self, collector: BrokerCollector) {
+        self.registry.write().register_collector(Box::new(collector));
+    }
+
+    pub(crate) fn received(&self, api: Api, bytes: usize) {
+        self.requests.get(api).inc();
+        self.received_bytes.get(api).inc_by(bytes as u64);
+    }
+
+    pub(crate) fn answered(&self, api: Api, received: Instant, error: Option<&Error>) {
+        self.latency.get(api).observe(received.elapsed().as_secs_f64());
+        if let Some(error) = error {
+            self.refused(api, error);
+        }
+    }
+
+    pub(crate) fn sent(&self, api: Api, since: Instant, bytes: usize) {
+        self.sent_bytes.get(api).inc_by(bytes as u64);
+        self.latency.get(api).observe(since.elapsed().as_secs_f64());
+    }
+
+    pub(crate) fn refused(&self, api: Api, error: &Error) {
+        self.errors.get_or_create(&ErrorLabels { api, code: error.code.as_str() }).inc();
+    }
+
+    /// All of it, as Prometheus reads it.
+    pub(crate) fn encode(&self) -> Result<String, fmt::Error> {
+        let mut text = String::new();
+        prometheus_client::encoding::text::encode(&mut text, &self.registry.read())?;
+        Ok(text)
+    }
+}
+
+fn per_api<M>(metric: impl Fn(Api) -> M) -> PerApi<M> {
+    PerApi { produce: metric(Api::Produce), fetch: metric(Api::Fetch), other: metric(Api::Other) }
+}
+
+/// Reads gauges off the broker's state.
+#[derive(Debug)]
+pub(crate) struct BrokerCollector {
+    pub(crate) replicas: LocalReplicas,
+    pub(crate) table: Published<MetadataTable>,
+    pub(crate) room: Room,
+    /// Partitions with series of their own.
+    pub(crate) partitions_max: usize,
+    pub(crate) started: Instant,
+}
+
+impl Collector for BrokerCollector {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
+        let mut replicas = self.replicas.all();
+        // The same partitions every time, whatever their number.
+        replicas.sort_by_key(|(tp, _)| *tp);
+        let mut totals = Totals::default();
+        let mut rows = Vec::new();
+        for (tp, slot) in &replicas {
+            let Slot::Open(partition) = slot else {
+                totals.unavailable += 1;
+                continue;
+            };
+            let status = partition.replica.status();
+            totals.count(&status);
+            if rows.len() < self.partitions_max {
+                rows.push((
+                    PartitionLabels { topic: partition.topic.to_string(), partition: tp.partition.get() },
+                    status,
+                ));
+            }
+        }
+        let per_partition: [(&str, &str, Option<Unit>, fn(&flowstone_replication::ReplicaStatus) -> i64); 5] = [
+            ("partition_end_offset", "One past the last appended offset", None, |status| status.end_offset.get()),
+            ("partition_high_watermark", "One past the last committed offset", None, |s| s.high_watermark.get()),
+            ("partition_log_start", "First offset that can be read", None, |status| status.log_start.get()),
+            ("partition_log", "Bytes of the partition's segments", Some(Unit::Bytes), |s| s.size_bytes as i64),
+            ("partition_leader_epoch", "Term of the leader", None, |s| i64::from(s.leader_epoch().get())),
+        ];
+        for (name, help, unit, value) in per_partition {
+            // A family without series would be named twice by some readers.
+            if rows.is_empty() {
+                break;
+            }
+            let mut family =
+                encoder.encode_descriptor(name, help, unit.as_ref(), ConstGauge::new(0i64).metric_type())?;
+            for (labels, status) in &rows {
+                let gauge = ConstGauge::new(value(status));
+                gauge.encode(family.encode_family(labels)?)?;
+            }
+        }
+        let (topics, metadata_offset) = self.table.with(|table| (table.topic_count(), table.applied()));
+        let process = ProcessFigures::read();
+        let gauges: [(&str, &str, Option<Unit>, i64); 13] = [
+            ("topics", "Topics of the cluster, its own aside", None, topics as i64),
+            ("metadata_offset", "Last metadata record taken in", None, metadata_offset.get()),
+            ("replicas", "Replicas of this broker", None, replicas.len() as i64),
+            ("replicas_leading", "Replicas that lead and serve", None, totals.leading),
+            ("partitions_leaderless", "Partitions of this broker that nobody leads", None, totals.leaderless()),
+            ("partitions_under_replicated", "Partitions led here that lack replicas in sync", None, 0),
+            ("partitions_read_only", "Partitions that refuse writes for want of room", None, totals.full),
+            ("partitions_failed", "Partitions whose log failed or is quarantined", None, totals.failed),
+            ("log", "Bytes of all segments on this broker", Some(Unit::Bytes), totals.bytes),
+            (
+                "disk_free",
+                "Bytes left on the data directory's file system",
+                Some(Unit::Bytes),
+                i64::try_from(self.room.free_bytes()).unwrap_or(i64::MAX),
+            ),
+            ("uptime", "Time since start", Some(Unit::Seconds), self.started.elapsed().as_secs() as i64),
+            ("process_resident", "Memory of the process", Some(Unit::Bytes), process.resident_bytes),
+            ("process_open_files", "Open file descriptors of the process", None, process.open_files),
+        ];
+        for (name, help, unit, value) in gauges {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
+        }
+        let cpu = ConstCounter::new(process.cpu_seconds);
+        cpu.encode(encoder.encode_descriptor(
+            "process_cpu",
+            "Processor time of the process",
+            Some(&Unit::Seconds),
+            cpu.metric_type(),
+        )?)
+    }
+}
+
+#[derive(Default)]
+struct Totals {
+    open: i64,
+    leading: i64,
+    full: i64,
+    failed: i64,
+    bytes: i64,
+    unavailable: i64,
+}
+
+impl Totals {
+    fn count(&mut self, status: &flowstone_replication::ReplicaStatus) {
+        self.open += 1;
+        self.leading += i64::from(status.is_ready());
+        self.full += i64::from(status.health == Health::DiskFull);
+        self.failed += i64::from(matches!(status.health, Health::Failed { .. } | Health::Quarantined { .. }));
+        self.bytes += status.size_bytes as i64;
+    }
+
+    fn leaderless(&self) -> i64 {
+        self.unavailable + self.open - self.leading
+    }
+}
+
+/// Basics of this process, from `/proc`; zeros where there is none.
+#[derive(Default)]
+struct ProcessFigures {
+    resident_bytes: i64,
+    open_files: i64,
+    cpu_seconds: f64,
+}
+
+impl ProcessFigures {
+    fn read() -> Self {
+        let page = rustix::param::page_size() as i64;
+        let ticks = rustix::param::clock_ticks_per_second() as f64;
+        let resident_pages = std::fs::read_to_string("/proc/self/statm")
+            .ok()
+            .and_then(|text| text.split(' ').nth(1)?.parse::<i64>().ok())
+            .unwrap_or(0);
+        let open_files = std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as i64);
+        // The name, second field, may hold spaces; what counts begins behind its bracket.
+        let cpu_ticks = std::fs::read_to_string("/proc/self/stat").ok().and_then(|text| {
+            let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+            Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
+        });
+        Self { resident_bytes: resident_pages * page, open_files, cpu_seconds: cpu_ticks.unwrap_or(0) as f64 / ticks }
+    }
+}

@@ -1,0 +1,210 @@
+//! The machine behind a partition's log: records of users, or one of the coordinators.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use flowstone_protocol::{BatchHeader, Error, ErrorCode, Term, Timestamp, TopicPartition};
+use flowstone_replication::{Admission, Commanded, Machine, MachineEntry, ReplicaHandle};
+use parking_lot::RwLock;
+use tokio::sync::watch;
+
+use crate::controller::commands::{MetadataCommand, MetadataReply};
+use crate::controller::table::MetadataTable;
+use crate::coordinator::{Coordinator, Published};
+use crate::producers::Producers;
+use crate::topic_config::TopicConfig;
+
+/// A replica of this broker.
+pub(crate) type Replica = ReplicaHandle<PartitionMachine>;
+
+/// What runs behind a replica's log.
+#[derive(Debug)]
+pub(crate) enum PartitionMachine {
+    /// A topic's records.
+    Records(Producers),
+    /// `__cluster_metadata-0`.
+    Metadata(Box<Coordinator<MetadataTable>>),
+}
+
+/// A command to a coordinator.
+#[derive(Debug)]
+pub(crate) enum PartitionCommand {
+    Metadata(MetadataCommand),
+}
+
+/// A coordinator's answer.
+#[derive(Debug)]
+pub(crate) enum PartitionReply {
+    Metadata(MetadataReply),
+}
+
+impl PartitionMachine {
+    pub(crate) fn records() -> Self {
+        Self::Records(Producers::default())
+    }
+
+    /// The metadata's machine, and the view on what it commits.
+    pub(crate) fn metadata(empty: MetadataTable) -> (Self, Published<MetadataTable>) {
+        let (coordinator, view) = Coordinator::new(empty);
+        (Self::Metadata(Box::new(coordinator)), view)
+    }
+}
+
+impl Machine for PartitionMachine {
+    type Command = PartitionCommand;
+    type Reply = Result<PartitionReply, Error>;
+
+    fn admit(&mut self, batch: &BatchHeader, _now: Timestamp) -> Admission {
+        match self {
+            Self::Records(producers) => producers.admit(batch),
+            Self::Metadata(coordinator) => coordinator.admit(batch),
+        }
+    }
+
+    fn appended(&mut self, entry: &MachineEntry<'_>) {
+        match self {
+            Self::Records(producers) => producers.appended(entry),
+            Self::Metadata(coordinator) => coordinator.appended(entry),
+        }
+    }
+
+    fn committed(&mut self, entry: &MachineEntry<'_>) {
+        match self {
+            Self::Records(producers) => producers.committed(entry),
+            Self::Metadata(coordinator) => coordinator.committed(entry),
+        }
+    }
+
+    fn command(&mut self, command: PartitionCommand, now: Timestamp) -> Commanded<Self::Reply> {
+        match (self, command) {
+            (Self::Metadata(coordinator), PartitionCommand::Metadata(command)) => {
+                let Commanded { batch, reply } = coordinator.command(command, now);
+                Commanded { batch, reply: reply.map(PartitionReply::Metadata) }
+            }
+            (Self::Records(_), command) => {
+                let error = Error::new(ErrorCode::Internal, format!("no coordinator here takes {command:?}"));
+                Commanded { batch: None, reply: Err(error) }
+            }
+        }
+    }
+
+    fn lead(&mut self, term: Term) {
+        match self {
+            Self::Records(_) => {}
+            Self::Metadata(coordinator) => coordinator.lead(term),
+        }
+    }
+
+    fn step_down(&mut self) {
+        match self {
+            Self::Records(producers) => producers.step_down(),
+            Self::Metadata(coordinator) => coordinator.step_down(),
+        }
+    }
+
+    fn reads_records(&self) -> bool {
+        matches!(self, Self::Metadata(_))
+    }
+
+    /// What is in flight lives beside the committed state in both kinds, see [`Coordinator`] and [`Producers`].
+    fn applies_at_append(&self) -> bool {
+        false
+    }
+
+    fn checkpoint(&self) -> Bytes {
+        match self {
+            Self::Records(producers) => producers.checkpoint(),
+            Self::Metadata(coordinator) => coordinator.checkpoint(),
+        }
+    }
+
+    fn restore(&mut self, checkpoint: &[u8]) -> Result<(), Error> {
+        match self {
+            Self::Records(producers) => producers.restore(checkpoint),
+            Self::Metadata(coordinator) => coordinator.restore(checkpoint),
+        }
+    }
+}
+
+/// A replica that was opened, with what the services need to know of its topic.
+#[derive(Debug)]
+pub(crate) struct OpenPartition {
+    pub(crate) tp: TopicPartition,
+    /// The topic's name.
+    pub(crate) topic: Arc<str>,
+    /// One of the cluster's own topics.
+    pub(crate) internal: bool,
+    pub(crate) replica: Replica,
+    /// Written by the reconciler when the topic's settings change; readers clone it out.
+    config: RwLock<Arc<TopicConfig>>,
+}
+
+impl OpenPartition {
+    pub(crate) fn new(tp: TopicPartition, topic: &str, internal: bool, replica: Replica, config: TopicConfig) -> Self {
+        Self { tp, topic: topic.into(), internal, replica, config: RwLock::new(Arc::new(config)) }
+    }
+
+    pub(crate) fn config(&self) -> Arc<TopicConfig> {
+        Arc::clone(&self.config.read())
+    }
+
+    pub(crate) fn set_config(&self, config: TopicConfig) {
+        *self.config.write() = Arc::new(config);
+    }
+}
+
+/// A replica's place in this broker: open, or the reason why it is not.
+#[derive(Clone, Debug)]
+pub(crate) enum Slot {
+    /// It runs. It may still not lead, or be sick: its status says so.
+    Open(Arc<OpenPartition>),
+    /// It is being opened.
+    Opening,
+    /// It could not be opened.
+    Failed(Error),
+}
+
+/// The replicas of this broker, as the services find them.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct LocalReplicas {
+    /// Written when replicas come and go, by the reconciler alone; readers clone a handle out and never await inside.
+    slots: Arc<RwLock<HashMap<TopicPartition, Slot>>>,
+    /// Counts the changes.
+    changes: Arc<watch::Sender<u64>>,
+}
+
+impl LocalReplicas {
+    pub(crate) fn get(&self, tp: TopicPartition) -> Option<Slot> {
+        self.slots.read().get(&tp).cloned()
+    }
+
+    pub(crate) fn set(&self, tp: TopicPartition, slot: Slot) {
+        self.slots.write().insert(tp, slot);
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// What became of an opening; nothing where the replica is not wanted any more.
+    pub(crate) fn fill(&self, tp: TopicPartition, slot: Slot) {
+        if let Some(opening) = self.slots.write().get_mut(&tp) {
+            *opening = slot;
+        }
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    pub(crate) fn remove(&self, tp: TopicPartition) -> Option<Slot> {
+        let slot = self.slots.write().remove(&tp);
+        self.changes.send_modify(|count| *count += 1);
+        slot
+    }
+
+    /// Told whenever a replica came, went or failed to open.
+    pub(crate) fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// All of them, in no order.
+    pub(crate) fn all(&self) -> Vec<(TopicPartition, Slot)> {
+        self.slots.read().iter().map(|(tp, slot)| (*tp, slot.clone())).collect()
+    }
+}

@@ -1,0 +1,138 @@
+//! The gRPC server: every limit of HTTP/2 and of the messages is set here.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use flowstone_protocol::FILE_DESCRIPTOR_SET;
+use flowstone_protocol::pb::admin_server::AdminServer;
+use flowstone_protocol::pb::log_server::LogServer;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tonic::body::Body;
+use tonic::codegen::{Bytes, Service};
+use tonic::service::Routes;
+use tonic::transport::Server;
+
+use crate::config::LimitsConfig;
+use crate::connections::{CallGuard, ConnectionCalls, Connections, Incoming};
+use crate::node::Node;
+use crate::service::{AdminService, LogService};
+
+/// Largest HTTP/2 frame that clients are asked to send: large frames mean fewer of them for a large batch.
+const FRAME_BYTES: u32 = 256 << 10;
+/// Room that a response needs beside its batches.
+const RESPONSE_OVERHEAD_BYTES: usize = 64 << 10;
+
+/// Serves clients until `drain`; then takes no new connection or call and returns when all have ended. `cut` ends those
+/// that do not.
+pub(crate) async fn serve(
+    node: Arc<Node>,
+    listener: TcpListener,
+    connections: Arc<Connections>,
+    mut drain: watch::Receiver<bool>,
+    cut: watch::Receiver<bool>,
+) -> Result<(), tonic::transport::Error> {
+    let limits = node.config.limits.clone();
+    let routes = CountedCalls { inner: routes(&node, &limits) };
+    let incoming = Incoming::new(listener, connections, cut);
+    Server::builder()
+        .initial_stream_window_size(limits.stream_window_bytes)
+        .initial_connection_window_size(limits.connection_window_bytes)
+        .max_concurrent_streams(limits.streams_per_connection)
+        .max_frame_size(FRAME_BYTES)
+        .http2_max_header_list_size(limits.header_bytes)
+        .http2_keepalive_interval(Some(limits.keepalive_interval))
+        .http2_keepalive_timeout(Some(limits.keepalive_timeout))
+        .http2_max_pending_accept_reset_streams(Some(limits.pending_reset_streams))
+        .http2_max_local_error_reset_streams(Some(limits.pending_reset_streams))
+        .http2_adaptive_window(Some(false))
+        .max_connection_age(limits.connection_age)
+        .accept_http1(false)
+        .serve_with_incoming_shutdown(routes, incoming, async move {
+            // An error means that the broker is gone altogether.
+            drop(drain.wait_for(|drains| *drains).await);
+        })
+        .await
+}
+
+fn routes(node: &Arc<Node>, limits: &LimitsConfig) -> Routes {
+    let log = LogServer::new(LogService::new(Arc::clone(node)))
+        .max_decoding_message_size(limits.request_bytes)
+        .max_encoding_message_size(limits.request_bytes.max(limits.fetch_response_bytes) + RESPONSE_OVERHEAD_BYTES);
+    let admin =
+        AdminServer::new(AdminService::new(Arc::clone(node))).max_decoding_message_size(limits.admin_request_bytes);
+    let (health, health_service) = tonic_health::server::health_reporter();
+    let mut drain = node.drain.clone();
+    tokio::spawn(async move {
+        health.set_serving::<LogServer<LogService>>().await;
+        health.set_serving::<AdminServer<AdminService>>().await;
+        drop(drain.wait_for(|drains| *drains).await);
+        for service in ["", "flowstone.v1.Log", "flowstone.v1.Admin"] {
+            health.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
+        }
+    });
+    let mut routes = Routes::new(log).add_service(admin).add_service(health_service);
+    let reflection = tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
+        .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+        .build_v1();
+    match reflection {
+        Ok(reflection) => routes = routes.add_service(reflection),
+        // Built from descriptors that were compiled in: a broken build, and no reason not to serve.
+        Err(error) => tracing::error!(%error, "server reflection is not available"),
+    }
+    routes.prepare()
+}
+
+/// Tells a connection's guard of its calls, so that one that is used is not idle.
+#[derive(Clone, Debug)]
+struct CountedCalls<S> {
+    inner: S,
+}
+
+impl<S> Service<http::Request<Body>> for CountedCalls<S>
+where
+    S: Service<http::Request<Body>, Response = http::Response<Body>>,
+    S::Future: Send + 'static,
+{
+    type Response = http::Response<CountedBody>;
+    type Error = S::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, S::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let guard = request.extensions().get::<ConnectionCalls>().map(ConnectionCalls::begin);
+        let response = self.inner.call(request);
+        Box::pin(async move { Ok(response.await?.map(|inner| CountedBody { inner, _guard: guard })) })
+    }
+}
+
+/// A response's body; the call ends with it.
+#[derive(Debug)]
+struct CountedBody {
+    inner: Body,
+    // Held for its drop alone.
+    _guard: Option<CallGuard>,
+}
+
+impl HttpBody for CountedBody {
+    type Data = Bytes;
+    type Error = tonic::Status;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, tonic::Status>>> {
+        Pin::new(&mut self.inner).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.inner.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.inner.size_hint()
+    }
+}

@@ -1,0 +1,221 @@
+//! `Metadata` and `WatchMetadata`: brokers, topics, and where partitions are led.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use flowstone_protocol::{Error, ErrorCode, Offset, PartitionId, TopicName, TopicPartition, pb};
+use futures::{FutureExt, Stream, StreamExt, stream};
+use tonic::Status;
+
+use super::shutting_down;
+use crate::controller::commands::unknown_topic;
+use crate::controller::table::{MetadataTable, Topic};
+use crate::node::Node;
+use crate::partition::Slot;
+
+/// Nobody.
+const NO_LEADER: i32 = -1;
+
+/// The named topics, or all.
+pub(super) fn metadata(node: &Node, request: &pb::MetadataRequest) -> Result<pb::MetadataResponse, Error> {
+    let names_max = node.config.limits.queries_per_request;
+    if request.topics.len() > names_max {
+        return Err(Error::new(
+            ErrorCode::InvalidRequest,
+            format!(
+                "{} names in one call, and {names_max} is the limit (limits.queries_per_request); name none to get all",
+                request.topics.len()
+            ),
+        ));
+    }
+    Ok(node.table.with(|table| {
+        let topics = if request.topics.is_empty() {
+            table
+                .topics()
+                .filter(|topic| request.include_internal || !topic.internal)
+                .map(|topic| topic_metadata(node, topic))
+                .collect()
+        } else {
+            request.topics.iter().map(|name| named(node, table, name)).collect()
+        };
+        response(node, table, topics)
+    }))
+}
+
+fn named(node: &Node, table: &MetadataTable, name: &str) -> pb::TopicMetadata {
+    let error = match table.topic_named(name) {
+        Some(topic) => return topic_metadata(node, topic),
+        // A name that no topic can have says so, rather than that there is none.
+        None => match TopicName::new(name) {
+            Ok(_) => unknown_topic(name),
+            Err(malformed) => Error::new(ErrorCode::InvalidTopicName, malformed.to_string()).with_topic(name),
+        },
+    };
+    pb::TopicMetadata {
+        name: name.to_owned(),
+        topic_id: Vec::new().into(),
+        partitions: Vec::new(),
+        internal: name.starts_with("__"),
+        error: Some(error.to_detail()),
+    }
+}
+
+fn response(node: &Node, table: &MetadataTable, topics: Vec<pb::TopicMetadata>) -> pb::MetadataResponse {
+    pb::MetadataResponse {
+        cluster_id: node.cluster.to_string(),
+        brokers: brokers(table),
+        controller_id: controller(node),
+        topics,
+        metadata_offset: table.applied().get(),
+    }
+}
+
+pub(super) fn brokers(table: &MetadataTable) -> Vec<pb::Broker> {
+    table
+        .brokers()
+        .map(|broker| pb::Broker {
+            id: broker.id.get(),
+            address: broker.client_address.clone(),
+            rack: broker.rack.clone(),
+            version: broker.version.clone(),
+        })
+        .collect()
+}
+
+/// The broker that leads the metadata.
+pub(super) fn controller(node: &Node) -> i32 {
+    if node.metadata.status().is_ready() { node.id.get() } else { NO_LEADER }
+}
+
+fn topic_metadata(node: &Node, topic: &Topic) -> pb::TopicMetadata {
+    let partitions = topic.partitions.iter().enumerate().map(|(partition, places)| {
+        let partition = PartitionId::new(partition as i32);
+        let (leader_id, leader_epoch) = leader(node, TopicPartition { topic: topic.id, partition });
+        pb::PartitionMetadata {
+            partition: partition.get(),
+            leader_id,
+            leader_epoch,
+            replicas: places.iter().map(|place| place.broker.get()).collect(),
+        }
+    });
+    pb::TopicMetadata {
+        name: topic.name.clone(),
+        topic_id: topic.id.to_bytes().to_vec().into(),
+        partitions: partitions.collect(),
+        internal: topic.internal,
+        error: None,
+    }
+}
+
+/// Who leads, and since which epoch, as far as this broker knows.
+pub(super) fn leader(node: &Node, tp: TopicPartition) -> (i32, i32) {
+    match node.replicas.get(tp) {
+        Some(Slot::Open(partition)) => {
+            let status = partition.replica.status();
+            (if status.is_ready() { node.id.get() } else { NO_LEADER }, status.leader_epoch().get())
+        }
+        _ => (NO_LEADER, -1),
+    }
+}
+
+/// The updates of one watcher.
+pub(crate) struct MetadataWatch(Pin<Box<dyn Stream<Item = Result<pb::MetadataUpdate, Status>> + Send>>);
+
+impl std::fmt::Debug for MetadataWatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("MetadataWatch")
+    }
+}
+
+impl Stream for MetadataWatch {
+    type Item = Result<pb::MetadataUpdate, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.0.as_mut().poll_next(cx)
+    }
+}
+
+/// Everything once, then what changes. A watcher that reads slowly gets several changes as one update: what is kept for
+/// it is one offset and the leaders it was told.
+pub(super) fn watch(node: Arc<Node>, include_internal: bool) -> MetadataWatch {
+    let drained = super::produce::drained(node.drain.clone()).shared();
+    let watcher = Watcher {
+        changes: node.table.changes(),
+        replicas: node.replicas.changes(),
+        node,
+        include_internal,
+        told: None,
+        leaders: std::collections::HashMap::new(),
+    };
+    let updates = stream::unfold(watcher, |mut watcher| async move {
+        let update = watcher.next().await?;
+        Some((Ok(update), watcher))
+    });
+    let end = stream::once(drained.clone().map(|()| Err(shutting_down().to_status())));
+    // The goodbye ends the stream, also for a watcher that waits.
+    MetadataWatch(Box::pin(updates.take_until(drained).chain(end)))
+}
+
+struct Watcher {
+    node: Arc<Node>,
+    changes: tokio::sync::watch::Receiver<Offset>,
+    replicas: tokio::sync::watch::Receiver<u64>,
+    include_internal: bool,
+    /// Metadata up to here was told; `None` before the first update.
+    told: Option<Offset>,
+    /// Leaders as they were told.
+    leaders: std::collections::HashMap<TopicPartition, (i32, i32)>,
+}
+
+impl Watcher {
+    async fn next(&mut self) -> Option<pb::MetadataUpdate> {
+        loop {
+            self.changes.borrow_and_update();
+            self.replicas.borrow_and_update();
+            if let Some(update) = self.update() {
+                return Some(update);
+            }
+            tokio::select! {
+                changed = self.changes.changed() => changed.ok()?,
+                changed = self.replicas.changed() => changed.ok()?,
+            }
+        }
+    }
+
+    /// What changed since the last one; `None` for nothing.
+    fn update(&mut self) -> Option<pb::MetadataUpdate> {
+        let node = Arc::clone(&self.node);
+        node.table.with(|table| {
+            let since = self.told.unwrap_or(Offset::new(-1));
+            // Too far behind to be told what went: it gets everything, as at the beginning.
+            let deleted = if self.told.is_some() { table.deleted_since(since) } else { None };
+            let whole = deleted.is_none();
+            let mut topics = Vec::new();
+            let mut leaders = std::collections::HashMap::new();
+            for topic in table.topics().filter(|topic| self.include_internal || !topic.internal) {
+                let mut changed = whole || topic.changed_at > since;
+                for partition in 0..topic.partitions.len() {
+                    let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(partition as i32) };
+                    let now = leader(&node, tp);
+                    changed |= self.leaders.get(&tp) != Some(&now);
+                    leaders.insert(tp, now);
+                }
+                if changed {
+                    topics.push(topic_metadata(&node, topic));
+                }
+            }
+            self.leaders = leaders;
+            self.told = Some(table.applied());
+            let deleted = deleted.unwrap_or_default();
+            let brokers_changed = table.brokers_changed_at() > since;
+            if !whole && topics.is_empty() && deleted.is_empty() && !brokers_changed {
+                return None;
+            }
+            Some(pb::MetadataUpdate {
+                metadata: Some(response(&node, table, topics)),
+                deleted_topic_ids: deleted.iter().map(|topic| topic.to_bytes().to_vec().into()).collect(),
+            })
+        })
+    }
+}

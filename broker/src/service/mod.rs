@@ -1,0 +1,162 @@
+//! The gRPC services: each call is one file, dispatch only matches.
+
+mod admin;
+mod fetch;
+mod metadata;
+mod offsets;
+mod produce;
+
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use flowstone_protocol::pb::log_server::Log;
+use flowstone_protocol::{Error, ErrorCode, PartitionId, Timestamp, TopicId, TopicPartition, pb};
+use tonic::{Code, Request, Response, Status, Streaming};
+
+use crate::node::Node;
+use crate::partition::{OpenPartition, Slot};
+
+pub(crate) use admin::AdminService;
+
+/// `flowstone.v1.Log`.
+#[derive(Clone, Debug)]
+pub(crate) struct LogService {
+    node: Arc<Node>,
+}
+
+impl LogService {
+    pub(crate) fn new(node: Arc<Node>) -> Self {
+        Self { node }
+    }
+}
+
+#[tonic::async_trait]
+impl Log for LogService {
+    type ProduceStream = produce::ProduceSession;
+    type FetchStream = fetch::FetchSession;
+    type WatchMetadataStream = metadata::MetadataWatch;
+
+    async fn produce(
+        &self,
+        request: Request<Streaming<pb::ProduceRequest>>,
+    ) -> Result<Response<Self::ProduceStream>, Status> {
+        Ok(Response::new(produce::ProduceSession::new(Arc::clone(&self.node), request.into_inner())))
+    }
+
+    async fn fetch(
+        &self,
+        request: Request<Streaming<pb::FetchRequest>>,
+    ) -> Result<Response<Self::FetchStream>, Status> {
+        Ok(Response::new(fetch::FetchSession::new(Arc::clone(&self.node), request.into_inner())))
+    }
+
+    async fn metadata(&self, request: Request<pb::MetadataRequest>) -> Result<Response<pb::MetadataResponse>, Status> {
+        answer(metadata::metadata(&self.node, request.get_ref()))
+    }
+
+    async fn watch_metadata(
+        &self,
+        request: Request<pb::WatchMetadataRequest>,
+    ) -> Result<Response<Self::WatchMetadataStream>, Status> {
+        Ok(Response::new(metadata::watch(Arc::clone(&self.node), request.get_ref().include_internal)))
+    }
+
+    async fn list_offsets(
+        &self,
+        request: Request<pb::ListOffsetsRequest>,
+    ) -> Result<Response<pb::ListOffsetsResponse>, Status> {
+        answer(offsets::list_offsets(&self.node, request.into_inner()).await)
+    }
+
+    async fn init_producer(
+        &self,
+        _request: Request<pb::InitProducerRequest>,
+    ) -> Result<Response<pb::InitProducerResponse>, Status> {
+        // Random, so that no broker needs to ask another; 63 bits, so that two alike are not to be expected.
+        let producer_id = (rand::random::<u64>() >> 1) as i64;
+        Ok(Response::new(pb::InitProducerResponse { producer_id, producer_epoch: 0 }))
+    }
+}
+
+fn answer<T>(result: Result<T, Error>) -> Result<Response<T>, Status> {
+    result.map(Response::new).map_err(|error| error.to_status())
+}
+
+/// The present, as far as this machine's clock knows it.
+pub(crate) fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp::new(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// The replica that serves `tp`, or what to tell the client.
+fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
+    match node.replicas.get(tp) {
+        Some(Slot::Open(partition)) => return Ok(partition),
+        Some(Slot::Failed(error)) => return Err(error),
+        Some(Slot::Opening) | None => {}
+    }
+    let topic = node.table.with(|table| {
+        let topic = table.topic(tp.topic);
+        topic.map(|topic| (topic.name.clone(), topic.partitions.len()))
+    });
+    let Some((name, partitions)) = topic else {
+        return Err(Error::new(
+            ErrorCode::UnknownTopic,
+            format!("there is no topic with id {}; it was deleted, or never created: look its name up again", tp.topic),
+        )
+        .with_partition(tp.partition));
+    };
+    if usize::try_from(tp.partition.get()).map_or(true, |partition| partition >= partitions) {
+        return Err(Error::new(
+            ErrorCode::UnknownPartition,
+            format!(
+                "topic `{name}` has no partition {}; it has {partitions}, from 0 to {}",
+                tp.partition,
+                partitions.saturating_sub(1)
+            ),
+        )
+        .with_topic(name)
+        .with_partition(tp.partition));
+    }
+    let (code, what) = if *node.drain.borrow() {
+        (ErrorCode::ShuttingDown, "this broker is shutting down; try again when it is back")
+    } else {
+        (ErrorCode::LeaderNotReady, "the partition is being opened; try again in a moment")
+    };
+    Err(Error::new(code, what).with_topic(name).with_partition(tp.partition))
+}
+
+fn parse_tp(topic_id: &[u8], partition: i32) -> Result<TopicPartition, Error> {
+    match TopicId::from_slice(topic_id) {
+        Some(topic) => Ok(TopicPartition { topic, partition: PartitionId::new(partition) }),
+        None => Err(Error::new(
+            ErrorCode::InvalidRequest,
+            format!("topic_id has {} bytes and needs 16; take it from Metadata", topic_id.len()),
+        )),
+    }
+}
+
+/// What to say about a stream whose next message could not be read; `None` where the client has just gone.
+fn unreadable(status: &Status, carries: &str, request_bytes_max: usize) -> Option<Error> {
+    match status.code() {
+        Code::OutOfRange => Some(Error::new(
+            ErrorCode::MessageTooLarge,
+            format!(
+                "a message is larger than limits.request_bytes ({request_bytes_max}): {}; send smaller batches, or raise \
+                 the limit",
+                status.message()
+            ),
+        )),
+        Code::Internal if status.message().contains("decode") => Some(Error::new(
+            ErrorCode::InvalidRequest,
+            format!("a message on this stream is no {carries}: {}; check which call this is", status.message()),
+        )),
+        Code::Unimplemented => Some(Error::new(ErrorCode::Unsupported, status.message())),
+        _ => None,
+    }
+}
+
+/// Told to streams when the broker stops.
+fn shutting_down() -> Error {
+    Error::new(ErrorCode::ShuttingDown, "this broker is shutting down; go on at another one, or when it is back")
+}

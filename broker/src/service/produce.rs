@@ -1,0 +1,371 @@
+//! `Produce`: batches in, acknowledgements out, on one stream.
+//!
+//! ```text
+//!   client --messages--> session: check, room --batch--> shard: append, flush, commit
+//!      ^                                                   |
+//!      +----- answers, as many as there are in one --------+
+//! ```
+//!
+//! One task reads, checks and answers, so a client that does not take its answers is not read from either. Room in the
+//! shard (bytes of batches not answered yet) is waited for before the next message is read: the client's HTTP/2 window
+//! fills, and it waits in turn. A client that leaves in the middle loses nothing acknowledged: what was handed to the
+//! shard goes its way, only its answers have nobody left to take them.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use bytes::Bytes;
+use flowstone_protocol::batch::validate_produced;
+use flowstone_protocol::{
+    BatchError, BatchHeader, Compression, Error, ErrorCode, Timestamp, ValidationLimits, pb, rewrite,
+};
+use flowstone_replication::{Acks, Permit, Produced, Reply};
+use futures::Stream;
+use futures::task::AtomicWaker;
+use parking_lot::Mutex;
+use tokio::sync::watch;
+use tonic::{Status, Streaming};
+
+use super::{find, now, parse_tp, shutting_down, unreadable};
+use crate::metrics::Api;
+use crate::node::Node;
+use crate::partition::OpenPartition;
+use crate::topic_config::{CompressionPolicy, TimestampPolicy, TopicConfig};
+
+/// What a request takes of the shard's room at least: its bookkeeping counts too, or small requests would be unbounded.
+const REQUEST_BYTES_MIN: usize = 1 << 10;
+/// Batches up to this size are checked where they are read even when compressed; larger ones, whose decompression takes
+/// long, on a thread of their own, so that other streams go on.
+const CHECK_INLINE_BYTES_MAX: usize = 16 << 10;
+/// Messages taken at one go before others get their turn.
+const MESSAGES_PER_TURN: usize = 64;
+
+type Pending<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// One produce stream: reads requests and yields answers.
+pub(crate) struct ProduceSession {
+    node: Arc<Node>,
+    requests: Streaming<pb::ProduceRequest>,
+    step: Step,
+    answers: Arc<Answers>,
+    drain: Pending<()>,
+    /// Set: no more requests are read; once everything is answered, the stream ends so.
+    ending: Option<Result<(), Error>>,
+}
+
+/// What the session waits for, answers aside.
+enum Step {
+    /// The next message.
+    Read,
+    /// A batch being checked on another thread.
+    Check(Pending<Result<Checked, Refused>>),
+    /// Room in the shard.
+    Room(Pending<(Checked, Permit)>),
+}
+
+/// A batch that may be appended.
+struct Checked {
+    request_id: u64,
+    received: Instant,
+    acks: Acks,
+    partition: Arc<OpenPartition>,
+    batch: Bytes,
+    header: BatchHeader,
+}
+
+/// A batch that may not.
+struct Refused {
+    request_id: u64,
+    acks: Acks,
+    error: Error,
+}
+
+/// Where shards leave answers, from their threads.
+#[derive(Debug, Default)]
+struct Answers {
+    /// Held for one push or one take.
+    state: Mutex<AnswersState>,
+    session: AtomicWaker,
+}
+
+#[derive(Debug, Default)]
+struct AnswersState {
+    ready: Vec<pb::ProduceResult>,
+    /// Handed to shards and not answered; bounded by their room.
+    in_flight: usize,
+}
+
+impl Answers {
+    fn push(&self, result: pb::ProduceResult) {
+        self.state.lock().ready.push(result);
+    }
+
+    /// The answer to one that was counted in flight.
+    fn complete(&self, result: Option<pb::ProduceResult>) {
+        let mut state = self.state.lock();
+        state.in_flight -= 1;
+        state.ready.extend(result);
+        drop(state);
+        self.session.wake();
+    }
+}
+
+impl std::fmt::Debug for ProduceSession {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ProduceSession").field("ending", &self.ending).finish_non_exhaustive()
+    }
+}
+
+impl ProduceSession {
+    pub(crate) fn new(node: Arc<Node>, requests: Streaming<pb::ProduceRequest>) -> Self {
+        let drain = drained(node.drain.clone());
+        Self { node, requests, step: Step::Read, answers: Arc::default(), drain, ending: None }
+    }
+
+    /// Reads and hands on until something has to be waited for.
+    fn drive(&mut self, cx: &mut Context<'_>) {
+        if self.ending.is_none() && self.drain.as_mut().poll(cx).is_ready() {
+            self.ending = Some(Err(shutting_down()));
+        }
+        let mut turns = 0;
+        loop {
+            match &mut self.step {
+                Step::Read => {
+                    if self.ending.is_some() {
+                        return;
+                    }
+                    if turns == MESSAGES_PER_TURN {
+                        cx.waker().wake_by_ref();
+                        return;
+                    }
+                    turns += 1;
+                    match Pin::new(&mut self.requests).poll_next(cx) {
+                        Poll::Pending => return,
+                        Poll::Ready(None) => self.ending = Some(Ok(())),
+                        Poll::Ready(Some(Err(status))) => {
+                            let bytes_max = self.node.config.limits.request_bytes;
+                            self.ending = Some(unreadable(&status, "ProduceRequest", bytes_max).map_or(Ok(()), Err));
+                        }
+                        Poll::Ready(Some(Ok(request))) => self.take(request),
+                    }
+                }
+                Step::Check(check) => match check.as_mut().poll(cx) {
+                    Poll::Pending => return,
+                    Poll::Ready(checked) => {
+                        self.step = Step::Read;
+                        match checked {
+                            Ok(checked) => self.admit(checked),
+                            Err(refused) => self.refuse(refused),
+                        }
+                    }
+                },
+                Step::Room(room) => match room.as_mut().poll(cx) {
+                    Poll::Pending => return,
+                    Poll::Ready((checked, permit)) => {
+                        self.step = Step::Read;
+                        self.append(checked, permit);
+                    }
+                },
+            }
+        }
+    }
+
+    fn take(&mut self, request: pb::ProduceRequest) {
+        let received = Instant::now();
+        self.node.metrics.received(Api::Produce, request.batch.len());
+        let request_id = request.request_id;
+        let acks = match request.acks() {
+            pb::Acks::None => Acks::None,
+            pb::Acks::Leader => Acks::Leader,
+            pb::Acks::Quorum | pb::Acks::Unspecified => Acks::Quorum,
+        };
+        let partition = match self.check_target(&request) {
+            Ok(partition) => partition,
+            Err(error) => return self.refuse(Refused { request_id, acks, error }),
+        };
+        let rules = Rules::new(&self.node, &partition.config());
+        let batch = request.batch;
+        let slow = batch.len() > CHECK_INLINE_BYTES_MAX && rules.is_slow(&batch);
+        let work = move || match rules.check(batch) {
+            Ok((batch, header)) => Ok(Checked { request_id, received, acks, partition, batch, header }),
+            Err(error) => Err(Refused { request_id, acks, error: in_partition(error, &partition) }),
+        };
+        if slow {
+            let work = tokio::task::spawn_blocking(work);
+            self.step = Step::Check(Box::pin(async move {
+                work.await.unwrap_or_else(|_| {
+                    let error = Error::new(ErrorCode::Internal, "the check of this batch was cut off; send it again");
+                    Err(Refused { request_id, acks, error })
+                })
+            }));
+            return;
+        }
+        match work() {
+            Ok(checked) => self.admit(checked),
+            Err(refused) => self.refuse(refused),
+        }
+    }
+
+    fn check_target(&self, request: &pb::ProduceRequest) -> Result<Arc<OpenPartition>, Error> {
+        let partition = find(&self.node, parse_tp(&request.topic_id, request.partition)?)?;
+        if partition.internal {
+            let error = crate::controller::commands::internal_topic(&partition.topic);
+            return Err(in_partition(error, &partition));
+        }
+        self.node.room.check().map_err(|error| in_partition(error, &partition))?;
+        Ok(partition)
+    }
+
+    fn admit(&mut self, checked: Checked) {
+        let bytes = checked.batch.len().max(REQUEST_BYTES_MIN);
+        if let Some(permit) = checked.partition.replica.try_reserve(bytes) {
+            return self.append(checked, permit);
+        }
+        let replica = checked.partition.replica.clone();
+        self.node.metrics.produce_waits.inc();
+        self.step = Step::Room(Box::pin(async move {
+            let permit = replica.reserve(bytes).await;
+            (checked, permit)
+        }));
+    }
+
+    fn append(&mut self, checked: Checked, permit: Permit) {
+        let Checked { request_id, received, acks, partition, batch, header } = checked;
+        self.answers.state.lock().in_flight += 1;
+        let answers = Arc::clone(&self.answers);
+        let metrics = Arc::clone(&self.node.metrics);
+        let replica = partition.replica.clone();
+        let reply = Reply::new(move |produced: Result<Produced, Error>| {
+            metrics.answered(Api::Produce, received, produced.as_ref().err());
+            answers.complete((acks != Acks::None).then(|| result(request_id, produced, &partition)));
+        });
+        replica.produce(batch, header, acks, permit, reply);
+    }
+
+    fn refuse(&self, refused: Refused) {
+        let Refused { request_id, acks, error } = refused;
+        self.node.metrics.refused(Api::Produce, &error);
+        // `acks=none` wants no answer, not even this one.
+        if acks != Acks::None {
+            let error = Some(error.to_detail());
+            self.answers.push(pb::ProduceResult { request_id, base_offset: -1, log_append_time: -1, error });
+        }
+    }
+}
+
+impl Stream for ProduceSession {
+    type Item = Result<pb::ProduceResponse, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        let session = &mut *self;
+        // Before anything is looked at: an answer that comes in between wakes the task again.
+        session.answers.session.register(cx.waker());
+        session.drive(cx);
+        let mut state = session.answers.state.lock();
+        if !state.ready.is_empty() {
+            let results = std::mem::take(&mut state.ready);
+            return Poll::Ready(Some(Ok(pb::ProduceResponse { results })));
+        }
+        let idle = matches!(session.step, Step::Read) && state.in_flight == 0;
+        drop(state);
+        match &session.ending {
+            Some(Ok(())) if idle => Poll::Ready(None),
+            Some(Err(error)) if idle => {
+                let status = error.to_status();
+                session.ending = Some(Ok(()));
+                Poll::Ready(Some(Err(status)))
+            }
+            _ => Poll::Pending,
+        }
+    }
+}
+
+/// Ends when the broker drains.
+pub(super) fn drained(mut drain: watch::Receiver<bool>) -> Pending<()> {
+    Box::pin(async move {
+        // An error means that the broker is gone altogether.
+        drop(drain.wait_for(|drains| *drains).await);
+    })
+}
+
+fn result(request_id: u64, produced: Result<Produced, Error>, partition: &OpenPartition) -> pb::ProduceResult {
+    match produced {
+        Ok(produced) => pb::ProduceResult {
+            request_id,
+            base_offset: produced.base_offset.get(),
+            log_append_time: produced.log_append_time.unwrap_or(Timestamp::NONE).get(),
+            error: None,
+        },
+        Err(error) => pb::ProduceResult {
+            request_id,
+            base_offset: -1,
+            log_append_time: -1,
+            error: Some(in_partition(error, partition).to_detail()),
+        },
+    }
+}
+
+/// Names the partition that an error is about.
+pub(super) fn in_partition(error: Error, partition: &OpenPartition) -> Error {
+    error.with_topic(&*partition.topic).with_partition(partition.tp.partition)
+}
+
+/// How a batch is checked and, where its topic asks for it, rewritten.
+struct Rules {
+    limits: ValidationLimits,
+    codec: Option<Compression>,
+    log_append_time: bool,
+}
+
+impl Rules {
+    fn new(node: &Node, topic: &TopicConfig) -> Self {
+        let limits = ValidationLimits {
+            max_bytes: topic.max_message_bytes,
+            max_decompressed_bytes: node.config.limits.decompressed_bytes,
+            max_records: i32::try_from(node.config.limits.records_per_batch).unwrap_or(i32::MAX),
+            now: now(),
+            max_timestamp_ahead: topic.timestamp_ahead_max,
+            require_keys: false,
+        };
+        let codec = match topic.compression {
+            CompressionPolicy::Producer => None,
+            CompressionPolicy::Codec(codec) => Some(codec),
+        };
+        Self { limits, codec, log_append_time: topic.timestamps == TimestampPolicy::LogAppendTime }
+    }
+
+    /// Whether checking means to decompress or to compress.
+    fn is_slow(&self, batch: &[u8]) -> bool {
+        let sent = BatchHeader::parse(batch).ok().and_then(|header| header.attributes.compression().ok());
+        // A header that cannot be read is refused at once.
+        sent.is_some_and(|sent| sent != Compression::None || self.codec.is_some_and(|codec| codec != sent))
+    }
+
+    fn check(&self, batch: Bytes) -> Result<(Bytes, BatchHeader), Error> {
+        let header = validate_produced(&batch, &self.limits)?;
+        let mut batch = batch;
+        let mut rewritten = false;
+        if let Some(codec) = self.codec
+            && header.attributes.compression()? != codec
+        {
+            batch = rewrite::with_compression(&batch, codec, None, self.limits.max_decompressed_bytes)?;
+            rewritten = true;
+        }
+        if self.log_append_time {
+            batch = rewrite::with_log_append_time(&batch, self.limits.now)?;
+            rewritten = true;
+        }
+        if !rewritten {
+            return Ok((batch, header));
+        }
+        if batch.len() > self.limits.max_bytes {
+            let (bytes, bytes_max) = (batch.len(), self.limits.max_bytes);
+            return Err(BatchError::TooLarge { bytes, bytes_max }.into());
+        }
+        let header = BatchHeader::parse(&batch)?;
+        Ok((batch, header))
+    }
+}

@@ -1,0 +1,86 @@
+//! Bytes that changed on disk are told, with their place; the rest goes on.
+
+use std::path::PathBuf;
+
+use flowstone_protocol::ErrorCode;
+
+use crate::world::*;
+
+/// The segments of one partition, oldest first.
+fn segments(world_data: &std::path::Path, topic: &Topic, partition: i32) -> Vec<PathBuf> {
+    let id = uuid::Uuid::from_slice(&topic.id).expect("16 bytes");
+    let folder = world_data.join("data/topics").join(id.to_string()).join(partition.to_string());
+    let mut found: Vec<PathBuf> = std::fs::read_dir(folder)
+        .expect("readable")
+        .map(|entry| entry.expect("readable").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .collect();
+    found.sort();
+    found
+}
+
+#[tokio::test]
+async fn a_flipped_bit_in_a_sealed_segment() {
+    let mut world = World::new().await;
+    let configs = [("segment.bytes", "100000"), ("max.message.bytes", "100000")];
+    let topic = world.create_with("orders", 2, &configs).await.expect("created");
+    let value = "x".repeat(40_000);
+    for partition in [0, 1] {
+        for _ in 0..8 {
+            world.produce(&topic, partition, batch(&[&value])).await.expect("stored");
+        }
+    }
+    let dir = world.stop().await;
+    let sealed = segments(dir.path(), &topic, 0);
+    assert!(sealed.len() >= 3, "{sealed:?}");
+    let mut bytes = std::fs::read(&sealed[1]).expect("readable");
+    let at = bytes.len() / 2;
+    bytes[at] ^= 1;
+    std::fs::write(&sealed[1], bytes).expect("written");
+
+    let mut world = World::at(dir, &[]).await;
+    let mut fetcher = world.fetcher().await;
+    fetcher.set(0, &topic, 0, 0, 64 << 20).await;
+    fetcher.set(1, &topic, 1, 0, 0).await;
+    let (mut before, mut other) = (Vec::new(), Vec::new());
+    let mut error = None;
+    while other.len() < 8 || error.is_none() {
+        let response = fetcher.response().await.expect("the stream goes on");
+        match (response.fetch_id, response.error) {
+            (0, Some(detail)) => error = Some(flowstone_protocol::Error::from_detail(&detail)),
+            (0, None) => before.extend(records(&response.batches, 0)),
+            (_, None) => other.extend(records(&response.batches, 0)),
+            (_, Some(detail)) => panic!("{detail:?}"),
+        }
+    }
+    let error = error.expect("told");
+    assert_eq!(error.code, ErrorCode::CorruptLog);
+    let segment = sealed[1].file_name().expect("a name").to_string_lossy().into_owned();
+    assert!(error.message.contains(&segment), "{} names {segment}", error.message);
+    assert!(error.message.contains("position") && error.message.contains("offset"), "{}", error.message);
+    assert!(!before.is_empty(), "what lies before the damage is delivered");
+    // What lies behind it can be read, and the partition takes writes.
+    let last = world.produce(&topic, 0, batch(&["after"])).await.expect("stored");
+    assert_eq!(world.values(&topic, 0, last).await, ["after"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_garbage_tail_is_cut_and_what_was_acknowledged_stays() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    for value in ["a", "b"] {
+        world.produce(&topic, 0, batch(&[value])).await.expect("stored");
+    }
+    let dir = world.stop().await;
+    let last = segments(dir.path(), &topic, 0).pop().expect("a segment");
+    let mut bytes = std::fs::read(&last).expect("readable");
+    bytes.extend_from_slice(b"no batch at all, but some bytes that lie behind the last one");
+    std::fs::write(&last, bytes).expect("written");
+    std::fs::remove_file(last.with_extension("index")).ok();
+    let mut world = World::at(dir, &[]).await;
+    assert_eq!(world.values(&topic, 0, 0).await, ["a", "b"]);
+    world.produce(&topic, 0, batch(&["c"])).await.expect("stored");
+    assert_eq!(world.values(&topic, 0, 0).await, ["a", "b", "c"]);
+    world.stop().await;
+}

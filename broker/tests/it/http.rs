@@ -1,0 +1,55 @@
+//! Probes and metrics.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use crate::world::*;
+
+/// Status and body of a GET.
+pub(crate) async fn get(address: std::net::SocketAddr, path: &str) -> (u16, String) {
+    let mut socket = TcpStream::connect(address).await.expect("the admin listener");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: broker\r\nconnection: close\r\n\r\n");
+    socket.write_all(request.as_bytes()).await.expect("sent");
+    let mut response = String::new();
+    soon("a response", socket.read_to_string(&mut response)).await.expect("text");
+    let (head, body) = response.split_once("\r\n\r\n").expect("a response");
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok()).expect("a status");
+    (status, body.to_owned())
+}
+
+#[tokio::test]
+async fn probes_and_metrics() {
+    let mut world = World::with(&[("limits.metrics_partitions", "2")]).await;
+    let topic = world.create("orders", 3).await;
+    world.produce(&topic, 0, batch(&["x"])).await.expect("stored");
+    world.produce(&topic, 9, batch(&["x"])).await.expect_err("no such partition");
+    world.values(&topic, 0, 0).await;
+    let admin = world.broker.admin_addr;
+    assert_eq!(get(admin, "/livez").await, (200, "ok\n".to_owned()));
+    assert_eq!(get(admin, "/readyz").await, (200, "ready\n".to_owned()));
+    assert_eq!(get(admin, "/nowhere").await.0, 404);
+    let (status, text) = get(admin, "/metrics").await;
+    assert_eq!(status, 200);
+    for line in [
+        "flowstone_requests_total{api=\"Produce\"} 2",
+        "flowstone_request_errors_total{api=\"Produce\",code=\"UNKNOWN_PARTITION\"} 1",
+        "flowstone_request_latency_seconds_count{api=\"Produce\"} 1",
+        "flowstone_topics 1",
+        "flowstone_replicas 4",
+        "flowstone_partitions_leaderless 0",
+        "flowstone_connections ",
+        "flowstone_disk_free_bytes ",
+        "flowstone_process_resident_bytes ",
+        "flowstone_process_cpu_seconds_total ",
+    ] {
+        assert!(text.contains(line), "wanted `{line}` in:\n{text}");
+    }
+    // Two partitions have series of their own, whatever the number of partitions.
+    assert_eq!(text.matches("flowstone_partition_high_watermark{").count(), 2, "{text}");
+    assert!(text.ends_with("# EOF\n"));
+    // Every family is named once, as its readers demand.
+    let families: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
+    let distinct: std::collections::HashSet<&&str> = families.iter().collect();
+    assert_eq!(families.len(), distinct.len(), "{families:?}");
+    world.stop().await;
+}

@@ -1,0 +1,13 @@
+//! A whole broker on a port of the system's choice and a folder of its own, and clients that speak gRPC to it with the
+//! generated code alone.
+
+mod bad_input;
+mod damage;
+mod http;
+mod idempotence;
+mod limits;
+mod records;
+mod stalled;
+mod start_stop;
+mod topics;
+mod world;

@@ -1,0 +1,77 @@
+//! Clients that stop reading, and producers that outrun the disk: memory stays bounded.
+
+use flowstone_protocol::pb;
+
+use crate::world::*;
+
+fn resident_bytes() -> i64 {
+    let pages = std::fs::read_to_string("/proc/self/statm").expect("readable");
+    // Shared pages (the logs' maps) are the page cache's: third field.
+    let fields: Vec<i64> = pages.split_whitespace().map(|field| field.parse().expect("a number")).collect();
+    (fields[1] - fields[2]) * 4096
+}
+
+#[tokio::test]
+async fn readers_that_stop_cost_bounded_memory() {
+    let mut world = World::with(&[("limits.connections_per_address", "100")]).await;
+    let topic = world.create("orders", 4).await;
+    let value = "x".repeat(500_000);
+    for number in 0..80 {
+        world.produce(&topic, number % 4, batch(&[&value])).await.expect("stored");
+    }
+    let before = resident_bytes();
+    // Each asks for everything and takes nothing: 40 MB each, if it were held for them.
+    let mut stalled = Vec::new();
+    for _ in 0..16 {
+        let channel = channel(&world.broker).await;
+        let mut log = pb::log_client::LogClient::new(channel);
+        let (requests, receiver) = tokio::sync::mpsc::channel(1);
+        let set = (0..4).map(|partition| position(partition as u32, &topic, partition, 0)).collect();
+        requests.send(pb::FetchRequest { set, credit_bytes: 64 << 20, ..Default::default() }).await.expect("room");
+        let stream = tokio_stream::wrappers::ReceiverStream::new(receiver);
+        stalled.push((log.fetch(stream).await.expect("a stream"), requests));
+    }
+    // Everyone else goes on meanwhile, and long enough for the stalled ones to be filled up.
+    for number in 0..80 {
+        world.produce(&topic, number % 4, batch(&[&value])).await.expect("stored");
+    }
+    assert_eq!(world.values(&topic, 0, 0).await.len(), 40);
+    let grown = resident_bytes() - before;
+    assert!(grown < 16 * (4 << 20), "16 stalled readers cost {grown} bytes");
+    drop(stalled);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_producer_that_takes_no_answers_is_not_read_from() {
+    let mut world =
+        World::with(&[("storage.in_flight_bytes_max", "4 MiB"), ("limits.stream_window_bytes", "1 MiB")]).await;
+    let topic = world.create("orders", 1).await;
+    let value = "x".repeat(900_000);
+    let batch = batch(&[&value]);
+    let mut producer = world.producer().await;
+    let mut sent = 0;
+    for _ in 0..200 {
+        producer.send(&topic, 0, batch.clone()).await;
+        sent += 1;
+    }
+    let mut stored = 0;
+    for _ in 0..sent {
+        producer.answer().await.1.expect("stored");
+        stored += 1;
+    }
+    assert_eq!(stored, 200);
+    // And many tiny requests at once, far more than answers that fit anywhere unread.
+    let tiny = crate::world::batch(&["x"]);
+    let mut accepted = 0u64;
+    for _ in 0..100_000 {
+        accepted += u64::from(producer.try_send(&topic, 0, tiny.clone()));
+        if accepted % 512 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    for _ in 0..accepted {
+        producer.answer().await.1.expect("stored");
+    }
+    world.stop().await;
+}
