@@ -16,8 +16,7 @@ use flowstone_replication::{Admission, Commanded, Machine, MachineBody, MachineE
 pub fn batch(producer: i64, sequence: i32, records: i32, value_bytes: usize) -> (Bytes, BatchHeader) {
     let mut builder = RecordBatchBuilder::new(Compression::None);
     if producer >= 0 {
-        builder =
-            builder.producer(ProducerId::new(producer), ProducerEpoch::new(0), Sequence::new(sequence));
+        builder = builder.producer(ProducerId::new(producer), ProducerEpoch::new(0), Sequence::new(sequence));
     }
     let mut value = vec![b'.'; value_bytes];
     for record in 0..records {

@@ -7,9 +7,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use flowstone_protocol::{
-    BatchHeader, Error, Offset, PartitionId, ReplicaId, Timestamp, TopicId, TopicPartition,
-};
+use flowstone_protocol::{BatchHeader, Error, Offset, PartitionId, ReplicaId, Timestamp, TopicId, TopicPartition};
 use flowstone_replication::effects::{FlushOrder, HardStateNumber};
 use flowstone_replication::{
     Acks, Effects, Ended, Event, FlushMode, LogConfig, Machine, Membership, PeerMessage, Permit, Produce, Produced,
@@ -49,8 +47,7 @@ pub enum CannotOpen {
 /// Makes the replica's folder, with these voters.
 pub fn create(disk: &Arc<dyn Disk>, dir: &PathBuf, replica: u64, voters: &[u64]) {
     let identity = ReplicaIdentity { replica: ReplicaId::new(replica), topic_partition: TP, feature_level: 1 };
-    let membership =
-        Membership { voters: voters.iter().copied().map(ReplicaId::new).collect(), learners: Vec::new() };
+    let membership = Membership { voters: voters.iter().copied().map(ReplicaId::new).collect(), learners: Vec::new() };
     Log::create(disk, dir, identity, membership.encode()).expect("a new replica is made");
 }
 
@@ -175,7 +172,9 @@ impl<M: Machine> Shell<M> {
         for order in tickets {
             let (log_start, high_watermark) = (order.log_start, order.high_watermark);
             let answer = order.ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
-            order.reply.send(answer.map_err(|error| Error::new(flowstone_protocol::ErrorCode::Internal, error.to_string())));
+            order
+                .reply
+                .send(answer.map_err(|error| Error::new(flowstone_protocol::ErrorCode::Internal, error.to_string())));
         }
         if ended.is_some() {
             self.ended = ended;
@@ -215,9 +214,6 @@ pub fn answered<T>(mut answer: Answer<T>) -> Result<T, Error> {
 /// Nothing was answered yet; gives the answer back.
 #[track_caller]
 pub fn unanswered<T: std::fmt::Debug>(mut answer: Answer<T>) -> Answer<T> {
-    assert!(
-        matches!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty)),
-        "it must not be answered yet"
-    );
+    assert!(matches!(answer.try_recv(), Err(oneshot::error::TryRecvError::Empty)), "it must not be answered yet");
     answer
 }
