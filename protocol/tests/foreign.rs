@@ -246,6 +246,28 @@ fn lz4_with_linked_and_large_blocks_is_read() {
     }
 }
 
+/// What Kafka's own clients can read: older ones take no linked blocks, and no block above 64 KiB.
+#[test]
+fn lz4_is_written_as_kafka_wants_it() {
+    let mut frame = Vec::new();
+    assert_eq!(Compression::Lz4.compress(None, &[7; 200_000], &mut frame), Ok(()));
+    let [m0, m1, m2, m3, flags, block, ..] = frame[..] else { panic!("a frame has a header") };
+    assert_eq!(u32::from_le_bytes([m0, m1, m2, m3]), 0x184d_2204);
+    assert_eq!(flags, 0b0110_0000, "version 1, independent blocks, no checksums, no sizes");
+    assert_eq!(block, 4 << 4, "64 KiB");
+}
+
+/// The highest levels would write windows that our own readers, and others that follow RFC 8878, refuse.
+#[test]
+fn zstd_of_the_highest_level_is_read() {
+    let input: Vec<u8> = (0..9 << 20).map(|at: u32| (at >> 12) as u8).collect();
+    for level in [19, 20, 22] {
+        let mut frame = Vec::new();
+        assert_eq!(Compression::Zstd.compress(Some(level), &input, &mut frame), Ok(()));
+        assert!(Compression::Zstd.decompress(&frame, input.len()).as_deref() == Ok(&input[..]), "level {level}");
+    }
+}
+
 #[test]
 fn snappy_is_read_raw_and_framed() {
     let input = b"snappy, snappy, snappy, and then some".repeat(3000);
