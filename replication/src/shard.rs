@@ -62,9 +62,7 @@ const PROBE_EVERY: Duration = Duration::from_millis(500);
 const DROP_ABANDONED_EVERY: Duration = Duration::from_secs(5);
 /// Retention looks at one slice of the replicas at a time.
 const RETENTION_SLICES: u32 = 32;
-/// A flush with more bytes than this goes to the pool, even alone: the shard has better to do meanwhile.
-const INLINE_FLUSH_BYTES_MAX: u64 = 256 << 10;
-/// So does one on a disk that is slower than this on average.
+/// A flush goes to the pool, even alone, on a disk that is slower than this on average.
 const INLINE_FLUSH_TIME_MAX: Duration = Duration::from_millis(1);
 
 /// How shards are run. The defaults suit a broker; tests change what they are about.
@@ -96,6 +94,9 @@ pub struct ShardsConfig {
     pub retention_every: Duration,
     /// [`FlushMode::Relaxed`]: what is written is flushed within this time.
     pub relaxed_flush_within: Duration,
+    /// A flush of at most this many bytes is run by the shard's own thread where one replica alone is dirty, nothing
+    /// else waits and the disk was quick lately; with more bytes the shard has better to do meanwhile. 0: never.
+    pub inline_flush_bytes_max: u64,
     /// For election timeouts.
     pub seed: u64,
     /// The cluster's feature level, for what is created.
@@ -121,6 +122,7 @@ impl Default for ShardsConfig {
             checkpoint_entries: 50_000,
             retention_every: Duration::from_secs(30),
             relaxed_flush_within: Duration::from_secs(1),
+            inline_flush_bytes_max: 256 << 10,
             seed: 0,
             feature_level: 1,
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
@@ -981,7 +983,8 @@ impl<M: Machine> Shard<M> {
         loop {
             let alone = self.flushes.len() == 1
                 && self.flushes_in_flight == 0
-                && self.flushes[0].1.bytes <= INLINE_FLUSH_BYTES_MAX
+                && self.flushes[0].1.bytes <= self.config.inline_flush_bytes_max
+                && self.config.inline_flush_bytes_max > 0
                 && self.flush_time < INLINE_FLUSH_TIME_MAX
                 && self.port.inbox.is_empty();
             if alone {
