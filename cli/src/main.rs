@@ -1,1 +1,73 @@
-fn main(){}
+//! The binary `flowstone`: broker, development setup and administration.
+//!
+//! One file per command. Data go to stdout, all else to stderr; how a command ends is one type, [`failure::Failure`],
+//! and its exit codes are stable. Everything that is asked of a cluster goes through `flowstone-client`'s public API;
+//! only `dev`, `broker`, `config` and `debug` touch the broker's crate.
+
+#![forbid(unsafe_code)]
+
+mod args;
+mod bench;
+mod broker;
+mod cluster;
+mod completion;
+mod config;
+mod connect;
+mod consume;
+mod debug;
+mod dev;
+mod escape;
+mod failure;
+mod lines;
+mod moment;
+mod output;
+mod position;
+mod produce;
+mod record_json;
+mod record_view;
+mod stdio;
+mod template;
+mod topic;
+
+use args::{Cli, Command};
+use clap::Parser;
+use failure::{Failure, Outcome};
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => failure.report(),
+    }
+}
+
+fn run(cli: Cli) -> Outcome {
+    let Cli { common, command } = cli;
+    match command {
+        Command::Config(command) => config::run(&command, &common),
+        Command::Debug(command) => debug::run(&command, &common),
+        Command::Completion(args) => completion::run(&args),
+        Command::Dev(args) => serving()?.block_on(dev::run(args)),
+        Command::Broker(args) => serving()?.block_on(broker::run(args)),
+        Command::Topic(command) => asking()?.block_on(topic::run(command, &common)),
+        Command::Cluster(command) => asking()?.block_on(cluster::run(command, &common)),
+        Command::Produce(args) => asking()?.block_on(produce::run(args, &common)),
+        Command::Consume(args) => asking()?.block_on(consume::run(args, &common)),
+        Command::Bench(command) => asking()?.block_on(bench::run(command, &common)),
+    }
+}
+
+/// The runtime of a broker: its sockets.
+fn serving() -> Outcome<tokio::runtime::Runtime> {
+    build(tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("flowstone-io"))
+}
+
+/// The runtime of a client.
+fn asking() -> Outcome<tokio::runtime::Runtime> {
+    build(tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("flowstone-io"))
+}
+
+fn build(builder: &mut tokio::runtime::Builder) -> Outcome<tokio::runtime::Runtime> {
+    builder.enable_all().build().map_err(|error| Failure::failed(format!("cannot start a thread: {error}")))
+}
