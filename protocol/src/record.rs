@@ -68,6 +68,23 @@ pub enum RecordError {
 }
 
 /// Builds one batch: every record is encoded at once, straight into the batch's buffer.
+///
+/// ```
+/// use flowstone_protocol::record::{RecordBatchBuilder, records};
+/// use flowstone_protocol::{BatchError, Compression, Timestamp};
+///
+/// let now = Timestamp::new(1_700_000_000_000);
+/// let mut builder = RecordBatchBuilder::new(Compression::Zstd);
+/// builder.append(now, Some(b"order-1"), Some(b"paid"), [])?;
+/// builder.append(now, Some(b"order-2"), None, [(&b"trace"[..], Some(&b"4bf9"[..]))])?;
+/// let batch = builder.build();
+///
+/// for record in records(batch, 1 << 20)? {
+///     let record = record?;
+///     println!("{}: {:?}", record.offset, record.value);
+/// }
+/// # Ok::<(), BatchError>(())
+/// ```
 #[derive(Debug)]
 pub struct RecordBatchBuilder {
     compression: Compression,
