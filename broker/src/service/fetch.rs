@@ -192,23 +192,19 @@ impl FetchSession {
 
     /// Drops a position, if there is one, with what was read for it.
     fn forget(&mut self, fetch_id: u32) {
-        if let Some(old) = self.partitions.remove(&fetch_id) {
-            self.reading_bytes -= old.read.map_or(0, |read| read.bytes);
-            let ready_bytes = &mut self.ready_bytes;
-            self.ready.retain(|response| {
-                let stays = response.fetch_id != fetch_id;
-                if !stays {
-                    *ready_bytes -= response.batches.len();
-                }
-                stays
-            });
+        let known = self.partitions.remove(&fetch_id);
+        self.reading_bytes -= known.as_ref().and_then(|old| old.read).map_or(0, |read| read.bytes);
+        // One that failed is not known any more, and may still have answers in the line.
+        if known.is_some() || self.ready.iter().any(|response| response.error.is_some()) {
+            self.ready.retain(|response| response.fetch_id != fetch_id);
+            self.ready_bytes = self.ready.iter().map(|response| response.batches.len()).sum();
         }
     }
 
-    /// Tells the client, and stops sending this partition.
+    /// Tells the client, behind what was read before, and stops sending this partition.
     fn fail(&mut self, fetch_id: u32, session: u32, error: Error) {
         self.node.metrics.refused(Api::Fetch, &error);
-        self.forget(fetch_id);
+        self.partitions.remove(&fetch_id);
         self.ready.push_back(pb::FetchResponse {
             fetch_id,
             session,
@@ -294,13 +290,18 @@ impl FetchSession {
         }
     }
 
-    /// The next response that the client's credit allows; errors need none.
+    /// The next response that the client's credit allows. An error needs none: it only waits for what was read of its own
+    /// partition.
     fn next_response(&mut self) -> Option<pb::FetchResponse> {
-        let front = self.ready.front()?;
-        if front.error.is_none() && self.credit <= 0 {
-            return None;
-        }
-        let response = self.ready.pop_front()?;
+        let next = if self.credit > 0 {
+            0
+        } else {
+            let first_of = |fetch_id: u32| self.ready.iter().find(|response| response.fetch_id == fetch_id);
+            self.ready.iter().position(|response| {
+                response.error.is_some() && first_of(response.fetch_id).is_some_and(|first| first.error.is_some())
+            })?
+        };
+        let response = self.ready.remove(next)?;
         self.ready_bytes -= response.batches.len();
         self.credit -= response.batches.len() as i64;
         Some(response)

@@ -30,8 +30,8 @@ async fn batches_that_lie() {
     let hour_ahead = now() + 2 * 3_600_000;
     let rows: Vec<(&str, Bytes, ErrorCode, &str)> = vec![
         ("wrong CRC", wrong_crc, ErrorCode::CorruptBatch, "CRC"),
-        ("wrong magic", forged(&good, 16, &[1]), ErrorCode::Unsupported, "magic"),
-        ("lying length", forged(&good, 8, &9_999i32.to_be_bytes()), ErrorCode::CorruptBatch, "length"),
+        ("wrong magic", forged(&good, 16, &[1]), ErrorCode::Unsupported, "format 1"),
+        ("lying length", forged(&good, 8, &9_999i32.to_be_bytes()), ErrorCode::CorruptBatch, "bytes"),
         ("lying count", forged(&good, 57, &3i32.to_be_bytes()), ErrorCode::InvalidRecord, "record"),
         ("zero records", forged(&good, 57, &0i32.to_be_bytes()), ErrorCode::InvalidRecord, "record"),
         ("control bit", forged(&good, 21, &0x20i16.to_be_bytes()), ErrorCode::InvalidRecord, "control"),
@@ -40,10 +40,10 @@ async fn batches_that_lie() {
         ("too large", batch(&[&"x".repeat(100_000)]), ErrorCode::BatchTooLarge, "100000"),
         ("bomb", bomb, ErrorCode::BatchTooLarge, "decompress"),
         ("before 1970", batch_at(&["x"], -5), ErrorCode::InvalidTimestamp, "-5"),
-        ("far ahead", batch_at(&["x"], hour_ahead), ErrorCode::InvalidTimestamp, "ahead"),
+        ("far ahead", batch_at(&["x"], hour_ahead), ErrorCode::InvalidTimestamp, "allowed is 0"),
         ("nothing", Bytes::new(), ErrorCode::CorruptBatch, "61"),
-        ("half a batch", good.slice(..70), ErrorCode::CorruptBatch, "length"),
-        ("two batches", [good.clone(), good.clone()].concat().into(), ErrorCode::CorruptBatch, "length"),
+        ("half a batch", good.slice(..70), ErrorCode::CorruptBatch, "bytes"),
+        ("two batches", [good.clone(), good.clone()].concat().into(), ErrorCode::CorruptBatch, "bytes"),
     ];
     let mut producer = world.producer().await;
     for (what, bytes, code, part) in rows {
@@ -104,8 +104,8 @@ async fn topics_that_cannot_be() {
     let none: &[(&str, &str)] = &[];
     for (name, partitions, configs, code, part) in [
         ("", 1, none, ErrorCode::InvalidTopicName, "empty"),
-        (".", 1, none, ErrorCode::InvalidTopicName, "`.`"),
-        ("..", 1, none, ErrorCode::InvalidTopicName, "`..`"),
+        (".", 1, none, ErrorCode::InvalidTopicName, "'.'"),
+        ("..", 1, none, ErrorCode::InvalidTopicName, "'..'"),
         ("a/b", 1, none, ErrorCode::InvalidTopicName, "/"),
         (long.as_str(), 1, none, ErrorCode::InvalidTopicName, "249"),
         ("taken", 1, none, ErrorCode::TopicAlreadyExists, "another name"),

@@ -89,7 +89,7 @@ async fn topics_and_partitions_are_bounded() {
     assert_refused(world.create_with("a", 4, &[]).await, ErrorCode::InvalidPartitions, "limits.partitions_per_topic");
     world.create("a", 3).await;
     assert_refused(world.create_with("b", 3, &[]).await, ErrorCode::InvalidPartitions, "limits.partitions");
-    world.create("b", 2).await;
+    world.create("b", 1).await;
     assert_refused(world.create_with("c", 1, &[]).await, ErrorCode::InvalidRequest, "limits.topics");
     world.stop().await;
 }
