@@ -243,7 +243,11 @@ impl FetchSession {
                 continue;
             }
             let batches = joined(answer.bytes.chunks);
-            position.next = answer.bytes.next.max(position.next);
+            if answer.bytes.next > position.next {
+                position.next = answer.bytes.next;
+                // It told of what the client had read before; the records now on their way are this log's own.
+                position.last_epoch = None;
+            }
             self.waiting.push_back(fetch_id);
             if batches.is_empty() {
                 continue;
