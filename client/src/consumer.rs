@@ -618,9 +618,17 @@ impl Consumer {
                 FetchEvent::Down(error) => {
                     let broker = self.streams[at].broker;
                     tracing::debug!(broker, %error, "fetch stream ended");
-                    for partition in self.partitions.iter_mut().filter(|p| p.state == Fetching::Set(broker)) {
-                        partition.state = Fetching::Unset;
+                    for index in 0..self.partitions.len() {
+                        let partition = &mut self.partitions[index];
+                        if partition.state != Fetching::Set(broker) {
+                            continue;
+                        }
                         partition.session = partition.session.wrapping_add(1);
+                        partition.state = Fetching::Unset;
+                        if !error.is_retriable() {
+                            // It would end the next stream as well.
+                            self.stop(index, error.clone());
+                        }
                     }
                     self.dirty = true;
                 }

@@ -12,6 +12,8 @@ mod metadata;
 pub mod producer;
 mod record;
 mod retry;
+#[cfg(feature = "testkit")]
+pub mod testkit;
 
 pub use admin::{
     Admin, AlterTopic, BrokerDescription, ClusterDescription, ConfigSource, ConfigValue, NewTopic, OffsetInfo,

@@ -455,6 +455,15 @@ impl ProducerCore {
         }
     }
 
+    /// A message that is too large for the broker ends the stream, once all before it are answered: so it is the oldest
+    /// that is not. Sent again as it is, it would end every stream.
+    fn refuse_oldest(&self, link: &Arc<Link>, error: &Error) {
+        let Some((request_id, queue)) = link.take_oldest() else { return };
+        let now = Instant::now();
+        let ended = locked(&queue.state).batches.answered(request_id, Err(error.clone()), now, rand::random::<f64>());
+        self.finish(ended);
+    }
+
     /// The first failure since this was last asked.
     pub(crate) fn take_failure(&self) -> Option<Error> {
         locked(&self.failure).take()
@@ -670,6 +679,12 @@ impl Link {
         locked(&self.state).pending.remove(&request_id)
     }
 
+    fn take_oldest(&self) -> Option<(u64, Arc<PartitionQueue>)> {
+        let mut state = locked(&self.state);
+        let oldest = *state.pending.keys().min()?;
+        state.pending.remove(&oldest).map(|queue| (oldest, queue))
+    }
+
     /// Answers for this partition count no more.
     fn abandon(&self, queue: &Arc<PartitionQueue>) {
         locked(&self.state).pending.retain(|_, pending| !Arc::ptr_eq(pending, queue));
@@ -732,6 +747,9 @@ async fn run_link(core: Arc<ProducerCore>, link: Arc<Link>) {
                 backoff.succeeded();
             }
             tracing::debug!(broker = link.broker, %error, "produce stream ended");
+            if error.code() == ErrorCode::MessageTooLarge {
+                core.refuse_oldest(&link, &error);
+            }
             let under_way = link.down();
             for queue in core.all_queues() {
                 let mut state = locked(&queue.state);
@@ -831,24 +849,26 @@ impl Timers {
 
     /// What is due, and sets what the driver waits for next: the earliest of the rest and `latest`.
     fn take_due(&self, now: Instant, latest: Option<Instant>) -> (Vec<Arc<PartitionQueue>>, Option<Instant>) {
-        let mut state = locked(&self.state);
+        let mut lingered = Vec::new();
         let mut due = Vec::new();
-        while let Some((_, number, queue)) = state.lingering.pop_front_if(|(at, ..)| *at <= now) {
-            // Most batches left long before, filled or awaited.
-            if locked(&queue.state).batches.is_open(number) {
-                due.push(queue);
+        let next = {
+            let mut state = locked(&self.state);
+            while let Some((_, number, queue)) = state.lingering.pop_front_if(|(at, ..)| *at <= now) {
+                lingered.push((number, queue));
             }
-        }
-        state.alarms.retain(|(at, queue)| {
-            let wait = *at > now;
-            if !wait {
-                due.push(queue.clone());
-            }
-            wait
-        });
-        let next = state.alarms.iter().map(|(at, _)| *at).chain(state.lingering.front().map(|(at, ..)| *at));
-        state.armed = next.chain(latest).min();
-        (due, state.armed)
+            due.extend(state.alarms.extract_if(.., |(at, _)| *at <= now).map(|(_, queue)| queue));
+            let next = state.alarms.iter().map(|(at, _)| *at).chain(state.lingering.front().map(|(at, ..)| *at));
+            state.armed = next.chain(latest).min();
+            state.armed
+        };
+        // Most batches left long before, filled or awaited. Asked without the timers' lock, which is the inner one.
+        due.extend(
+            lingered
+                .into_iter()
+                .filter(|(number, queue)| locked(&queue.state).batches.is_open(*number))
+                .map(|(_, queue)| queue),
+        );
+        (due, next)
     }
 }
 
