@@ -358,12 +358,15 @@ impl Producer {
     pub async fn close(self, timeout: Duration) -> Result<()> {
         let core = &self.handle.core;
         core.begin_close();
-        let finished = tokio::time::timeout(timeout, self.flush()).await;
+        let until = tokio::time::Instant::now() + timeout;
+        let finished = tokio::time::timeout_at(until, self.flush()).await;
         let late = Error::new(
             ErrorCode::TimedOut,
             format!("the producer was closed after {timeout:?}, before the record was acknowledged; it may be stored"),
         );
         core.abort(&late);
+        // Everything is told; with `acks=none` only the end of the streams says that the brokers have it.
+        let _ = tokio::time::timeout_at(until, core.left()).await;
         finished.unwrap_or(Err(late))
     }
 

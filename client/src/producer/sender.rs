@@ -63,6 +63,8 @@ pub(crate) struct ProducerCore {
     timers: Timers,
     closing: AtomicBool,
     stop: watch::Sender<bool>,
+    /// Link tasks that have not ended.
+    links_running: watch::Sender<usize>,
     /// Batches begun and not ended.
     outstanding: AtomicUsize,
     /// The first failure that no flush has told of.
@@ -139,6 +141,7 @@ impl ProducerCore {
             timers: Timers::default(),
             closing: AtomicBool::new(false),
             stop: watch::Sender::new(false),
+            links_running: watch::Sender::new(0),
             outstanding: AtomicUsize::new(0),
             failure: Mutex::default(),
             counters: Counters::default(),
@@ -248,6 +251,13 @@ impl ProducerCore {
         let _ = stop.wait_for(|stop| *stop).await;
     }
 
+    /// Every stream has ended, and with it what was under way on it was taken or lost.
+    pub(crate) async fn left(&self) {
+        let mut running = self.links_running.subscribe();
+        // The sender is ours: the wait ends by the value alone.
+        let _ = running.wait_for(|running| *running == 0).await;
+    }
+
     fn all_queues(&self) -> Vec<Arc<PartitionQueue>> {
         self.queues.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -351,7 +361,12 @@ impl ProducerCore {
         let link = links.entry(broker).or_insert_with(|| {
             let link = Arc::new(Link { broker, state: Mutex::default(), needed: Notify::new() });
             if let Some(core) = self.this.upgrade() {
-                self.runtime.spawn(run_link(core, link.clone()));
+                let link = link.clone();
+                core.links_running.send_modify(|running| *running += 1);
+                self.runtime.spawn(async move {
+                    run_link(core.clone(), link).await;
+                    core.links_running.send_modify(|running| *running -= 1);
+                });
             }
             link
         });
@@ -726,6 +741,9 @@ impl Stream for OutboundStream {
     }
 }
 
+/// How long a broker may take to end its side of a stream that we ended.
+const LEAVE_MAX: Duration = Duration::from_secs(5);
+
 /// Keeps a stream to one broker while there is something to send to it.
 async fn run_link(core: Arc<ProducerCore>, link: Arc<Link>) {
     let mut backoff = Backoff::new(BackoffPolicy::CONNECT);
@@ -736,11 +754,17 @@ async fn run_link(core: Arc<ProducerCore>, link: Arc<Link>) {
         }
         while core.has_work_for(&link) {
             let mut answered = false;
-            let error = tokio::select! {
-                error = serve_link(&core, &link, &mut answered) => error,
-                () = core.stopped() => {
-                    link.down();
-                    return;
+            let error = {
+                let mut stream = std::pin::pin!(serve_link(&core, &link, &mut answered));
+                tokio::select! {
+                    error = &mut stream => error,
+                    () = core.stopped() => {
+                        // Our side of the stream ends behind what is on it; the broker takes that and ends its side.
+                        // What is sent with `acks=none` has no other way to be known to have arrived.
+                        link.down();
+                        let _ = tokio::time::timeout(LEAVE_MAX, stream).await;
+                        return;
+                    }
                 }
             };
             if answered {
