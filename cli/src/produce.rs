@@ -211,6 +211,8 @@ pub(crate) async fn run(args: ProduceArgs, common: &Common) -> Outcome {
             }
         }
     }
+    // With `--acks none` only the end of the stream says that the broker has it; failures are told above.
+    let _ = producer.close(common.timeout).await;
     bar.finish_and_clear();
     sent.finish(end, &args.topic, began.elapsed())
 }

@@ -17,8 +17,6 @@ pub(crate) struct Daemon {
     child: Child,
     /// HOST:PORT for clients.
     pub(crate) server: String,
-    /// HOST:PORT of admin HTTP.
-    pub(crate) admin: String,
     /// From the start of the process to its word that it is ready.
     pub(crate) ready_after: Duration,
     messages: JoinHandle<String>,
@@ -95,7 +93,7 @@ impl Setup {
         let (ready, is_ready) = mpsc::channel();
         let messages = std::thread::spawn(move || follow(stderr, &ready));
         match is_ready.recv_timeout(HANG) {
-            Ok((server, admin)) => Daemon { child, server, admin, ready_after: began.elapsed(), messages },
+            Ok(server) => Daemon { child, server, ready_after: began.elapsed(), messages },
             Err(_) => {
                 let _ = child.kill();
                 let _ = child.wait();
@@ -111,8 +109,8 @@ impl Setup {
     }
 }
 
-/// Reads all its messages; tells the addresses in the one that says it is ready.
-fn follow(mut stderr: BufReader<ChildStderr>, ready: &mpsc::Sender<(String, String)>) -> String {
+/// Reads all its messages; tells the address in the one that says it is ready.
+fn follow(mut stderr: BufReader<ChildStderr>, ready: &mpsc::Sender<String>) -> String {
     let mut all = String::new();
     let mut line = String::new();
     loop {
@@ -130,8 +128,7 @@ fn follow(mut stderr: BufReader<ChildStderr>, ready: &mpsc::Sender<(String, Stri
         if let Ok(message) = serde_json::from_str::<serde_json::Value>(&line)
             && message["message"] == "ready"
         {
-            let field = |name: &str| message[name].as_str().expect("an address").to_owned();
-            let _ = ready.send((field("client"), field("admin")));
+            let _ = ready.send(message["client"].as_str().expect("an address").to_owned());
         }
     }
 }
@@ -159,11 +156,6 @@ impl Daemon {
     #[track_caller]
     pub(crate) fn begin(&self, arguments: &[&str]) -> Running {
         Running::start(&[arguments, &["--server", &self.server]].concat())
-    }
-
-    /// Its process id.
-    pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
     }
 
     /// kill -9.

@@ -143,7 +143,7 @@ fn a_full_disk_refuses_clearly_and_recovers_when_there_is_room() {
     let line = |number: usize| format!("{number:0999}\n");
     let many: String = (0..96 << 10).map(line).collect();
     let said = broker.feed(&["produce", "t", "--timeout", "3s"], many.as_bytes());
-    let said = said.fails(1, &["not acknowledged", "disk"]);
+    let said = said.fails(4, &["not acknowledged", "the broker's disk"]);
     // Every line that it counts as acknowledged is there, in order, and nothing else but whole lines.
     let read = broker.run(&["consume", "t", "-e"]).text();
     let mut lines = read.split_inclusive('\n');

@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Far beyond what any command here takes: a hang becomes a failure that names the command, whatever the machine.
-const HANG: Duration = Duration::from_secs(180);
+const HANG: Duration = Duration::from_secs(120);
 
 /// The binary under test.
 pub(crate) const FLOWSTONE: &str = env!("CARGO_BIN_EXE_flowstone");
