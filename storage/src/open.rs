@@ -1,0 +1,613 @@
+//! Opening a log: gather facts, decide by the table of `recovery.rs`, then act.
+//!
+//! ```text
+//!                 checkpoint.applied    flushed          last whole batch
+//!  | segments ... |---------------------|----------------|--------- garbage, zeros -|
+//!  |<- index believed, not read ------->|<-- walked ---->|<-- cut if not all zeros  |
+//!                                       |<- written ---->|
+//!                                       again, flushed
+//! ```
+
+use std::collections::VecDeque;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use flowstone_protocol::{LeaderEpoch, Offset, RaftIndex, Timestamp};
+
+use crate::batch_index::{BLOCK_BYTES, BLOCK_SLOTS, Slot, blocks_of, decode_block, valid_prefix};
+use crate::checkpoint::{self, CREATION_INDEX, CREATION_TERM, Checkpoint, EpochStart, Found, ReplicaIdentity};
+use crate::disk::{Disk, DiskFile, OpenMode};
+use crate::error::OpenError;
+use crate::log::{Log, LogConfig, write_blocks};
+use crate::recovery::{
+    CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
+    decide_checkpoint, decide_no_segments, decide_segment,
+};
+use crate::segment::{Active, IndexFile, Sealed, SegmentName};
+use crate::small_file::TEMPORARY_SUFFIX;
+use crate::walk::{Step, Walker};
+
+/// Bytes written again at a time.
+const REWRITE_BYTES: u64 = 1 << 20;
+
+impl Log {
+    /// Opens the log in `dir` and makes it whole: what a crash left behind the last whole batch is cut, what lies above
+    /// `flushed` (the hard state's) is written again and flushed. Committed = applied = the checkpoint; the leader says
+    /// how far commit really is. Afterwards all entries are flushed.
+    ///
+    /// Fails with [`OpenError::Quarantine`], having changed nothing, where an entry up to `flushed` or the checkpoint
+    /// is gone or unreadable. `now` is not used to decide what to keep.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        config: LogConfig,
+        flushed: RaftIndex,
+        now: Timestamp,
+    ) -> Result<Self, OpenError> {
+        let identity = ReplicaIdentity::read(&disk, dir)?;
+        let found = FoundFiles::list(&disk, dir)?;
+        let checkpoint = found.checkpoint(&disk, dir, flushed)?;
+        let durable = flushed.max(checkpoint.applied);
+        let mut walk = LogWalk {
+            disk: &disk,
+            dir,
+            durable,
+            checkpoint: &checkpoint,
+            epochs: checkpoint.epochs.clone(),
+            segments: Vec::with_capacity(found.segments.len()),
+            dropped: Vec::new(),
+        };
+        let garbage = walk.walk(&found.segments)?;
+        let LogWalk { epochs, segments, dropped, .. } = walk;
+
+        // Decided; from here on files change.
+        let mut changed_dir = false;
+        let orphans = found.index_files.iter().filter(|name| !found.segments.contains(name));
+        let leftovers =
+            found.temporary.iter().map(|name| dir.join(name)).chain(orphans.map(|name| name.index_path(dir)));
+        let dropped = dropped.iter().flat_map(|name| [name.log_path(dir), name.index_path(dir)]);
+        for path in leftovers.chain(dropped) {
+            changed_dir |= remove_if_there(&disk, &path)?;
+        }
+        for applied in found.checkpoints.iter().filter(|applied| **applied < checkpoint.applied) {
+            // Nothing depends on their being gone.
+            remove_if_there(&disk, &dir.join(Checkpoint::file_name(*applied)))?;
+        }
+        let mut segments: VecDeque<WalkedSegment> = segments.into();
+        let last = match segments.pop_back() {
+            Some(last) => last,
+            None => {
+                let name = SegmentName {
+                    base_offset: checkpoint.end_offset_at_applied,
+                    first_index: checkpoint.applied.next(),
+                };
+                let path = name.log_path(dir);
+                let log = disk.open(&path, OpenMode::CreateNew).map_err(OpenError::io("create", &path))?;
+                changed_dir = true;
+                WalkedSegment::empty(name, log)
+            }
+        };
+        let end_offset = last.end_offset;
+        let last_index = RaftIndex::new(last.end_index.get() - 1);
+        let rewritten = durable < last_index;
+        for segment in segments.iter().chain([&last]).filter(|segment| segment.end_index > durable.next()) {
+            segment.write_again(dir, durable)?;
+        }
+        let active = last.into_active(&disk, dir, garbage, now)?;
+        if rewritten || changed_dir {
+            disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
+        }
+
+        let mut log = Self {
+            dir: Arc::from(dir),
+            identity,
+            config,
+            sealed: VecDeque::with_capacity(segments.len()),
+            active,
+            epochs,
+            log_start: checkpoint.log_start,
+            high_watermark: checkpoint.end_offset_at_applied,
+            committed: checkpoint.applied,
+            flushed: last_index,
+            end_offset,
+            tail: VecDeque::new(),
+            tail_first: last_index.next(),
+            index_blocks: VecDeque::new(),
+            unflushed_sealed: Vec::new(),
+            unflushed_bytes: 0,
+            dir_changed: false,
+            flush_in_flight: false,
+            cut_during_flush: None,
+            reserved_bytes: 0,
+            poison: None,
+            checkpoint,
+            disk,
+        };
+        for segment in segments {
+            if !segment.slots.is_empty() && segment.index_slots != segment.slots.len() {
+                log.replace_index_file(segment.name, &segment.slots);
+            }
+            log.sealed.push_back(segment.into_sealed());
+        }
+        // The checkpoint knows epochs from its own first index on; older ones may be of segments that are gone.
+        let kept_from = log.epochs.partition_point(|start| start.index < log.first_index()).saturating_sub(1);
+        log.epochs.drain(..kept_from);
+        Ok(log)
+    }
+}
+
+/// The files of a replica's folder, by their names.
+#[derive(Debug, Default)]
+struct FoundFiles {
+    /// Ascending.
+    segments: Vec<SegmentName>,
+    index_files: Vec<SegmentName>,
+    /// Descending.
+    checkpoints: Vec<RaftIndex>,
+    temporary: Vec<String>,
+}
+
+impl FoundFiles {
+    fn list(disk: &Arc<dyn Disk>, dir: &Path) -> Result<Self, OpenError> {
+        let mut found = Self::default();
+        for name in disk.read_dir(dir).map_err(OpenError::io("read", dir))? {
+            if let Some(segment) = SegmentName::of_log_file(&name) {
+                found.segments.push(segment);
+            } else if let Some(segment) = SegmentName::of_index_file(&name) {
+                found.index_files.push(segment);
+            } else if let Some(applied) = Checkpoint::index_of_name(&name) {
+                found.checkpoints.push(applied);
+            } else if name.ends_with(TEMPORARY_SUFFIX) {
+                found.temporary.push(name);
+            }
+        }
+        found.segments.sort_unstable_by_key(|segment| (segment.first_index, segment.base_offset));
+        found.checkpoints.sort_unstable_by(|left, right| right.cmp(left));
+        Ok(found)
+    }
+
+    fn checkpoint(&self, disk: &Arc<dyn Disk>, dir: &Path, flushed: RaftIndex) -> Result<Checkpoint, OpenError> {
+        let mut facts = Vec::with_capacity(1);
+        let mut newest = None;
+        let mut rot = String::new();
+        for applied in &self.checkpoints {
+            match checkpoint::read(disk, dir, *applied)? {
+                Found::Valid(checkpoint) => {
+                    facts.push(CheckpointFact { applied: *applied, valid: true });
+                    newest = Some(*checkpoint);
+                    break;
+                }
+                Found::Rotten(detail) => {
+                    tracing::error!(dir = %dir.display(), %applied, detail, "a checkpoint is rotten, trying an older one");
+                    facts.push(CheckpointFact { applied: *applied, valid: false });
+                    rot = format!("; {} is rotten: {detail}", Checkpoint::file_name(*applied));
+                }
+            }
+        }
+        let decision = decide_checkpoint(&facts, self.segments.first().map(|segment| segment.first_index));
+        match (decision, newest) {
+            (CheckpointDecision::Use(applied), Some(checkpoint)) => {
+                let durable = flushed.max(applied);
+                let no_log = self.segments.is_empty() && decide_no_segments(applied, durable) != SegmentDecision::Keep;
+                if no_log {
+                    let detail = format!("no segment is left, entries up to {durable} were flushed");
+                    return Err(quarantine(dir, checkpoint.end_offset_at_applied, detail));
+                }
+                Ok(checkpoint)
+            }
+            (CheckpointDecision::QuarantineGap(applied), Some(checkpoint)) => {
+                let detail = format!("its checkpoint ends at entry {applied}, before its log begins{rot}");
+                Err(quarantine(dir, checkpoint.end_offset_at_applied, detail))
+            }
+            _ => Err(quarantine(dir, Offset::ZERO, format!("it has no valid checkpoint{rot}"))),
+        }
+    }
+}
+
+fn quarantine(dir: &Path, offset: Offset, detail: String) -> OpenError {
+    let remedy = "keep a copy of the folder, then restore it from a backup of this data directory, or delete the topic \
+                  and create it anew (where there are other replicas, remove this one and let it be copied from them)";
+    OpenError::Quarantine { path: dir.to_owned(), offset, detail, remedy: remedy.to_owned() }
+}
+
+fn remove_if_there(disk: &Arc<dyn Disk>, path: &Path) -> Result<bool, OpenError> {
+    match disk.remove_file(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(OpenError::io("remove", path)(error)),
+    }
+}
+
+/// A segment of which is known what it holds.
+#[derive(Debug)]
+struct WalkedSegment {
+    name: SegmentName,
+    log: Option<Arc<dyn DiskFile>>,
+    index: Option<Arc<dyn DiskFile>>,
+    /// All slots; empty where only the last block of a sealed segment's index was looked at.
+    slots: Vec<Slot>,
+    last_slot: Option<Slot>,
+    end_offset: Offset,
+    end_index: RaftIndex,
+    /// Length of the log file.
+    file_bytes: u64,
+    /// How many of `slots` the index file has right; 0 where it says anything else.
+    index_slots: usize,
+    /// Blocks, whole or not, in the index file.
+    index_blocks: usize,
+}
+
+impl WalkedSegment {
+    fn empty(name: SegmentName, log: Arc<dyn DiskFile>) -> Self {
+        Self {
+            name,
+            log: Some(log),
+            index: None,
+            slots: Vec::new(),
+            last_slot: None,
+            end_offset: name.base_offset,
+            end_index: name.first_index,
+            file_bytes: 0,
+            index_slots: 0,
+            index_blocks: 0,
+        }
+    }
+
+    fn end(&self) -> u64 {
+        self.last_slot.map_or(0, |slot| slot.end_position())
+    }
+
+    fn into_sealed(self) -> Sealed {
+        Sealed {
+            name: self.name,
+            end_offset: self.end_offset,
+            end_index: self.end_index,
+            bytes: self.end(),
+            records: self.last_slot.map_or(0, |slot| u64::from(slot.records)),
+            max_timestamp: self.last_slot.map_or(Timestamp::NONE, |slot| slot.max_timestamp),
+            log: None,
+            index: None,
+            map: None,
+        }
+    }
+
+    /// Whether the index file holds all full blocks of the slots, and nothing that is not true.
+    fn index_is_right(&self) -> bool {
+        self.index_slots / BLOCK_SLOTS == self.slots.len() / BLOCK_SLOTS
+            && self.index_blocks == blocks_of(self.index_slots)
+    }
+
+    /// Makes the last segment ready to be appended to: what lies behind its last batch is cut unless it is zeros.
+    fn into_active(self, disk: &Arc<dyn Disk>, dir: &Path, garbage: bool, now: Timestamp) -> Result<Active, OpenError> {
+        let end = self.end();
+        let path = self.name.log_path(dir);
+        let log = match &self.log {
+            Some(log) => Arc::clone(log),
+            None => disk.open(&path, OpenMode::ReadWrite).map_err(OpenError::io("open", &path))?,
+        };
+        let mut zeroed_to = self.file_bytes.max(end);
+        if garbage {
+            tracing::warn!(path = %path.display(), position = end, bytes = self.file_bytes - end, "cutting a torn tail");
+            log.set_len(end).and_then(|()| log.sync_data()).map_err(OpenError::io("cut", &path))?;
+            zeroed_to = end;
+        }
+        let full_blocks = self.slots.len() / BLOCK_SLOTS;
+        let index_file = match &self.index {
+            None => IndexFile::None,
+            // Blocks of entries that were never flushed are cut, durably, so that they cannot be believed once others
+            // have taken their place.
+            Some(file) if !self.index_is_right() => {
+                let path = self.name.index_path(dir);
+                let cut = || {
+                    file.set_len(0)?;
+                    file.sync_data()?;
+                    write_blocks(&**file, self.name, &self.slots, 0..full_blocks)
+                };
+                cut().map_err(OpenError::io("write", &path))?;
+                IndexFile::Open { file: Arc::clone(file), blocks: full_blocks }
+            }
+            Some(file) => IndexFile::Open { file: Arc::clone(file), blocks: full_blocks },
+        };
+        // Its first batch's own time, where it has one: the time of the append is not kept.
+        let born = self.slots.iter().map(|slot| slot.max_timestamp).find(|time| *time != Timestamp::NONE);
+        Ok(Active {
+            name: self.name,
+            log,
+            index_file,
+            born: (!self.slots.is_empty()).then_some(born.map_or(now, |born| born.min(now))),
+            slots: self.slots,
+            end,
+            zeroed_to,
+            allocated_to: zeroed_to,
+            map: None,
+        })
+    }
+
+    /// Writes the segment's batches above `durable` again, and flushes them: some may be in the page cache alone, clean,
+    /// because an earlier flush of them failed.
+    fn write_again(&self, dir: &Path, durable: RaftIndex) -> Result<(), OpenError> {
+        let path = self.name.log_path(dir);
+        let io = |error| OpenError::io("write again", &path)(error);
+        let Some(log) = &self.log else { return Ok(()) };
+        let first = durable.next().get().saturating_sub(self.name.first_index.get()) as usize;
+        let Some(slot) = self.slots.get(first) else { return Ok(()) };
+        let mut at = u64::from(slot.position);
+        let end = self.end();
+        let mut buffer = Vec::new();
+        while at < end {
+            let count = (end - at).min(REWRITE_BYTES);
+            buffer.resize(count as usize, 0);
+            log.read_exact_at(&mut buffer, at).and_then(|()| log.write_at(&buffer, at)).map_err(io)?;
+            at += count;
+        }
+        log.sync_data().map_err(io)
+    }
+}
+
+/// The walk through all segments of a log.
+struct LogWalk<'a> {
+    disk: &'a Arc<dyn Disk>,
+    dir: &'a Path,
+    durable: RaftIndex,
+    checkpoint: &'a Checkpoint,
+    /// Begins with the checkpoint's.
+    epochs: Vec<EpochStart>,
+    segments: Vec<WalkedSegment>,
+    /// Segments to remove.
+    dropped: Vec<SegmentName>,
+}
+
+impl LogWalk<'_> {
+    /// Looks at every segment; whether garbage is to be cut off the last one kept.
+    fn walk(&mut self, names: &[SegmentName]) -> Result<bool, OpenError> {
+        let mut names = names.iter().copied().peekable();
+        while let Some(name) = names.next() {
+            let next = names.peek().copied();
+            if let Some(next) = next
+                && let Some(segment) = self.sealed_by_its_index(name, next)?
+            {
+                self.segments.push(segment);
+                continue;
+            }
+            let (segment, end, detail) = self.walk_segment(name, next)?;
+            let facts = SegmentFacts {
+                last_valid: RaftIndex::new(segment.end_index.get() - 1),
+                durable: self.durable,
+                end,
+                next_first: next.map(|next| next.first_index),
+                next_covers_checkpoint: next.is_some_and(|next| {
+                    next.first_index <= self.checkpoint.applied.next() && next.base_offset <= self.checkpoint.log_start
+                }),
+            };
+            match decide_segment(facts) {
+                SegmentDecision::Keep => self.segments.push(segment),
+                SegmentDecision::Cut => {
+                    self.segments.push(segment);
+                    self.dropped.extend(names);
+                    return Ok(true);
+                }
+                SegmentDecision::DropOlder => {
+                    self.dropped.extend(self.segments.drain(..).map(|segment| segment.name));
+                    self.dropped.push(name);
+                    self.epochs.clone_from(&self.checkpoint.epochs);
+                }
+                SegmentDecision::Quarantine => {
+                    let detail = format!(
+                        "{} at position {}: {detail}; entries up to {} were flushed, {} is the last one there",
+                        name.log_file(),
+                        segment.end(),
+                        self.durable,
+                        facts.last_valid,
+                    );
+                    return Err(quarantine(self.dir, segment.end_offset, detail));
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// A durable segment with another behind it, if its index's last block and its length agree with that: nothing else
+    /// of it is read now.
+    fn sealed_by_its_index(
+        &mut self,
+        name: SegmentName,
+        next: SegmentName,
+    ) -> Result<Option<WalkedSegment>, OpenError> {
+        if next.first_index > self.durable.next() || next.first_index <= name.first_index {
+            return Ok(None);
+        }
+        let batches = (next.first_index.get() - name.first_index.get()) as usize;
+        let Ok(index) = self.disk.open(&name.index_path(self.dir), OpenMode::Read) else { return Ok(None) };
+        let Some(last_block) = read_block(&*index, name, blocks_of(batches) - 1) else { return Ok(None) };
+        let Some(last_slot) = last_block.last().copied() else { return Ok(None) };
+        let path = name.log_path(self.dir);
+        let file_bytes = self.disk.file_len(&path).map_err(OpenError::io("open", &path))?;
+        let before_last = (blocks_of(batches) - 1) * BLOCK_SLOTS;
+        let agrees = before_last + last_block.len() == batches
+            && last_slot.end_position() <= file_bytes
+            && last_slot.base_offset(name.base_offset) < next.base_offset;
+        if !agrees {
+            return Ok(None);
+        }
+        if next.first_index > self.checkpoint.applied.next() && !self.add_epochs_of_index(&*index, name, batches) {
+            return Ok(None);
+        }
+        Ok(Some(WalkedSegment {
+            name,
+            log: None,
+            index: None,
+            slots: Vec::new(),
+            last_slot: Some(last_slot),
+            end_offset: next.base_offset,
+            end_index: next.first_index,
+            file_bytes,
+            index_slots: batches,
+            index_blocks: blocks_of(batches),
+        }))
+    }
+
+    /// Adds the epochs that begin above the checkpoint in a segment: epochs ascend, so each is found by halving. `false`
+    /// where a block cannot be read.
+    fn add_epochs_of_index(&mut self, index: &dyn DiskFile, name: SegmentName, batches: usize) -> bool {
+        let slot = |number: usize| -> Option<Slot> {
+            read_block(index, name, number / BLOCK_SLOTS)?.get(number % BLOCK_SLOTS).copied()
+        };
+        let known = self.epochs.len();
+        let mut from = self.checkpoint.applied.next().get().saturating_sub(name.first_index.get()) as usize;
+        loop {
+            let last = self.epochs.last().map(|start| start.epoch);
+            let mut to = batches;
+            while from < to {
+                let middle = from + (to - from) / 2;
+                let Some(slot) = slot(middle) else {
+                    self.epochs.truncate(known);
+                    return false;
+                };
+                if last.is_some_and(|last| slot.epoch <= last) {
+                    from = middle + 1;
+                } else {
+                    to = middle;
+                }
+            }
+            if from == batches {
+                return true;
+            }
+            let Some(first) = slot(from) else {
+                self.epochs.truncate(known);
+                return false;
+            };
+            self.epochs.push(EpochStart {
+                epoch: first.epoch,
+                index: name.first_index.plus(from as u64),
+                offset: first.base_offset(name.base_offset),
+            });
+        }
+    }
+
+    /// The epoch of the entry before a segment.
+    fn epoch_before(&self, name: SegmentName) -> Option<LeaderEpoch> {
+        if name.first_index == CREATION_INDEX.next() {
+            return LeaderEpoch::from_term(CREATION_TERM);
+        }
+        let after = self.epochs.partition_point(|start| start.index < name.first_index);
+        after.checked_sub(1).map(|before| self.epochs[before].epoch)
+    }
+
+    /// Reads a segment from the last slot on that its index is believed for; how the walk ended, and at what.
+    fn walk_segment(
+        &mut self,
+        name: SegmentName,
+        next: Option<SegmentName>,
+    ) -> Result<(WalkedSegment, WalkEnd, String), OpenError> {
+        let path = name.log_path(self.dir);
+        let log = self.disk.open(&path, OpenMode::ReadWrite).map_err(OpenError::io("open", &path))?;
+        let file_bytes = log.len().map_err(OpenError::io("open", &path))?;
+        let (index, index_bytes) = self.read_index(name)?;
+        let mut slots = valid_prefix(name, &index_bytes);
+        let valid = slots.len();
+        let mut believed = believed_slots(IndexFacts {
+            valid,
+            durable: self.durable.next().get().saturating_sub(name.first_index.get()) as usize,
+            within_file: slots.partition_point(|slot| slot.end_position() <= file_bytes),
+        });
+        if let Some(next) = next {
+            believed = believed.min(next.first_index.get().saturating_sub(name.first_index.get()) as usize);
+        }
+        // The last believed batch is looked at again: an index of another life of this file would not agree.
+        let unbelieved = slots.split_off(believed.saturating_sub(1));
+        let again = if believed > 0 { unbelieved.first() } else { None };
+        let epoch = slots.last().map(|slot| slot.epoch).or_else(|| self.epoch_before(name));
+        let mut walker = match again {
+            Some(slot) => Walker::new(
+                Arc::clone(&log),
+                file_bytes,
+                u64::from(slot.position),
+                slot.base_offset(name.base_offset),
+                name.first_index.plus(slots.len() as u64),
+                epoch,
+            ),
+            None => Walker::new(Arc::clone(&log), file_bytes, 0, name.base_offset, name.first_index, epoch),
+        };
+        let applied = self.checkpoint.applied;
+        for (number, slot) in slots.iter().enumerate() {
+            self.note_epoch(name, number, slot, applied);
+        }
+        let (end, detail) = loop {
+            if next.is_some_and(|next| walker.index == next.first_index) {
+                break match next {
+                    Some(next) if walker.offset != next.base_offset => {
+                        (WalkEnd::Bad, format!("offset {} where the next segment begins", walker.offset))
+                    }
+                    _ => (WalkEnd::Clean, String::new()),
+                };
+            }
+            match walker.step().map_err(OpenError::io("read", &path))? {
+                Step::Batch { header, position, control } => {
+                    let Ok(position) = u32::try_from(position) else {
+                        break (WalkEnd::Bad, "a segment larger than 4 GiB".to_owned());
+                    };
+                    let slot = Slot::of(&header, control, position, name.base_offset, slots.last());
+                    self.note_epoch(name, slots.len(), &slot, applied);
+                    slots.push(slot);
+                }
+                Step::Clean => break (WalkEnd::Clean, "the file ends".to_owned()),
+                Step::Bad { detail } => break (WalkEnd::Bad, detail),
+                Step::Newer { ctype } => {
+                    tracing::error!(path = %path.display(), ctype, "a control batch of a type that is not known");
+                    return Err(OpenError::NewerFormat {
+                        path,
+                        found: checkpoint::LOG_FORMAT_VERSION + 1,
+                        known: checkpoint::LOG_FORMAT_VERSION,
+                    });
+                }
+            }
+        };
+        let (end_offset, end_index) = (walker.offset, walker.index);
+        let index_is_true = slots[believed.saturating_sub(1)..].starts_with(&unbelieved);
+        let segment = WalkedSegment {
+            name,
+            log: Some(log),
+            index,
+            last_slot: slots.last().copied(),
+            slots,
+            end_offset,
+            end_index,
+            file_bytes,
+            index_slots: if index_is_true { valid } else { 0 },
+            index_blocks: index_bytes.len().div_ceil(BLOCK_BYTES),
+        };
+        Ok((segment, end, detail))
+    }
+
+    fn read_index(&self, name: SegmentName) -> Result<(Option<Arc<dyn DiskFile>>, Vec<u8>), OpenError> {
+        let path = name.index_path(self.dir);
+        let file = match self.disk.open(&path, OpenMode::ReadWrite) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((None, Vec::new())),
+            Err(error) => return Err(OpenError::io("open", &path)(error)),
+        };
+        let len = file.len().map_err(OpenError::io("open", &path))?;
+        // What does not read is rebuilt.
+        let mut bytes = vec![0; usize::try_from(len).unwrap_or(0)];
+        if file.read_exact_at(&mut bytes, 0).is_err() {
+            bytes.clear();
+        }
+        Ok((Some(file), bytes))
+    }
+
+    fn note_epoch(&mut self, name: SegmentName, number: usize, slot: &Slot, applied: RaftIndex) {
+        let index = name.first_index.plus(number as u64);
+        let is_new = self.epochs.last().is_none_or(|last| slot.epoch > last.epoch);
+        if index > applied && is_new {
+            let offset = slot.base_offset(name.base_offset);
+            self.epochs.push(EpochStart { epoch: slot.epoch, index, offset });
+        }
+    }
+}
+
+fn read_block(index: &dyn DiskFile, name: SegmentName, number: usize) -> Option<Vec<Slot>> {
+    let mut bytes = vec![0; BLOCK_BYTES];
+    index.read_exact_at(&mut bytes, (number * BLOCK_BYTES) as u64).ok()?;
+    decode_block(name, number as u32, &bytes)
+}

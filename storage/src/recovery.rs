@@ -1,0 +1,223 @@
+//! What to keep of a log that was found on disk: facts in, decision out, nothing else.
+//!
+//! Opening walks the files, gathers these facts, asks here, and acts only when every decision allows it: a replica that
+//! is quarantined is left as it was found. A row of the tests below for each row of the tables.
+//!
+//! `durable` is the index up to which this replica answered for its entries: the higher of the flushed index of the hard
+//! state and the newest checkpoint's. Up to there nothing is cut; above it, whatever is not whole never happened.
+
+use flowstone_protocol::RaftIndex;
+
+/// A checkpoint file that was found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CheckpointFact {
+    /// By its name.
+    pub applied: RaftIndex,
+    /// Whether its checksum and content are right.
+    pub valid: bool,
+}
+
+/// Which checkpoint to begin from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CheckpointDecision {
+    /// This one.
+    Use(RaftIndex),
+    /// No file is valid.
+    QuarantineNone,
+    /// The newest valid one ends before the log begins: entries between them are gone.
+    QuarantineGap(RaftIndex),
+}
+
+/// | valid checkpoints | the log begins | decision |
+/// |---|---|---|
+/// | none | | quarantine |
+/// | some | nowhere, or at most one past the newest of them | use that |
+/// | some | later | quarantine: entries are missing in between |
+///
+/// A rotten file newer than it does no harm then: what it held is rebuilt by replaying the log.
+pub fn decide_checkpoint(found: &[CheckpointFact], log_first: Option<RaftIndex>) -> CheckpointDecision {
+    let newest = found.iter().filter(|fact| fact.valid).map(|fact| fact.applied).max();
+    match (newest, log_first) {
+        (None, _) => CheckpointDecision::QuarantineNone,
+        (Some(applied), Some(first)) if first > applied.next() => CheckpointDecision::QuarantineGap(applied),
+        (Some(applied), _) => CheckpointDecision::Use(applied),
+    }
+}
+
+/// What an index file offers of a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct IndexFacts {
+    /// Slots in its leading whole blocks.
+    pub valid: usize,
+    /// How many of the segment's entries are durable.
+    pub durable: usize,
+    /// How many of those slots lie within the log file's length.
+    pub within_file: usize,
+}
+
+/// How many slots of an index file to believe; the walk through the log begins at the last of them.
+///
+/// Slots above `durable` are not believed: an index block may have reached the disk where its batches did not. Slots
+/// past the file's end are not: the walk will find what is missing.
+pub fn believed_slots(facts: IndexFacts) -> usize {
+    facts.valid.min(facts.durable).min(facts.within_file)
+}
+
+/// How the walk through a segment ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WalkEnd {
+    /// At the file's end, or at zeros up to there.
+    Clean,
+    /// At bytes that are no batch of this log.
+    Bad,
+}
+
+/// What was found of one segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SegmentFacts {
+    /// Last entry found whole, in this segment or before.
+    pub last_valid: RaftIndex,
+    /// What the replica answered for.
+    pub durable: RaftIndex,
+    /// How the walk ended.
+    pub end: WalkEnd,
+    /// First index of the next segment, by its name.
+    pub next_first: Option<RaftIndex>,
+    /// Whether everything before the next segment lies below the checkpoint's log start and is applied in it.
+    pub next_covers_checkpoint: bool,
+}
+
+/// What to do with a segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SegmentDecision {
+    /// It is whole.
+    Keep,
+    /// Keep what is valid, cut what follows, remove later segments: nobody was told of any of it.
+    Cut,
+    /// Remove this segment and all before it: a deletion was interrupted.
+    DropOlder,
+    /// Something that the replica answered for is gone.
+    Quarantine,
+}
+
+/// | the walk | next segment | durable entries missing | decision |
+/// |---|---|---|---|
+/// | reaches the next segment's first index | there is one | | keep |
+/// | ends clean | none | no | keep |
+/// | ends bad | none | no | cut |
+/// | ends before the next segment | there is one | no | cut |
+/// | ends before the next segment | all before it was deleted for readers, and applied | yes | drop older |
+/// | any other | | yes | quarantine |
+pub fn decide_segment(facts: SegmentFacts) -> SegmentDecision {
+    let whole = facts.next_first.is_some_and(|next| next == facts.last_valid.next());
+    let missing = facts.last_valid < facts.durable;
+    match (facts.next_first, facts.end) {
+        (Some(_), _) if whole => SegmentDecision::Keep,
+        (None, WalkEnd::Clean) if !missing => SegmentDecision::Keep,
+        (None, WalkEnd::Bad) if !missing => SegmentDecision::Cut,
+        (Some(_), _) if !missing => SegmentDecision::Cut,
+        (Some(_), _) if facts.next_covers_checkpoint => SegmentDecision::DropOlder,
+        _ => SegmentDecision::Quarantine,
+    }
+}
+
+/// What to do where no segment was found at all.
+///
+/// | durable entries above the checkpoint | decision |
+/// |---|---|
+/// | none | begin an empty segment behind the checkpoint (`Keep`) |
+/// | some | quarantine |
+pub fn decide_no_segments(applied: RaftIndex, durable: RaftIndex) -> SegmentDecision {
+    if durable <= applied { SegmentDecision::Keep } else { SegmentDecision::Quarantine }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn index(index: u64) -> RaftIndex {
+        RaftIndex::new(index)
+    }
+
+    #[test]
+    fn checkpoints() {
+        use CheckpointDecision::{QuarantineGap, QuarantineNone, Use};
+        #[track_caller]
+        fn check(found: &[(u64, bool)], log_first: Option<u64>, expected: CheckpointDecision) {
+            let found: Vec<_> =
+                found.iter().map(|&(applied, valid)| CheckpointFact { applied: index(applied), valid }).collect();
+            assert_eq!(decide_checkpoint(&found, log_first.map(index)), expected);
+        }
+        check(&[], None, QuarantineNone);
+        check(&[], Some(2), QuarantineNone);
+        check(&[(1, false), (9, false)], Some(2), QuarantineNone);
+        check(&[(1, true)], None, Use(index(1)));
+        check(&[(1, true)], Some(2), Use(index(1)));
+        check(&[(9, true), (1, true)], Some(2), Use(index(9)));
+        check(&[(1, true), (9, false)], Some(2), Use(index(1)));
+        check(&[(1, true), (9, false)], Some(5), QuarantineGap(index(1)));
+        check(&[(9, true)], Some(10), Use(index(9)));
+        check(&[(9, true)], Some(11), QuarantineGap(index(9)));
+    }
+
+    #[test]
+    fn index_files() {
+        #[track_caller]
+        fn check(valid: usize, durable: usize, within_file: usize, expected: usize) {
+            assert_eq!(believed_slots(IndexFacts { valid, durable, within_file }), expected);
+        }
+        check(0, 500, 0, 0); // missing, or of another segment
+        check(127, 500, 127, 127); // the active segment's: full blocks only
+        check(254, 200, 254, 200); // blocks that outran the flush
+        check(254, 500, 100, 100); // the log is shorter than its index says
+        check(254, 0, 254, 0);
+    }
+
+    #[test]
+    fn segments() {
+        use SegmentDecision::{Cut, DropOlder, Keep, Quarantine};
+        use WalkEnd::{Bad, Clean};
+        #[track_caller]
+        fn check(
+            last_valid: u64,
+            durable: u64,
+            end: WalkEnd,
+            next_first: Option<u64>,
+            covers: bool,
+            expected: SegmentDecision,
+        ) {
+            let facts = SegmentFacts {
+                last_valid: index(last_valid),
+                durable: index(durable),
+                end,
+                next_first: next_first.map(index),
+                next_covers_checkpoint: covers,
+            };
+            assert_eq!(decide_segment(facts), expected, "{facts:?}");
+        }
+        // The last segment.
+        check(50, 50, Clean, None, false, Keep);
+        check(50, 40, Clean, None, false, Keep);
+        check(50, 50, Bad, None, false, Cut);
+        check(50, 40, Bad, None, false, Cut);
+        check(49, 50, Clean, None, false, Quarantine);
+        check(49, 50, Bad, None, false, Quarantine);
+        check(49, 50, Bad, None, true, Quarantine);
+        // A segment with another behind it.
+        check(50, 90, Clean, Some(51), false, Keep);
+        check(50, 90, Bad, Some(51), false, Keep); // garbage behind the last batch of a sealed segment
+        check(50, 40, Clean, Some(61), false, Cut); // torn, or a segment's file lost, above the durable entries
+        check(50, 50, Bad, Some(61), false, Cut);
+        check(50, 51, Bad, Some(61), false, Quarantine);
+        check(50, 90, Clean, Some(61), false, Quarantine);
+        check(50, 90, Clean, Some(61), true, DropOlder);
+        check(50, 90, Bad, Some(61), true, DropOlder);
+    }
+
+    #[test]
+    fn no_segments() {
+        assert_eq!(decide_no_segments(index(1), index(0)), SegmentDecision::Keep);
+        assert_eq!(decide_no_segments(index(1), index(1)), SegmentDecision::Keep);
+        assert_eq!(decide_no_segments(index(1), index(2)), SegmentDecision::Quarantine);
+    }
+}

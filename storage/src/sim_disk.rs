@@ -1,0 +1,787 @@
+//! A disk in memory that tears, forgets and fails, the same way for the same seed.
+//!
+//! Each file has two images: what programs see (the page cache) and what would survive a power failure. A flush copies
+//! the first to the second. When the power fails, every 512-byte sector that was written since the last flush is kept or
+//! lost by a coin, a changed length becomes the old one, the new one or one in between, and every change of a folder
+//! since its last flush is kept or lost, too. When only the process is killed, all that was written stays.
+//!
+//! It is harsher than real file systems, which keep changes of folders in order. Two things are simpler: making a folder,
+//! and removing one with all it holds, are durable at once.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, IoSlice};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use crate::disk::{DirLock, Disk, DiskFile, OpenMode};
+
+/// What a disk writes whole or not at all.
+pub const SECTOR_BYTES: usize = 512;
+
+/// How a life ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Crash {
+    /// The process is killed: all that was written stays in the page cache.
+    Process,
+    /// The power fails: of what was not flushed, anything may be lost.
+    Power,
+}
+
+/// An operation that can be made to fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Operation {
+    /// Opening a file (fails with EMFILE).
+    Open,
+    /// Making a file (fails with ENOSPC).
+    Create,
+    /// Reading (EIO).
+    Read,
+    /// Writing (EIO, a part of it written).
+    Write,
+    /// Cutting or extending (EIO).
+    SetLen,
+    /// Flushing a file (EIO; what was not flushed counts as clean from then on).
+    Sync,
+    /// Flushing a folder (EIO).
+    SyncDir,
+    /// Renaming (EIO).
+    Rename,
+    /// Removing (EIO).
+    Remove,
+}
+
+/// What a disk went through.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SimCounts {
+    /// Operations that change something.
+    pub operations: u64,
+    /// Times that it crashed in the middle of an operation, or between two.
+    pub crashes: u64,
+    /// Of those, power failures.
+    pub power_failures: u64,
+    /// Files of which a power failure kept some unflushed sectors and lost others.
+    pub torn_files: u64,
+    /// Unflushed sectors lost.
+    pub sectors_lost: u64,
+    /// Unflushed sectors kept.
+    pub sectors_kept: u64,
+    /// Changes of folders lost.
+    pub names_lost: u64,
+    /// Operations that were made to fail.
+    pub faults: u64,
+}
+
+/// A simulated disk. Clones share it.
+#[derive(Clone, Debug)]
+pub struct SimDisk {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug)]
+struct State {
+    random: Random,
+    dirs: BTreeSet<PathBuf>,
+    /// What programs see.
+    names: BTreeMap<PathBuf, u64>,
+    /// What would survive.
+    durable_names: BTreeMap<PathBuf, u64>,
+    /// Changes from the one to the other, in order.
+    name_changes: Vec<NameChange>,
+    files: BTreeMap<u64, File>,
+    next_file: u64,
+    /// Files opened in an earlier life are dead.
+    life: u64,
+    /// Operations until the crash.
+    crash_in: Option<u64>,
+    crashed: bool,
+    bytes_max: Option<u64>,
+    /// Operations that fail the next time, with how many go well before.
+    faults: Vec<(Operation, u64)>,
+    /// Nothing counts as cached: reads that must not wait get nothing.
+    cold: bool,
+    read_only: bool,
+    locks: BTreeSet<PathBuf>,
+    counts: SimCounts,
+}
+
+#[derive(Debug)]
+enum NameChange {
+    Create { path: PathBuf, file: u64 },
+    Remove { path: PathBuf },
+    Rename { from: PathBuf, to: PathBuf },
+}
+
+impl NameChange {
+    fn is_in(&self, dir: &Path) -> bool {
+        let (Self::Create { path, .. } | Self::Remove { path } | Self::Rename { to: path, .. }) = self;
+        path.parent() == Some(dir)
+    }
+}
+
+#[derive(Debug, Default)]
+struct File {
+    seen: Vec<u8>,
+    durable: Vec<u8>,
+    /// Sectors that differ, or may.
+    dirty: BTreeSet<u64>,
+    /// Room taken past the end.
+    allocated: u64,
+}
+
+impl File {
+    fn used(&self) -> u64 {
+        self.allocated.max(self.seen.len() as u64)
+    }
+
+    fn touch(&mut self, from: usize, to: usize) {
+        if from < to {
+            self.dirty.extend((from / SECTOR_BYTES) as u64..to.div_ceil(SECTOR_BYTES) as u64);
+        }
+    }
+
+    fn write(&mut self, bytes: &[u8], position: usize) {
+        let end = position + bytes.len();
+        let old = self.seen.len();
+        if end > old {
+            self.seen.resize(end, 0);
+            self.touch(old, end);
+        }
+        self.seen[position..end].copy_from_slice(bytes);
+        self.touch(position, end);
+    }
+
+    fn set_len(&mut self, len: usize) {
+        let old = self.seen.len();
+        self.seen.resize(len, 0);
+        self.allocated = 0;
+        self.touch(len.min(old), len.max(old));
+    }
+
+    fn sector_to(&self, image: &mut [u8], sector: u64) {
+        let from = sector as usize * SECTOR_BYTES;
+        let to = (from + SECTOR_BYTES).min(image.len());
+        if from >= to {
+            return;
+        }
+        let seen = self.seen.get(from..to.min(self.seen.len())).unwrap_or_default();
+        image[from..from + seen.len()].copy_from_slice(seen);
+        image[from + seen.len()..to].fill(0);
+    }
+
+    fn flush(&mut self) {
+        let mut image = std::mem::take(&mut self.durable);
+        image.resize(self.seen.len(), 0);
+        for sector in std::mem::take(&mut self.dirty) {
+            self.sector_to(&mut image, sector);
+        }
+        self.durable = image;
+    }
+
+    /// Makes some of what is not flushed durable: how many sectors were kept and lost.
+    fn flush_some(&mut self, random: &mut Random) -> (u64, u64) {
+        let mut image = std::mem::take(&mut self.durable);
+        let (old, new) = (image.len(), self.seen.len());
+        let len = match random.below(4) {
+            0 => old,
+            1 => old.min(new) + random.below(old.abs_diff(new) as u64 + 1) as usize,
+            _ => new,
+        };
+        image.resize(len, 0);
+        let keep_of_8 = [0, 1, 4, 7, 8][random.below(5) as usize];
+        let (mut kept, mut lost) = (0, 0);
+        for sector in std::mem::take(&mut self.dirty) {
+            if random.below(8) < keep_of_8 {
+                self.sector_to(&mut image, sector);
+                kept += 1;
+            } else {
+                lost += 1;
+            }
+        }
+        self.durable = image;
+        (kept, lost)
+    }
+}
+
+/// SplitMix64: small, and the same everywhere.
+#[derive(Debug)]
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, end: u64) -> u64 {
+        self.next() % end.max(1)
+    }
+}
+
+impl SimDisk {
+    /// An empty disk.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            state: Arc::new(Mutex::new(State {
+                random: Random(seed),
+                dirs: BTreeSet::new(),
+                names: BTreeMap::new(),
+                durable_names: BTreeMap::new(),
+                name_changes: Vec::new(),
+                files: BTreeMap::new(),
+                next_file: 0,
+                life: 0,
+                crash_in: None,
+                crashed: false,
+                bytes_max: None,
+                faults: Vec::new(),
+                cold: false,
+                read_only: false,
+                locks: BTreeSet::new(),
+                counts: SimCounts::default(),
+            })),
+        }
+    }
+
+    /// The disk as the log takes it.
+    pub fn shared(&self) -> Arc<dyn Disk> {
+        Arc::new(self.clone())
+    }
+
+    /// What it went through.
+    pub fn counts(&self) -> SimCounts {
+        self.lock().counts
+    }
+
+    /// Adds what an earlier disk went through, for runs that use several.
+    pub fn add_counts(&self, earlier: SimCounts) {
+        let counts = &mut self.lock().counts;
+        counts.operations += earlier.operations;
+        counts.crashes += earlier.crashes;
+        counts.power_failures += earlier.power_failures;
+        counts.torn_files += earlier.torn_files;
+        counts.sectors_lost += earlier.sectors_lost;
+        counts.sectors_kept += earlier.sectors_kept;
+        counts.names_lost += earlier.names_lost;
+        counts.faults += earlier.faults;
+    }
+
+    /// The `operations`th operation from now on that changes something is the last of this life: it is done in part or
+    /// not at all, and everything fails from there on until [`Self::restart`].
+    pub fn crash_after(&self, operations: u64) {
+        self.lock().crash_in = Some(operations);
+    }
+
+    /// Forgets about a crash that was planned and did not come.
+    pub fn cancel_crash(&self) {
+        self.lock().crash_in = None;
+    }
+
+    /// Whether it has crashed.
+    pub fn is_crashed(&self) -> bool {
+        self.lock().crashed
+    }
+
+    /// Ends this life, in whatever way, and begins the next: open files are dead, locks are free, planned faults gone.
+    pub fn restart(&self, crash: Crash) {
+        let mut state = self.lock();
+        let state = &mut *state;
+        state.counts.crashes += 1;
+        if crash == Crash::Power {
+            state.counts.power_failures += 1;
+            state.lose_power();
+        }
+        state.drop_nameless();
+        state.life += 1;
+        state.crashed = false;
+        state.crash_in = None;
+        state.faults.clear();
+        state.locks.clear();
+    }
+
+    /// Makes the operation fail once, after `go_well` more of its kind.
+    pub fn fail(&self, operation: Operation, go_well: u64) {
+        self.lock().faults.push((operation, go_well));
+    }
+
+    /// Lets nothing fail any more that did not yet.
+    pub fn cancel_faults(&self) {
+        self.lock().faults.clear();
+    }
+
+    /// Limits the bytes of all files together.
+    pub fn set_bytes_max(&self, bytes_max: Option<u64>) {
+        self.lock().bytes_max = bytes_max;
+    }
+
+    /// Bytes of all files together, room taken ahead included.
+    pub fn used_bytes(&self) -> u64 {
+        self.lock().used()
+    }
+
+    /// While cold, reads that must not wait get nothing.
+    pub fn set_cold(&self, cold: bool) {
+        self.lock().cold = cold;
+    }
+
+    /// While read-only, everything that changes something fails with EROFS.
+    pub fn set_read_only(&self, read_only: bool) {
+        self.lock().read_only = read_only;
+    }
+
+    /// The bytes of a file, as programs see them.
+    pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
+        let state = self.lock();
+        state.files.get(state.names.get(path)?).map(|file| file.seen.clone())
+    }
+
+    /// Replaces a file's bytes, on the disk as in the cache: what rot, or a meddling user, does.
+    pub fn set_bytes(&self, path: &Path, bytes: Vec<u8>) {
+        let mut state = self.lock();
+        let number = match state.names.get(path) {
+            Some(number) => *number,
+            None => {
+                let number = state.create(path);
+                state.durable_names.insert(path.to_owned(), number);
+                number
+            }
+        };
+        if let Some(parent) = path.parent() {
+            state.dirs.extend(parent.ancestors().map(Path::to_owned));
+        }
+        let file = File { durable: bytes.clone(), seen: bytes, ..File::default() };
+        state.files.insert(number, file);
+    }
+
+    /// Flips one bit of a file, on the disk as in the cache.
+    pub fn flip_bit(&self, path: &Path, position: u64, bit: u8) {
+        if let Some(mut bytes) = self.bytes(path) {
+            bytes[position as usize] ^= 1 << bit;
+            self.set_bytes(path, bytes);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn crashed() -> io::Error {
+    io::Error::other("the simulated machine has crashed")
+}
+
+fn system_error(errno: rustix::io::Errno) -> io::Error {
+    io::Error::from_raw_os_error(errno.raw_os_error())
+}
+
+impl State {
+    fn used(&self) -> u64 {
+        self.names.values().filter_map(|number| self.files.get(number)).map(File::used).sum()
+    }
+
+    fn create(&mut self, path: &Path) -> u64 {
+        let number = self.next_file;
+        self.next_file += 1;
+        self.files.insert(number, File::default());
+        self.names.insert(path.to_owned(), number);
+        number
+    }
+
+    /// Whether a planned fault of this kind comes now.
+    fn is_faulty(&mut self, operation: Operation) -> bool {
+        let Some(at) = self.faults.iter().position(|(planned, _)| *planned == operation) else { return false };
+        if self.faults[at].1 > 0 {
+            self.faults[at].1 -= 1;
+            return false;
+        }
+        self.faults.remove(at);
+        self.counts.faults += 1;
+        true
+    }
+
+    /// Counts an operation that changes something; `Err` once crashed, `Ok(true)` where it is the last of this life.
+    fn change(&mut self) -> io::Result<bool> {
+        if self.crashed {
+            return Err(crashed());
+        }
+        if self.read_only {
+            return Err(system_error(rustix::io::Errno::ROFS));
+        }
+        self.counts.operations += 1;
+        match &mut self.crash_in {
+            Some(0) => {
+                self.crash_in = None;
+                self.crashed = true;
+                Ok(true)
+            }
+            Some(left) => {
+                *left -= 1;
+                Ok(false)
+            }
+            None => Ok(false),
+        }
+    }
+
+    /// A change that is done whole or not at all: in a crash, a coin says which.
+    fn change_at_once(&mut self, operation: Operation, change: impl FnOnce(&mut Self)) -> io::Result<()> {
+        let is_last = self.change()?;
+        if self.is_faulty(operation) {
+            return Err(system_error(rustix::io::Errno::IO));
+        }
+        if !is_last {
+            change(self);
+            return Ok(());
+        }
+        if self.random.below(2) == 0 {
+            change(self);
+        }
+        Err(crashed())
+    }
+
+    fn file(&self, path: &Path) -> io::Result<u64> {
+        self.names.get(path).copied().ok_or_else(|| system_error(rustix::io::Errno::NOENT))
+    }
+
+    fn lose_power(&mut self) {
+        for file in self.files.values_mut() {
+            let (kept, lost) = file.flush_some(&mut self.random);
+            file.seen.clone_from(&file.durable);
+            file.allocated = 0;
+            self.counts.sectors_kept += kept;
+            self.counts.sectors_lost += lost;
+            self.counts.torn_files += u64::from(kept > 0 && lost > 0);
+        }
+        let keep_of_8 = [0, 1, 4, 7, 8][self.random.below(5) as usize];
+        for change in std::mem::take(&mut self.name_changes) {
+            if self.random.below(8) < keep_of_8 {
+                apply(&mut self.durable_names, &change);
+            } else {
+                self.counts.names_lost += 1;
+            }
+        }
+        self.names.clone_from(&self.durable_names);
+    }
+
+    /// Lets go of files that nothing can bring back.
+    fn drop_nameless(&mut self) {
+        let made = self.name_changes.iter().filter_map(|change| match change {
+            NameChange::Create { file, .. } => Some(*file),
+            NameChange::Remove { .. } | NameChange::Rename { .. } => None,
+        });
+        let named: BTreeSet<u64> =
+            self.names.values().chain(self.durable_names.values()).copied().chain(made).collect();
+        self.files.retain(|number, _| named.contains(number));
+    }
+}
+
+fn apply(names: &mut BTreeMap<PathBuf, u64>, change: &NameChange) {
+    match change {
+        NameChange::Create { path, file } => {
+            names.insert(path.clone(), *file);
+        }
+        NameChange::Remove { path } => {
+            names.remove(path);
+        }
+        NameChange::Rename { from, to } => {
+            // Where the file's making was lost, so is its renaming.
+            if let Some(file) = names.remove(from) {
+                names.insert(to.clone(), file);
+            }
+        }
+    }
+}
+
+impl Disk for SimDisk {
+    fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
+        let mut state = self.lock();
+        if state.crashed {
+            return Err(crashed());
+        }
+        if state.is_faulty(Operation::Open) {
+            return Err(system_error(rustix::io::Errno::MFILE));
+        }
+        if state.read_only && mode != OpenMode::Read {
+            return Err(system_error(rustix::io::Errno::ROFS));
+        }
+        if mode == OpenMode::CreateNew {
+            if state.names.contains_key(path) {
+                return Err(system_error(rustix::io::Errno::EXIST));
+            }
+            if !path.parent().is_some_and(|parent| state.dirs.contains(parent)) {
+                return Err(system_error(rustix::io::Errno::NOENT));
+            }
+            if state.is_faulty(Operation::Create) {
+                return Err(system_error(rustix::io::Errno::NOSPC));
+            }
+            state.change_at_once(Operation::Create, |state| {
+                let file = state.create(path);
+                state.name_changes.push(NameChange::Create { path: path.to_owned(), file });
+            })?;
+        }
+        let number = state.file(path)?;
+        Ok(Arc::new(SimFile { disk: self.clone(), number, life: state.life, writable: mode != OpenMode::Read }))
+    }
+
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.dirs.contains(path) {
+            return Ok(());
+        }
+        state.change_at_once(Operation::Rename, |state| {
+            state.dirs.extend(path.ancestors().map(Path::to_owned));
+        })
+    }
+
+    fn read_dir(&self, path: &Path) -> io::Result<Vec<String>> {
+        let state = self.lock();
+        if state.crashed {
+            return Err(crashed());
+        }
+        if !state.dirs.contains(path) {
+            return Err(system_error(rustix::io::Errno::NOENT));
+        }
+        let entries = state.names.keys().chain(&state.dirs).filter(|entry| entry.parent() == Some(path));
+        Ok(entries.filter_map(|entry| Some(entry.file_name()?.to_str()?.to_owned())).collect())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        state.file(from)?;
+        state.change_at_once(Operation::Rename, |state| {
+            let change = NameChange::Rename { from: from.to_owned(), to: to.to_owned() };
+            apply(&mut state.names, &change);
+            state.name_changes.push(change);
+        })
+    }
+
+    fn remove_file(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if state.crashed {
+            return Err(crashed());
+        }
+        state.file(path)?;
+        state.change_at_once(Operation::Remove, |state| {
+            let change = NameChange::Remove { path: path.to_owned() };
+            apply(&mut state.names, &change);
+            state.name_changes.push(change);
+        })
+    }
+
+    fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.lock();
+        if !state.dirs.contains(path) {
+            return Err(system_error(rustix::io::Errno::NOENT));
+        }
+        state.change_at_once(Operation::Remove, |state| {
+            state.names.retain(|name, _| !name.starts_with(path));
+            state.durable_names.retain(|name, _| !name.starts_with(path));
+            state.name_changes.retain(|change| {
+                let (NameChange::Create { path: name, .. }
+                | NameChange::Remove { path: name }
+                | NameChange::Rename { to: name, .. }) = change;
+                !name.starts_with(path)
+            });
+            state.dirs.retain(|dir| !dir.starts_with(path));
+        })
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.lock().change_at_once(Operation::SyncDir, |state| {
+            let changes = std::mem::take(&mut state.name_changes);
+            let (flushed, rest) = changes.into_iter().partition::<Vec<_>, _>(|change| change.is_in(path));
+            for change in &flushed {
+                apply(&mut state.durable_names, change);
+            }
+            state.name_changes = rest;
+        })
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        let state = self.lock();
+        if state.crashed {
+            return Err(crashed());
+        }
+        Ok(state.names.contains_key(path) || state.dirs.contains(path))
+    }
+
+    fn file_len(&self, path: &Path) -> io::Result<u64> {
+        let state = self.lock();
+        if state.crashed {
+            return Err(crashed());
+        }
+        let number = state.file(path)?;
+        Ok(state.files[&number].seen.len() as u64)
+    }
+
+    fn available_bytes(&self, _path: &Path) -> io::Result<u64> {
+        let state = self.lock();
+        Ok(state.bytes_max.map_or(u64::MAX / 2, |most| most.saturating_sub(state.used())))
+    }
+
+    fn lock(&self, path: &Path) -> io::Result<Option<DirLock>> {
+        let mut state = self.lock();
+        if state.crashed {
+            return Err(crashed());
+        }
+        if state.read_only {
+            return Err(system_error(rustix::io::Errno::ROFS));
+        }
+        if !state.locks.insert(path.to_owned()) {
+            return Ok(None);
+        }
+        if !state.names.contains_key(path) {
+            let file = state.create(path);
+            state.durable_names.insert(path.to_owned(), file);
+        }
+        let life = state.life;
+        Ok(Some(Box::new(SimLock { disk: self.clone(), path: path.to_owned(), life })))
+    }
+}
+
+struct SimLock {
+    disk: SimDisk,
+    path: PathBuf,
+    life: u64,
+}
+
+impl Drop for SimLock {
+    fn drop(&mut self) {
+        let mut state = self.disk.lock();
+        if state.life == self.life {
+            state.locks.remove(&self.path);
+        }
+    }
+}
+
+#[derive(Debug)]
+struct SimFile {
+    disk: SimDisk,
+    number: u64,
+    life: u64,
+    writable: bool,
+}
+
+impl SimFile {
+    fn state(&self) -> io::Result<MutexGuard<'_, State>> {
+        let state = self.disk.lock();
+        if state.crashed || state.life != self.life {
+            return Err(crashed());
+        }
+        Ok(state)
+    }
+
+    fn writable(&self) -> io::Result<MutexGuard<'_, State>> {
+        if self.writable { self.state() } else { Err(system_error(rustix::io::Errno::BADF)) }
+    }
+}
+
+impl State {
+    /// The file, also one that has no name any more but is open.
+    fn file_mut(&mut self, number: u64) -> &mut File {
+        self.files.entry(number).or_default()
+    }
+}
+
+impl DiskFile for SimFile {
+    fn write_vectored_at(&self, parts: &[IoSlice<'_>], position: u64) -> io::Result<()> {
+        let mut state = self.writable()?;
+        let is_last = state.change()?;
+        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        let position = position as usize;
+        if state.is_faulty(Operation::Write) || is_last {
+            let written = state.random.below(bytes.len() as u64 + 1) as usize;
+            state.file_mut(self.number).write(&bytes[..written], position);
+            return Err(if is_last { crashed() } else { system_error(rustix::io::Errno::IO) });
+        }
+        let end = (position + bytes.len()) as u64;
+        let used = state.file_mut(self.number).used();
+        let grows = end.saturating_sub(used);
+        if state.bytes_max.is_some_and(|most| state.used() + grows > most) {
+            let fits = bytes.len().min((used as usize).saturating_sub(position));
+            state.file_mut(self.number).write(&bytes[..fits], position);
+            return Err(system_error(rustix::io::Errno::NOSPC));
+        }
+        state.file_mut(self.number).write(&bytes, position);
+        Ok(())
+    }
+
+    fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
+        let mut state = self.state()?;
+        if state.is_faulty(Operation::Read) {
+            return Err(system_error(rustix::io::Errno::IO));
+        }
+        let seen = &state.file_mut(self.number).seen;
+        let from = (position as usize).min(seen.len());
+        let count = buffer.len().min(seen.len() - from);
+        buffer[..count].copy_from_slice(&seen[from..from + count]);
+        Ok(count)
+    }
+
+    fn read_at_nowait(&self, buffer: &mut [u8], position: u64) -> io::Result<Option<usize>> {
+        if self.state()?.cold {
+            return Ok(None);
+        }
+        self.read_at(buffer, position).map(Some)
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        Ok(self.state()?.file_mut(self.number).seen.len() as u64)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        let number = self.number;
+        self.writable()?.change_at_once(Operation::SetLen, |state| state.file_mut(number).set_len(len as usize))
+    }
+
+    fn allocate(&self, position: u64, len: u64) -> io::Result<bool> {
+        let mut state = self.writable()?;
+        if state.read_only {
+            return Err(system_error(rustix::io::Errno::ROFS));
+        }
+        let end = position + len;
+        let grows = end.saturating_sub(state.file_mut(self.number).used());
+        if state.bytes_max.is_some_and(|most| state.used() + grows > most) {
+            return Err(system_error(rustix::io::Errno::NOSPC));
+        }
+        let file = state.file_mut(self.number);
+        file.allocated = file.allocated.max(end);
+        Ok(true)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        let mut state = self.state()?;
+        let is_last = state.change()?;
+        let number = self.number;
+        let fails = state.is_faulty(Operation::Sync);
+        let State { files, random, .. } = &mut *state;
+        let file = files.entry(number).or_default();
+        if fails {
+            // What could not be written counts as clean, and no later flush will try again.
+            file.flush_some(random);
+            return Err(system_error(rustix::io::Errno::IO));
+        }
+        if is_last {
+            // How much of it was done shows when the power is back.
+            return Err(crashed());
+        }
+        file.flush();
+        Ok(())
+    }
+
+    fn map(&self, len: u64) -> io::Result<Bytes> {
+        let mut state = self.state()?;
+        let seen = &state.file_mut(self.number).seen;
+        match seen.get(..len as usize) {
+            Some(bytes) => Ok(Bytes::copy_from_slice(bytes)),
+            None => Err(io::Error::from(io::ErrorKind::InvalidInput)),
+        }
+    }
+
+    fn map_is_live(&self) -> bool {
+        false
+    }
+}
