@@ -41,6 +41,7 @@ async fn channel(address: std::net::SocketAddr) -> Channel {
         .tcp_nodelay(true)
         .initial_stream_window_size(8 << 20)
         .initial_connection_window_size(16 << 20)
+        .max_frame_size(1 << 20)
         .connect()
         .await
         .unwrap_or_else(|error| panic!("{error}"))
@@ -68,8 +69,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Error>> {
     let mut log = LogClient::new(channel(address).await).max_decoding_message_size(64 << 20);
     let mut admin = AdminClient::new(channel(address).await);
-    let request =
-        pb::CreateTopicRequest { name: "load".to_owned(), partitions: PARTITIONS, ..Default::default() };
+    let request = pb::CreateTopicRequest { name: "load".to_owned(), partitions: PARTITIONS, ..Default::default() };
     let topic = admin.create_topic(request).await?.into_inner().topic.map(|topic| topic.topic_id).unwrap_or_default();
     let request = |partition: usize, batch: &Bytes, request_id: usize| pb::ProduceRequest {
         request_id: request_id as u64,

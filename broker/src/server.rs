@@ -18,12 +18,12 @@ use tonic::transport::Server;
 use crate::config::LimitsConfig;
 use crate::connections::{CallGuard, ConnectionCalls, Connections, Incoming};
 use crate::node::Node;
-use crate::service::{AdminService, LogService};
+use crate::service::{AdminService, LogCalls, LogService};
 
 /// Largest HTTP/2 frame that clients are asked to send: large frames mean fewer of them for a large batch.
 const FRAME_BYTES: u32 = 256 << 10;
-/// Room that a response needs beside its batches.
-const RESPONSE_OVERHEAD_BYTES: usize = 64 << 10;
+/// Largest answer of a call other than Fetch: metadata of very many partitions.
+const RESPONSE_BYTES_MAX: usize = 64 << 20;
 
 /// Serves clients until `drain`; then takes no new connection or call and returns when all have ended. `cut` ends those
 /// that do not.
@@ -60,7 +60,8 @@ pub(crate) async fn serve(
 fn routes(node: &Arc<Node>, limits: &LimitsConfig) -> Routes {
     let log = LogServer::new(LogService::new(Arc::clone(node)))
         .max_decoding_message_size(limits.request_bytes)
-        .max_encoding_message_size(limits.request_bytes.max(limits.fetch_response_bytes) + RESPONSE_OVERHEAD_BYTES);
+        .max_encoding_message_size(RESPONSE_BYTES_MAX);
+    let log = LogCalls::new(Arc::clone(node), log);
     let admin =
         AdminServer::new(AdminService::new(Arc::clone(node))).max_decoding_message_size(limits.admin_request_bytes);
     let (health, health_service) = tonic_health::server::health_reporter();

@@ -19,7 +19,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Instant;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use flowstone_protocol::{Error, ErrorCode, LeaderEpoch, Offset, pb};
 use flowstone_replication::{ReadAnswer, ReadRequest, Reply};
 use flowstone_storage::ReadError;
@@ -51,7 +51,7 @@ pub(crate) struct FetchSession {
     waiting: VecDeque<u32>,
     arrivals: Arc<Arrivals>,
     /// Checked, in order of arrival, waiting for credit.
-    ready: VecDeque<pb::FetchResponse>,
+    ready: VecDeque<Fetched>,
     ready_bytes: usize,
     /// Upper bound of what reads under way will bring, parked ones aside.
     reading_bytes: usize,
@@ -62,6 +62,20 @@ pub(crate) struct FetchSession {
     /// Set: the client sends no more requests, or must not.
     ending: Option<Result<(), Error>>,
     ended: bool,
+}
+
+/// One response: `flowstone.v1.FetchResponse` with its batches still in the pieces in which they were read.
+#[derive(Debug)]
+pub(crate) struct Fetched {
+    pub(crate) fetch_id: u32,
+    pub(crate) session: u32,
+    /// Whole batches once put together.
+    pub(crate) chunks: Vec<Bytes>,
+    /// Of all chunks.
+    pub(crate) bytes: usize,
+    pub(crate) high_watermark: i64,
+    pub(crate) log_start: i64,
+    pub(crate) error: Option<pb::ErrorDetail>,
 }
 
 /// Where a partition's reader is.
@@ -197,7 +211,7 @@ impl FetchSession {
         // One that failed is not known any more, and may still have answers in the line.
         if known.is_some() || self.ready.iter().any(|response| response.error.is_some()) {
             self.ready.retain(|response| response.fetch_id != fetch_id);
-            self.ready_bytes = self.ready.iter().map(|response| response.batches.len()).sum();
+            self.ready_bytes = self.ready.iter().map(|response| response.bytes).sum();
         }
     }
 
@@ -205,10 +219,11 @@ impl FetchSession {
     fn fail(&mut self, fetch_id: u32, session: u32, error: Error) {
         self.node.metrics.refused(Api::Fetch, &error);
         self.partitions.remove(&fetch_id);
-        self.ready.push_back(pb::FetchResponse {
+        self.ready.push_back(Fetched {
             fetch_id,
             session,
-            batches: Bytes::new(),
+            chunks: Vec::new(),
+            bytes: 0,
             high_watermark: -1,
             log_start: -1,
             error: Some(error.to_detail()),
@@ -242,22 +257,23 @@ impl FetchSession {
                 }
                 continue;
             }
-            let batches = joined(answer.bytes.chunks);
+            let bytes = answer.bytes.len();
             if answer.bytes.next > position.next {
                 position.next = answer.bytes.next;
                 // It told of what the client had read before; the records now on their way are this log's own.
                 position.last_epoch = None;
             }
             self.waiting.push_back(fetch_id);
-            if batches.is_empty() {
+            if bytes == 0 {
                 continue;
             }
-            self.node.metrics.sent(Api::Fetch, under_way.since, batches.len());
-            self.ready_bytes += batches.len();
-            self.ready.push_back(pb::FetchResponse {
+            self.node.metrics.sent(Api::Fetch, under_way.since, bytes);
+            self.ready_bytes += bytes;
+            self.ready.push_back(Fetched {
                 fetch_id,
                 session,
-                batches,
+                chunks: answer.bytes.chunks,
+                bytes,
                 high_watermark: answer.high_watermark.get(),
                 log_start: answer.log_start.get(),
                 error: None,
@@ -296,7 +312,7 @@ impl FetchSession {
 
     /// The next response that the client's credit allows. An error needs none: it only waits for what was read of its own
     /// partition.
-    fn next_response(&mut self) -> Option<pb::FetchResponse> {
+    fn next_response(&mut self) -> Option<Fetched> {
         let next = if self.credit > 0 {
             0
         } else {
@@ -306,14 +322,14 @@ impl FetchSession {
             })?
         };
         let response = self.ready.remove(next)?;
-        self.ready_bytes -= response.batches.len();
-        self.credit -= response.batches.len() as i64;
+        self.ready_bytes -= response.bytes;
+        self.credit -= response.bytes as i64;
         Some(response)
     }
 }
 
 impl Stream for FetchSession {
-    type Item = Result<pb::FetchResponse, Status>;
+    type Item = Result<Fetched, Status>;
 
     fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         let session = &mut *self;
@@ -355,19 +371,4 @@ fn corrupt(damage: &ReadError) -> Error {
              offsets after the damage, are not touched by it"
         ),
     )
-}
-
-/// One run of bytes. Reads rarely come in more than one piece (only across segments), so this rarely copies.
-fn joined(mut chunks: Vec<Bytes>) -> Bytes {
-    match chunks.len() {
-        0 => Bytes::new(),
-        1 => chunks.swap_remove(0),
-        _ => {
-            let mut all = BytesMut::with_capacity(chunks.iter().map(Bytes::len).sum());
-            for chunk in &chunks {
-                all.extend_from_slice(chunk);
-            }
-            all.freeze()
-        }
-    }
 }

@@ -2,15 +2,23 @@
 
 mod admin;
 mod fetch;
+mod fetch_body;
 mod metadata;
 mod offsets;
 mod produce;
 
+use std::convert::Infallible;
+use std::future::ready;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use flowstone_protocol::pb::log_server::Log;
+use flowstone_protocol::pb::log_server::{Log, LogServer};
 use flowstone_protocol::{Error, ErrorCode, PartitionId, Timestamp, TopicId, TopicPartition, pb};
+use futures::stream;
+use tonic::body::Body;
+use tonic::codegen::{BoxFuture, Service};
+use tonic::server::NamedService;
 use tonic::{Code, Request, Response, Status, Streaming};
 
 use crate::node::Node;
@@ -33,7 +41,7 @@ impl LogService {
 #[tonic::async_trait]
 impl Log for LogService {
     type ProduceStream = produce::ProduceSession;
-    type FetchStream = fetch::FetchSession;
+    type FetchStream = stream::Empty<Result<pb::FetchResponse, Status>>;
     type WatchMetadataStream = metadata::MetadataWatch;
 
     async fn produce(
@@ -43,11 +51,12 @@ impl Log for LogService {
         Ok(Response::new(produce::ProduceSession::new(Arc::clone(&self.node), request.into_inner())))
     }
 
+    /// Never called: [`LogCalls`] takes this path before the generated service sees it.
     async fn fetch(
         &self,
-        request: Request<Streaming<pb::FetchRequest>>,
+        _request: Request<Streaming<pb::FetchRequest>>,
     ) -> Result<Response<Self::FetchStream>, Status> {
-        Ok(Response::new(fetch::FetchSession::new(Arc::clone(&self.node), request.into_inner())))
+        Err(Status::internal("Fetch did not reach its own service"))
     }
 
     async fn metadata(&self, request: Request<pb::MetadataRequest>) -> Result<Response<pb::MetadataResponse>, Status> {
@@ -75,6 +84,40 @@ impl Log for LogService {
         // Random, so that no broker needs to ask another; 63 bits, so that two alike are not to be expected.
         let producer_id = (rand::random::<u64>() >> 1) as i64;
         Ok(Response::new(pb::InitProducerResponse { producer_id, producer_epoch: 0 }))
+    }
+}
+
+/// `flowstone.v1.Log` as it is served: the generated service, but for `Fetch`, whose batches are sent without a copy.
+#[derive(Clone, Debug)]
+pub(crate) struct LogCalls {
+    node: Arc<Node>,
+    generated: LogServer<LogService>,
+}
+
+impl LogCalls {
+    pub(crate) fn new(node: Arc<Node>, generated: LogServer<LogService>) -> Self {
+        Self { node, generated }
+    }
+}
+
+impl NamedService for LogCalls {
+    const NAME: &'static str = <LogServer<LogService> as NamedService>::NAME;
+}
+
+impl Service<http::Request<Body>> for LogCalls {
+    type Response = http::Response<Body>;
+    type Error = Infallible;
+    type Future = BoxFuture<http::Response<Body>, Infallible>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Service::<http::Request<Body>>::poll_ready(&mut self.generated, cx)
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if request.uri().path() == fetch_body::PATH {
+            return Box::pin(ready(Ok(fetch_body::serve(Arc::clone(&self.node), request))));
+        }
+        self.generated.call(request)
     }
 }
 
