@@ -329,10 +329,20 @@ fn add_records(into: &mut RecordBatch, bytes: Bytes, wanted: Wanted) -> std::res
 }
 
 fn broken(topic: &str, partition: i32, offset: i64, error: BatchError) -> Error {
-    let message = format!(
-        "the record batch at offset {offset} is damaged: {error}; seek past it, or fetch again if the network is to blame"
-    );
-    Error::new(ErrorCode::CorruptBatch, message).at(topic, partition).caused_by(error)
+    let told = match &error {
+        BatchError::DecompressedTooLarge { bytes_max } => Error::new(
+            ErrorCode::BatchTooLarge,
+            format!(
+                "the record batch at offset {offset} decompresses to more than {bytes_max} bytes; raise the consumer's \
+                 decompressed_bytes_max, or seek past it"
+            ),
+        ),
+        _ => Error::new(
+            ErrorCode::CorruptBatch,
+            format!("the record batch at offset {offset} is damaged: {error}; read it again, or seek past it"),
+        ),
+    };
+    told.at(topic, partition).caused_by(error)
 }
 
 #[cfg(test)]

@@ -160,6 +160,8 @@ pub(crate) struct PartitionBatches {
     renew: bool,
     /// This producer id is of no use any more.
     id_spent: bool,
+    /// The broker may know this identity: something of it is, or may be, stored.
+    known: bool,
     identity: Option<Identity>,
     next_sequence: Sequence,
     retry_at: Option<Instant>,
@@ -190,6 +192,7 @@ impl PartitionBatches {
             draining: false,
             renew: false,
             id_spent: false,
+            known: false,
             identity,
             next_sequence: Sequence::new(0),
             retry_at: None,
@@ -373,6 +376,7 @@ impl PartitionBatches {
             Ok((base_offset, log_append_time)) => {
                 self.failures = 0;
                 self.retry_at = None;
+                self.known = true;
                 return self.end(at, Outcome::Stored { base_offset, log_append_time });
             }
             Err(error) => error.at(&self.topic, self.partition),
@@ -396,7 +400,8 @@ impl PartitionBatches {
             {
                 let code = error.code();
                 self.id_spent |= code == ErrorCode::ProducerFenced;
-                if code != ErrorCode::OutOfOrderSequence && sent.maybe_stored {
+                // What the broker never knew it cannot have forgotten: then nothing behind a failed first is stored.
+                if code != ErrorCode::OutOfOrderSequence && sent.maybe_stored && self.known {
                     self.renew = true;
                     return self.end(at, Outcome::Failed(error));
                 }
@@ -504,6 +509,7 @@ impl PartitionBatches {
         self.identity = Some(identity);
         self.renew = false;
         self.id_spent = false;
+        self.known = false;
         self.next_sequence = Sequence::new(0);
         for sent in &mut self.sent {
             sent.bytes = under(&sent.bytes, identity, self.next_sequence);
@@ -523,6 +529,7 @@ impl PartitionBatches {
             // What never left leaves no hole that a broker could see, but its numbers are given away all the same.
             self.renew |= self.settings.idempotent;
             let unanswered = front.state != SentState::Unsent || front.maybe_stored;
+            self.known |= unanswered;
             let error = self.timed_out(unanswered);
             ended.extend(self.end(0, Outcome::Failed(error)));
         }
@@ -874,14 +881,32 @@ mod tests {
         bench.pass(Duration::from_secs(1));
         let again = bench.run();
         assert_eq!(sequences(&again), [(1, 0)]);
-        // Now its fate is unknown once: forgotten after that, it may be stored.
+        bench.answer(again[0], Ok(1));
+        assert_eq!(bench.outcome(&second[0]), Some(Ok(1)));
+        // Now one whose fate is unknown when the producer is forgotten: it may be stored.
+        let third = bench.add_batches(1);
+        bench.run();
         bench.batches.connection_lost(None);
         let again = bench.run();
-        assert_eq!(sequences(&again), [(1, 0)]);
+        assert_eq!(sequences(&again), [(1, 1)]);
         bench.answer(again[0], Err(ErrorCode::UnknownProducer));
-        assert_eq!(bench.outcome(&second[0]), Some(Err(ErrorCode::UnknownProducer)));
+        assert_eq!(bench.outcome(&third[0]), Some(Err(ErrorCode::UnknownProducer)));
         bench.add_batches(1);
         assert_eq!(sequences(&bench.run()), [(2, 0)]);
+    }
+
+    #[test]
+    fn behind_a_first_batch_that_failed_nothing_can_be_stored() {
+        let mut bench = Bench::new(settings());
+        bench.add_batches(3);
+        let wire = bench.run();
+        bench.answer(wire[0], Err(ErrorCode::UnsupportedCompression));
+        bench.batches.connection_lost(None);
+        let again = bench.run();
+        assert_eq!(sequences(&again), [(0, 1), (0, 2)]);
+        bench.answer(again[0], Err(ErrorCode::UnknownProducer));
+        bench.answer(again[1], Err(ErrorCode::UnknownProducer));
+        assert_eq!(sequences(&bench.run()), [(1, 0), (1, 1)]);
     }
 
     #[test]

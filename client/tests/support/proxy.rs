@@ -1,8 +1,8 @@
 //! A TCP proxy that cuts connections on command.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
@@ -11,6 +11,7 @@ use tokio::sync::watch;
 /// Forwards to one address until told to cut.
 pub struct Proxy {
     pub address: SocketAddr,
+    target: Arc<Mutex<SocketAddr>>,
     cut: watch::Sender<u64>,
     refusing: Arc<AtomicBool>,
     accepted: Arc<AtomicUsize>,
@@ -24,7 +25,9 @@ impl Proxy {
         let cut = watch::Sender::new(0);
         let refusing = Arc::new(AtomicBool::new(false));
         let accepted = Arc::new(AtomicUsize::new(0));
+        let target = Arc::new(Mutex::new(target));
         let task = tokio::spawn({
+            let target = target.clone();
             let (cut, refusing, accepted) = (cut.clone(), refusing.clone(), accepted.clone());
             async move {
                 loop {
@@ -34,6 +37,7 @@ impl Proxy {
                     }
                     accepted.fetch_add(1, Ordering::AcqRel);
                     let mut cuts = cut.subscribe();
+                    let target = *target.lock().unwrap();
                     tokio::spawn(async move {
                         tokio::select! {
                             () = forward(inbound, target) => {}
@@ -43,7 +47,12 @@ impl Proxy {
                 }
             }
         });
-        Self { address, cut, refusing, accepted, task }
+        Self { address, target, cut, refusing, accepted, task }
+    }
+
+    /// Where connections go from now on.
+    pub fn aim(&self, target: SocketAddr) {
+        *self.target.lock().unwrap() = target;
     }
 
     /// Cuts every connection in the middle of whatever it carries.
