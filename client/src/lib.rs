@@ -1,4 +1,58 @@
-//! The client of Flowstone, a distributed commit log.
+//! The client of Flowstone, a distributed commit log: records in, records out, administration.
+//!
+//! ```
+//! # #[tokio::main]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let broker = flowstone_client::testkit::TestBroker::start().await?;
+//! # let server = broker.address();
+//! use flowstone_client::{Client, NewTopic, Record, StopAt};
+//!
+//! // `server` is HOST:PORT, or several separated by commas.
+//! let client = Client::builder(server).client_id("billing").connect().await?;
+//! client.admin().create_topic(NewTopic::new("orders").partitions(3)).await?;
+//!
+//! // In: `send` takes the record, its `Ack` tells where it lies.
+//! let producer = client.producer().build().await?;
+//! let ack = producer.send(Record::to("orders").key("17").value("2 apples")).await?;
+//! let at = ack.await?;
+//! println!("stored in partition {} at offset {}", at.partition, at.offset);
+//!
+//! // Out: from the first record to where the topic ends now.
+//! let mut consumer = client.consumer().topic("orders").stop_at(StopAt::End).build().await?;
+//! let mut values = Vec::new();
+//! while let Some(batch) = consumer.next_batch().await {
+//!     for record in &batch? {
+//!         values.push(String::from_utf8_lossy(record.value_bytes().unwrap_or_default()).into_owned());
+//!     }
+//! }
+//! assert_eq!(values, ["2 apples"]);
+//! # broker.stop().await;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # What it promises
+//! - A [`Producer`] is idempotent with `acks=quorum` unless told otherwise: a record that was acknowledged is stored
+//!   once, at the offset told, and the records of one partition lie in the order in which they were sent, whatever had to
+//!   be sent again. A record that failed with `TIMED_OUT` may or may not be stored; it is never stored twice.
+//! - Memory is bounded: a producer holds [`buffer_bytes`](ProducerBuilder::buffer_bytes), then [`Producer::send`] waits; a
+//!   consumer holds [`prefetch_bytes`](ConsumerBuilder::prefetch_bytes) per broker, then the broker waits.
+//! - A [`Consumer`] hands out every record from its position on, once, in order per partition, checksums checked. Records
+//!   of the log's own (control records) take offsets and are passed over.
+//! - Brokers that go away are tried again, leaders that move are followed; what that costs is time.
+//! - Every [`Error`] says what may be done ([`Error::kind`]), what happened ([`Error::code`]), and in words what to do.
+//!
+//! # What it is not
+//! It must never know how a broker stores what it is sent. Consumer groups and transactions are not in it yet.
+//!
+//! # How it is built
+//! What decides is kept apart from what does: the batches of a partition are a state machine that takes time as an
+//! argument (`producer/batcher.rs`), around which `producer/sender.rs` keeps the streams. A record is encoded once,
+//! straight into its batch, under a short lock; whoever fills a batch, awaits it or hears an answer sends what may go
+//! next. A consumer owns no task: it polls its streams when it is polled, and hands out whole batches whose records are
+//! slices of what came over the wire.
+//!
+//! With the feature `testkit`, `testkit::TestBroker` runs a broker inside your tests.
 
 #![forbid(unsafe_code)]
 
