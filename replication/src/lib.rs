@@ -36,7 +36,7 @@ pub use machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 pub use membership::{Membership, MembershipChange, MembershipError};
 pub use metrics::{FLUSH_BUCKETS, ShardMetrics};
 pub use peer::{PeerBody, PeerMessage};
-pub use replica::{Replica, ReplicaConfig, Unusable};
+pub use replica::{CannotOpen, Replica, ReplicaConfig};
 pub use reply::{Permit, Reply};
 pub use request::{
     Acks, FlushMode, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure,

@@ -15,7 +15,7 @@ use flowstone_storage::{DataDir, Disk, HardState, Log, OpenError, OpenMode, Repl
 
 use crate::machine::Machine;
 use crate::membership::Membership;
-use crate::replica::{Replica, ReplicaConfig};
+use crate::replica::{CannotOpen, Replica, ReplicaConfig};
 use crate::request::{FlushMode, ReplicaSpec};
 
 /// Names the file that says that a broker is running here, and since which start of the machine.
@@ -91,7 +91,8 @@ impl OpenJob {
                 }
                 match Replica::open(log, hard_state, machine, config) {
                     Ok(replica) => Opened::Replica(Box::new(replica)),
-                    Err(unusable) => Opened::Quarantined { message: unusable.to_string() },
+                    Err(CannotOpen::Unusable(message)) => Opened::Quarantined { message },
+                    Err(CannotOpen::Failed { machine, message }) => Opened::Failed { machine, message },
                 }
             }
             Err(error @ OpenError::Io { .. }) => Opened::Failed { machine, message: error.to_string() },

@@ -73,10 +73,21 @@ pub struct ReplicaConfig {
     pub seed: u64,
 }
 
-/// Why a replica could not be made from what its log holds. Final: an operator has to look.
+/// Why a replica could not be made from its log.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-pub struct Unusable(pub String);
+pub enum CannotOpen<M: Machine> {
+    /// What the log or its checkpoint holds can not be understood. Final: an operator has to look.
+    #[error("{0}")]
+    Unusable(String),
+    /// The file system failed; it may go better the next time.
+    #[error("{message}")]
+    Failed {
+        /// For the next time.
+        machine: M,
+        /// What failed.
+        message: String,
+    },
+}
 
 /// One replica. See the module's documentation.
 #[derive(Debug)]
@@ -170,26 +181,30 @@ impl<M: Machine> Replica<M> {
     /// A replica from its opened log and from what its stripe's file says about it; nothing if it was never written.
     ///
     /// # Errors
-    /// When what the checkpoint holds can not be understood.
+    /// When what the checkpoint holds can not be understood, or a file can not be read.
     pub fn open(
         log: Log,
         hard_state: Option<HardState>,
         mut machine: M,
         config: ReplicaConfig,
-    ) -> Result<Self, Unusable> {
+    ) -> Result<Self, CannotOpen<M>> {
         let mut log = log;
         let identity = *log.identity();
         if identity.replica != config.replica || identity.topic_partition != config.tp {
-            return Err(Unusable(format!(
+            return Err(CannotOpen::Unusable(format!(
                 "the folder belongs to replica {} of {}, not to replica {} of {}",
                 identity.replica, identity.topic_partition, config.replica, config.tp
             )));
         }
         let checkpoint = log.checkpoint();
-        let membership = Membership::decode(&checkpoint.membership)
-            .map_err(|error| Unusable(format!("the checkpoint at index {}: {error}", checkpoint.applied)))?;
+        let membership = Membership::decode(&checkpoint.membership).map_err(|error| {
+            CannotOpen::Unusable(format!("the checkpoint at index {}: {error}", checkpoint.applied))
+        })?;
         machine.restore(&checkpoint.machine).map_err(|error| {
-            Unusable(format!("the checkpoint at index {} holds no state of this machine: {error}", checkpoint.applied))
+            CannotOpen::Unusable(format!(
+                "the checkpoint at index {} holds no state of this machine: {error}",
+                checkpoint.applied
+            ))
         })?;
         let applied = checkpoint.applied;
 
@@ -199,10 +214,13 @@ impl<M: Machine> Replica<M> {
         if hard_state.term < log.last_term() {
             hard_state = HardState { term: log.last_term(), vote: None, flushed };
         }
-        let records = count_records(&mut log).map_err(|error| Unusable(error.to_string()))?;
+        let records = match count_records(&mut log) {
+            Ok(records) => records,
+            Err(error) => return Err(CannotOpen::Failed { machine, message: error.to_string() }),
+        };
         let next_offset = log.end_offset();
         let raft = RaftAdapter::open(config.replica, log, hard_state, membership.clone(), config.seed)
-            .map_err(|Panicked(message)| Unusable(message))?;
+            .map_err(|Panicked(message)| CannotOpen::Unusable(message))?;
         Ok(Self {
             parked: Parked::default(),
             reads: ParkedReads::new(config.parked_reads_max),

@@ -107,12 +107,15 @@ impl Stripe {
         if self.in_flight.is_some() || (self.waiting.is_empty() && !flush_marks) {
             return Ok(None);
         }
-        let job = self.file.flush_job();
-        if job.is_some() {
-            self.in_flight = Some(std::mem::take(&mut self.waiting));
-            self.marked_since = None;
+        self.marked_since = None;
+        match self.file.flush_job() {
+            Some(job) => {
+                self.in_flight = Some(std::mem::take(&mut self.waiting));
+                Ok(Some(job))
+            }
+            // Nothing to flush, or it could not be prepared; the file says which.
+            None => self.file.flush().map(|()| None),
         }
-        Ok(job)
     }
 
     /// Whose wait is over.

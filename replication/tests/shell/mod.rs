@@ -11,10 +11,10 @@ use flowstone_protocol::{BatchHeader, Error, Offset, PartitionId, ReplicaId, Tim
 use flowstone_replication::effects::{FlushOrder, HardStateNumber};
 use flowstone_replication::{
     Acks, Effects, Ended, Event, FlushMode, LogConfig, Machine, Membership, PeerMessage, Permit, Produce, Produced,
-    ReadAnswer, ReadRequest, Replica, ReplicaConfig, Reply, RetentionConfig, Unusable,
+    ReadAnswer, ReadRequest, Replica, ReplicaConfig, Reply, RetentionConfig,
 };
 use flowstone_storage::checkpoint::CREATION_INDEX;
-use flowstone_storage::{CheckpointJob, Disk, HardState, Log, OpenError, ReplicaIdentity};
+use flowstone_storage::{CheckpointJob, Disk, HardState, Log, ReplicaIdentity};
 use tokio::sync::oneshot;
 
 pub type Answer<T> = oneshot::Receiver<Result<T, Error>>;
@@ -34,14 +34,6 @@ pub fn config(replica: u64) -> ReplicaConfig {
         parked_reads_max: 100,
         seed: 1,
     }
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum CannotOpen {
-    #[error(transparent)]
-    Log(#[from] OpenError),
-    #[error(transparent)]
-    Replica(#[from] Unusable),
 }
 
 /// Makes the replica's folder, with these voters.
@@ -77,11 +69,11 @@ impl<M: Machine> Shell<M> {
         hard_state: Option<HardState>,
         machine: M,
         config: ReplicaConfig,
-    ) -> Result<Self, CannotOpen> {
+    ) -> Result<Self, String> {
         let now = Timestamp::new(1_000_000);
         let flushed = hard_state.map_or(CREATION_INDEX, |state| state.flushed);
-        let log = Log::open(Arc::clone(disk), dir, log, flushed, now)?;
-        let replica = Replica::open(log, hard_state, machine, config)?;
+        let log = Log::open(Arc::clone(disk), dir, log, flushed, now).map_err(|error| error.to_string())?;
+        let replica = Replica::open(log, hard_state, machine, config).map_err(|error| error.to_string())?;
         Ok(Self {
             replica,
             now,
