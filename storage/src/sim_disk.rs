@@ -693,7 +693,11 @@ impl DiskFile for SimFile {
         let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
         let position = position as usize;
         if state.is_faulty(Operation::Write) || is_last {
-            let written = state.random.below(bytes.len() as u64 + 1) as usize;
+            let mut written = state.random.below(bytes.len() as u64 + 1) as usize;
+            if written < bytes.len() {
+                // Whole sectors only: not even the page cache tears one (the kernel copies page by page).
+                written = ((position + written) / SECTOR_BYTES * SECTOR_BYTES).saturating_sub(position);
+            }
             state.file_mut(self.number).write(&bytes[..written], position);
             return Err(if is_last { crashed() } else { system_error(rustix::io::Errno::IO) });
         }
