@@ -475,7 +475,7 @@ impl Log {
         let too_long = self.active.end + reserved > self.segment_bytes();
         if !self.active.slots.is_empty() && too_long {
             // Now, where a failure hurts nobody, rather than in the append.
-            self.roll().map_err(|error| self.as_disk_full(error, reserved))?;
+            self.roll(0).map_err(|error| self.as_disk_full(error, reserved))?;
         }
         let need_to = self.active.end + reserved;
         if need_to > self.active.allocated_to {
@@ -588,8 +588,9 @@ impl Log {
 
     /// Writes in runs, each one `pwritev` into one segment.
     fn write_stamped(&mut self, stamped: Vec<Stamped>, now: Timestamp) -> Result<(), StorageError> {
+        let mut bytes_left: u64 = stamped.iter().map(|next| next.batch.len() as u64).sum();
         if !stamped.is_empty() && self.is_old(now) {
-            self.roll()?;
+            self.roll(bytes_left)?;
         }
         let mut run = Vec::with_capacity(stamped.len());
         let mut run_bytes = 0;
@@ -603,8 +604,9 @@ impl Log {
             if full && slots > 0 {
                 self.write_run(std::mem::take(&mut run), run_bytes, now)?;
                 run_bytes = 0;
-                self.roll()?;
+                self.roll(bytes_left)?;
             }
+            bytes_left -= bytes;
             run_bytes += bytes;
             run.push(next);
         }
@@ -693,18 +695,26 @@ impl Log {
         self.check_writable()?;
         let due = self.is_old(now);
         if due {
-            self.roll()?;
+            self.roll(0)?;
         }
         Ok(due)
     }
 
-    /// Begins a new segment behind the active one. A failure leaves the log as it was.
-    fn roll(&mut self) -> Result<(), StorageError> {
-        let name = SegmentName { base_offset: self.end_offset, first_index: self.active.end_index() };
-        let next = self.create_segment(name)?;
+    /// Begins a new segment behind the active one, and moves the room for `bytes` over, which may have been reserved in
+    /// the old one. A failure leaves the log as it was.
+    fn roll(&mut self, bytes: u64) -> Result<(), StorageError> {
         if self.active.zeroed_to > self.active.end || self.active.allocated_to > self.active.end {
             let path = self.active.name.log_path(&self.dir);
             self.active.log.set_len(self.active.end).map_err(StorageError::io("cut", &path))?;
+            self.active.zeroed_to = self.active.end;
+            self.active.allocated_to = self.active.end;
+        }
+        // The last step that may fail: a new segment's file says that nothing more was appended to the one before.
+        let name = SegmentName { base_offset: self.end_offset, first_index: self.active.end_index() };
+        let mut next = self.create_segment(name)?;
+        // Before the index takes some of it. Where the disk cannot promise, writing will show.
+        if matches!(next.log.allocate(0, bytes), Ok(true)) {
+            next.allocated_to = bytes;
         }
         self.write_index_blocks(true);
         let closed = std::mem::replace(&mut self.active, next);
@@ -736,7 +746,14 @@ impl Log {
     fn create_segment(&self, name: SegmentName) -> Result<Active, StorageError> {
         let path = name.log_path(&self.dir);
         self.remove_segment_files(name)?;
-        let log = self.disk.open(&path, OpenMode::CreateNew).map_err(StorageError::io("create", &path))?;
+        let log = match self.disk.open(&path, OpenMode::CreateNew) {
+            Ok(log) => log,
+            Err(error) => {
+                // Whether it was made or not, it must not be found next to batches of its own in the active segment.
+                self.remove_segment_files(name)?;
+                return Err(StorageError::io("create", &path)(error));
+            }
+        };
         Ok(Active {
             name,
             log,

@@ -22,7 +22,7 @@ use crate::error::OpenError;
 use crate::log::{Log, LogConfig, write_blocks};
 use crate::recovery::{
     CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
-    decide_checkpoint, decide_no_segments, decide_segment,
+    decide_checkpoint, decide_no_segments, decide_segment, first_needed,
 };
 use crate::segment::{Active, IndexFile, Sealed, SegmentName};
 use crate::small_file::TEMPORARY_SUFFIX;
@@ -58,17 +58,24 @@ impl Log {
             segments: Vec::with_capacity(found.segments.len()),
             dropped: Vec::new(),
         };
-        let garbage = walk.walk(&found.segments)?;
+        let (unneeded, needed) =
+            found.segments.split_at(first_needed(&found.segments, checkpoint.log_start, checkpoint.applied));
+        walk.dropped.extend_from_slice(unneeded);
+        let garbage = walk.walk(needed)?;
         let LogWalk { epochs, segments, dropped, .. } = walk;
 
-        // Decided; from here on files change.
-        let mut changed_dir = false;
+        // Decided; from here on files change. First the checkpoint itself: a life before this one may have been killed
+        // between its renaming and the flush of the folder, and what it replaces must not go before it is there.
+        let replaced = found.checkpoints.iter().any(|applied| *applied < checkpoint.applied) || !dropped.is_empty();
+        if replaced {
+            disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
+        }
         let orphans = found.index_files.iter().filter(|name| !found.segments.contains(name));
         let leftovers =
             found.temporary.iter().map(|name| dir.join(name)).chain(orphans.map(|name| name.index_path(dir)));
         let dropped = dropped.iter().flat_map(|name| [name.log_path(dir), name.index_path(dir)]);
         for path in leftovers.chain(dropped) {
-            changed_dir |= remove_if_there(&disk, &path)?;
+            remove_if_there(&disk, &path)?;
         }
         for applied in found.checkpoints.iter().filter(|applied| **applied < checkpoint.applied) {
             // Nothing depends on their being gone.
@@ -84,20 +91,19 @@ impl Log {
                 };
                 let path = name.log_path(dir);
                 let log = disk.open(&path, OpenMode::CreateNew).map_err(OpenError::io("create", &path))?;
-                changed_dir = true;
                 WalkedSegment::empty(name, log)
             }
         };
         let end_offset = last.end_offset;
         let last_index = RaftIndex::new(last.end_index.get() - 1);
-        let rewritten = durable < last_index;
         for segment in segments.iter().chain([&last]).filter(|segment| segment.end_index > durable.next()) {
             segment.write_again(dir, durable)?;
         }
         let active = last.into_active(&disk, dir, garbage, now)?;
-        if rewritten || changed_dir {
-            disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
-        }
+        // Also where nothing changed now: a life before this one may have cut or removed something and been killed before
+        // it flushed that. What is seen here must be what a power failure leaves.
+        active.flush_all().map_err(OpenError::io("flush", &active.name.log_path(dir)))?;
+        disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
 
         let mut log = Self {
             dir: Arc::from(dir),
@@ -211,11 +217,10 @@ fn quarantine(dir: &Path, offset: Offset, detail: String) -> OpenError {
     OpenError::Quarantine { path: dir.to_owned(), offset, detail, remedy: remedy.to_owned() }
 }
 
-fn remove_if_there(disk: &Arc<dyn Disk>, path: &Path) -> Result<bool, OpenError> {
+fn remove_if_there(disk: &Arc<dyn Disk>, path: &Path) -> Result<(), OpenError> {
     match disk.remove_file(path) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(error) => Err(OpenError::io("remove", path)(error)),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(OpenError::io("remove", path)(error)),
+        _ => Ok(()),
     }
 }
 
@@ -289,7 +294,7 @@ impl WalkedSegment {
         let mut zeroed_to = self.file_bytes.max(end);
         if garbage {
             tracing::warn!(path = %path.display(), position = end, bytes = self.file_bytes - end, "cutting a torn tail");
-            log.set_len(end).and_then(|()| log.sync_data()).map_err(OpenError::io("cut", &path))?;
+            log.set_len(end).map_err(OpenError::io("cut", &path))?;
             zeroed_to = end;
         }
         let full_blocks = self.slots.len() / BLOCK_SLOTS;
@@ -301,6 +306,7 @@ impl WalkedSegment {
                 let path = self.name.index_path(dir);
                 let cut = || {
                     file.set_len(0)?;
+                    // Before the new blocks: else the old ones may come back where the new ones were lost.
                     file.sync_data()?;
                     write_blocks(&**file, self.name, &self.slots, 0..full_blocks)
                 };
@@ -345,6 +351,15 @@ impl WalkedSegment {
     }
 }
 
+/// What a walk through one segment found.
+struct Walked {
+    slots: Vec<Slot>,
+    end: WalkEnd,
+    detail: String,
+    end_offset: Offset,
+    end_index: RaftIndex,
+}
+
 /// The walk through all segments of a log.
 struct LogWalk<'a> {
     disk: &'a Arc<dyn Disk>,
@@ -375,10 +390,8 @@ impl LogWalk<'_> {
                 last_valid: RaftIndex::new(segment.end_index.get() - 1),
                 durable: self.durable,
                 end,
-                next_first: next.map(|next| next.first_index),
-                next_covers_checkpoint: next.is_some_and(|next| {
-                    next.first_index <= self.checkpoint.applied.next() && next.base_offset <= self.checkpoint.log_start
-                }),
+                next_continues: next
+                    .map(|next| next.first_index == segment.end_index && next.base_offset == segment.end_offset),
             };
             match decide_segment(facts) {
                 SegmentDecision::Keep => self.segments.push(segment),
@@ -386,11 +399,6 @@ impl LogWalk<'_> {
                     self.segments.push(segment);
                     self.dropped.extend(names);
                     return Ok(true);
-                }
-                SegmentDecision::DropOlder => {
-                    self.dropped.extend(self.segments.drain(..).map(|segment| segment.name));
-                    self.dropped.push(name);
-                    self.epochs.clone_from(&self.checkpoint.epochs);
                 }
                 SegmentDecision::Quarantine => {
                     let detail = format!(
@@ -504,43 +512,61 @@ impl LogWalk<'_> {
         let log = self.disk.open(&path, OpenMode::ReadWrite).map_err(OpenError::io("open", &path))?;
         let file_bytes = log.len().map_err(OpenError::io("open", &path))?;
         let (index, index_bytes) = self.read_index(name)?;
-        let mut slots = valid_prefix(name, &index_bytes);
-        let valid = slots.len();
-        let mut believed = believed_slots(IndexFacts {
-            valid,
-            durable: self.durable.next().get().saturating_sub(name.first_index.get()) as usize,
-            within_file: slots.partition_point(|slot| slot.end_position() <= file_bytes),
+        let index_slots = valid_prefix(name, &index_bytes);
+        let up_to = |index: RaftIndex| index.get().saturating_sub(name.first_index.get()) as usize;
+        let durable = up_to(next.map_or(self.durable.next(), |next| next.first_index.min(self.durable.next())));
+        let believed = believed_slots(IndexFacts {
+            valid: index_slots.len(),
+            durable,
+            within_file: index_slots.partition_point(|slot| slot.end_position() <= file_bytes),
         });
-        if let Some(next) = next {
-            believed = believed.min(next.first_index.get().saturating_sub(name.first_index.get()) as usize);
+        let known_epochs = self.epochs.len();
+        let believed_slots = index_slots[..believed].to_vec();
+        let mut walked = self.walk_from(name, next, &log, file_bytes, believed_slots)?;
+        if believed > 0 && walked.slots.len() < durable {
+            // The log does not go on where its index says: it may be the index that is wrong, for all its checksums.
+            self.epochs.truncate(known_epochs);
+            walked = self.walk_from(name, next, &log, file_bytes, Vec::new())?;
         }
-        // The last believed batch is looked at again: an index of another life of this file would not agree.
-        let unbelieved = slots.split_off(believed.saturating_sub(1));
-        let again = if believed > 0 { unbelieved.first() } else { None };
-        let epoch = slots.last().map(|slot| slot.epoch).or_else(|| self.epoch_before(name));
-        let mut walker = match again {
-            Some(slot) => Walker::new(
-                Arc::clone(&log),
-                file_bytes,
-                u64::from(slot.position),
-                slot.base_offset(name.base_offset),
-                name.first_index.plus(slots.len() as u64),
-                epoch,
-            ),
-            None => Walker::new(Arc::clone(&log), file_bytes, 0, name.base_offset, name.first_index, epoch),
+        let Walked { slots, end, detail, end_offset, end_index } = walked;
+        let segment = WalkedSegment {
+            name,
+            log: Some(log),
+            index,
+            last_slot: slots.last().copied(),
+            index_slots: if slots.starts_with(&index_slots) { index_slots.len() } else { 0 },
+            index_blocks: index_bytes.len().div_ceil(BLOCK_BYTES),
+            slots,
+            end_offset,
+            end_index,
+            file_bytes,
         };
-        let applied = self.checkpoint.applied;
+        Ok((segment, end, detail))
+    }
+
+    /// Walks from the last of `slots` on, which is looked at again: an index of another life of this file would not
+    /// agree.
+    fn walk_from(
+        &mut self,
+        name: SegmentName,
+        next: Option<SegmentName>,
+        log: &Arc<dyn DiskFile>,
+        file_bytes: u64,
+        mut slots: Vec<Slot>,
+    ) -> Result<Walked, OpenError> {
+        let path = name.log_path(self.dir);
+        let again = slots.pop();
+        let epoch = slots.last().map(|slot| slot.epoch).or_else(|| self.epoch_before(name));
+        let (position, offset) =
+            again.map_or((0, name.base_offset), |slot| (u64::from(slot.position), slot.base_offset(name.base_offset)));
+        let index = name.first_index.plus(slots.len() as u64);
+        let mut walker = Walker::new(Arc::clone(log), file_bytes, position, offset, index, epoch);
         for (number, slot) in slots.iter().enumerate() {
-            self.note_epoch(name, number, slot, applied);
+            self.note_epoch(name, number, slot);
         }
         let (end, detail) = loop {
-            if next.is_some_and(|next| walker.index == next.first_index) {
-                break match next {
-                    Some(next) if walker.offset != next.base_offset => {
-                        (WalkEnd::Bad, format!("offset {} where the next segment begins", walker.offset))
-                    }
-                    _ => (WalkEnd::Clean, String::new()),
-                };
+            if let Some(next) = next.filter(|next| walker.index == next.first_index) {
+                break (WalkEnd::Clean, format!("the next segment begins at offset {}", next.base_offset));
             }
             match walker.step().map_err(OpenError::io("read", &path))? {
                 Step::Batch { header, position, control } => {
@@ -548,7 +574,7 @@ impl LogWalk<'_> {
                         break (WalkEnd::Bad, "a segment larger than 4 GiB".to_owned());
                     };
                     let slot = Slot::of(&header, control, position, name.base_offset, slots.last());
-                    self.note_epoch(name, slots.len(), &slot, applied);
+                    self.note_epoch(name, slots.len(), &slot);
                     slots.push(slot);
                 }
                 Step::Clean => break (WalkEnd::Clean, "the file ends".to_owned()),
@@ -563,21 +589,7 @@ impl LogWalk<'_> {
                 }
             }
         };
-        let (end_offset, end_index) = (walker.offset, walker.index);
-        let index_is_true = slots[believed.saturating_sub(1)..].starts_with(&unbelieved);
-        let segment = WalkedSegment {
-            name,
-            log: Some(log),
-            index,
-            last_slot: slots.last().copied(),
-            slots,
-            end_offset,
-            end_index,
-            file_bytes,
-            index_slots: if index_is_true { valid } else { 0 },
-            index_blocks: index_bytes.len().div_ceil(BLOCK_BYTES),
-        };
-        Ok((segment, end, detail))
+        Ok(Walked { slots, end, detail, end_offset: walker.offset, end_index: walker.index })
     }
 
     fn read_index(&self, name: SegmentName) -> Result<(Option<Arc<dyn DiskFile>>, Vec<u8>), OpenError> {
@@ -596,10 +608,10 @@ impl LogWalk<'_> {
         Ok((Some(file), bytes))
     }
 
-    fn note_epoch(&mut self, name: SegmentName, number: usize, slot: &Slot, applied: RaftIndex) {
+    fn note_epoch(&mut self, name: SegmentName, number: usize, slot: &Slot) {
         let index = name.first_index.plus(number as u64);
         let is_new = self.epochs.last().is_none_or(|last| slot.epoch > last.epoch);
-        if index > applied && is_new {
+        if index > self.checkpoint.applied && is_new {
             let offset = slot.base_offset(name.base_offset);
             self.epochs.push(EpochStart { epoch: slot.epoch, index, offset });
         }

@@ -6,7 +6,9 @@
 //! `durable` is the index up to which this replica answered for its entries: the higher of the flushed index of the hard
 //! state and the newest checkpoint's. Up to there nothing is cut; above it, whatever is not whole never happened.
 
-use flowstone_protocol::RaftIndex;
+use flowstone_protocol::{Offset, RaftIndex};
+
+use crate::segment::SegmentName;
 
 /// A checkpoint file that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -81,10 +83,9 @@ pub struct SegmentFacts {
     pub durable: RaftIndex,
     /// How the walk ended.
     pub end: WalkEnd,
-    /// First index of the next segment, by its name.
-    pub next_first: Option<RaftIndex>,
-    /// Whether everything before the next segment lies below the checkpoint's log start and is applied in it.
-    pub next_covers_checkpoint: bool,
+    /// Whether the segment behind it begins, by its name, with the index and the offset behind the last valid entry;
+    /// `None` where this is the last.
+    pub next_continues: Option<bool>,
 }
 
 /// What to do with a segment.
@@ -94,31 +95,32 @@ pub enum SegmentDecision {
     Keep,
     /// Keep what is valid, cut what follows, remove later segments: nobody was told of any of it.
     Cut,
-    /// Remove this segment and all before it: a deletion was interrupted.
-    DropOlder,
     /// Something that the replica answered for is gone.
     Quarantine,
 }
 
 /// | the walk | next segment | durable entries missing | decision |
 /// |---|---|---|---|
-/// | reaches the next segment's first index | there is one | | keep |
+/// | reaches the next segment's first index and offset | there is one | | keep |
 /// | ends clean | none | no | keep |
 /// | ends bad | none | no | cut |
-/// | ends before the next segment | there is one | no | cut |
-/// | ends before the next segment | all before it was deleted for readers, and applied | yes | drop older |
+/// | ends elsewhere | there is one | no | cut |
 /// | any other | | yes | quarantine |
 pub fn decide_segment(facts: SegmentFacts) -> SegmentDecision {
-    let whole = facts.next_first.is_some_and(|next| next == facts.last_valid.next());
     let missing = facts.last_valid < facts.durable;
-    match (facts.next_first, facts.end) {
-        (Some(_), _) if whole => SegmentDecision::Keep,
+    match (facts.next_continues, facts.end) {
+        (Some(true), _) => SegmentDecision::Keep,
         (None, WalkEnd::Clean) if !missing => SegmentDecision::Keep,
-        (None, WalkEnd::Bad) if !missing => SegmentDecision::Cut,
-        (Some(_), _) if !missing => SegmentDecision::Cut,
-        (Some(_), _) if facts.next_covers_checkpoint => SegmentDecision::DropOlder,
+        (None, WalkEnd::Bad) | (Some(false), _) if !missing => SegmentDecision::Cut,
         _ => SegmentDecision::Quarantine,
     }
+}
+
+/// The first segment that is kept: those before it lie below the checkpoint's log start and are applied in it, so that
+/// only an interrupted deletion left them, or some of them.
+pub fn first_needed(segments: &[SegmentName], log_start: Offset, applied: RaftIndex) -> usize {
+    let covers = |segment: &SegmentName| segment.base_offset <= log_start && segment.first_index <= applied.next();
+    segments.iter().rposition(covers).unwrap_or(0)
 }
 
 /// What to do where no segment was found at all.
@@ -175,43 +177,50 @@ mod tests {
 
     #[test]
     fn segments() {
-        use SegmentDecision::{Cut, DropOlder, Keep, Quarantine};
+        use SegmentDecision::{Cut, Keep, Quarantine};
         use WalkEnd::{Bad, Clean};
         #[track_caller]
-        fn check(
-            last_valid: u64,
-            durable: u64,
-            end: WalkEnd,
-            next_first: Option<u64>,
-            covers: bool,
-            expected: SegmentDecision,
-        ) {
-            let facts = SegmentFacts {
-                last_valid: index(last_valid),
-                durable: index(durable),
-                end,
-                next_first: next_first.map(index),
-                next_covers_checkpoint: covers,
-            };
+        fn check(last_valid: u64, durable: u64, end: WalkEnd, next: Option<bool>, expected: SegmentDecision) {
+            let (last_valid, durable) = (index(last_valid), index(durable));
+            let facts = SegmentFacts { last_valid, durable, end, next_continues: next };
             assert_eq!(decide_segment(facts), expected, "{facts:?}");
         }
         // The last segment.
-        check(50, 50, Clean, None, false, Keep);
-        check(50, 40, Clean, None, false, Keep);
-        check(50, 50, Bad, None, false, Cut);
-        check(50, 40, Bad, None, false, Cut);
-        check(49, 50, Clean, None, false, Quarantine);
-        check(49, 50, Bad, None, false, Quarantine);
-        check(49, 50, Bad, None, true, Quarantine);
+        check(50, 50, Clean, None, Keep);
+        check(50, 40, Clean, None, Keep);
+        check(50, 50, Bad, None, Cut);
+        check(50, 40, Bad, None, Cut);
+        check(49, 50, Clean, None, Quarantine);
+        check(49, 50, Bad, None, Quarantine);
         // A segment with another behind it.
-        check(50, 90, Clean, Some(51), false, Keep);
-        check(50, 90, Bad, Some(51), false, Keep); // garbage behind the last batch of a sealed segment
-        check(50, 40, Clean, Some(61), false, Cut); // torn, or a segment's file lost, above the durable entries
-        check(50, 50, Bad, Some(61), false, Cut);
-        check(50, 51, Bad, Some(61), false, Quarantine);
-        check(50, 90, Clean, Some(61), false, Quarantine);
-        check(50, 90, Clean, Some(61), true, DropOlder);
-        check(50, 90, Bad, Some(61), true, DropOlder);
+        check(50, 90, Clean, Some(true), Keep);
+        check(50, 90, Bad, Some(true), Keep); // garbage behind the last batch of a sealed segment
+        check(50, 40, Clean, Some(false), Cut); // torn, a file lost, or one of another life, above the durable entries
+        check(50, 50, Bad, Some(false), Cut);
+        check(50, 51, Bad, Some(false), Quarantine);
+        check(50, 90, Clean, Some(false), Quarantine);
+    }
+
+    #[test]
+    fn segments_that_the_checkpoint_needs() {
+        #[track_caller]
+        fn check(segments: &[(i64, u64)], log_start: i64, applied: u64, expected: usize) {
+            let segments: Vec<_> = segments
+                .iter()
+                .map(|&(offset, first)| SegmentName { base_offset: Offset::new(offset), first_index: index(first) })
+                .collect();
+            assert_eq!(first_needed(&segments, Offset::new(log_start), index(applied)), expected);
+        }
+        let segments = [(0, 2), (100, 50), (200, 90)];
+        check(&[], 0, 1, 0);
+        check(&segments, 0, 1, 0);
+        check(&segments, 99, 95, 0);
+        check(&segments, 100, 95, 1);
+        check(&segments, 150, 95, 1);
+        check(&segments, 200, 95, 2);
+        check(&segments, 200, 89, 2);
+        check(&segments, 200, 88, 1); // entry 89 is not in the checkpoint
+        check(&segments, 900, 95, 2); // the last one stays
     }
 
     #[test]

@@ -118,6 +118,15 @@ impl Active {
         self.name.first_index.plus(self.slots.len() as u64)
     }
 
+    /// Makes its files durable as they are.
+    pub(crate) fn flush_all(&self) -> std::io::Result<()> {
+        self.log.sync_data()?;
+        match &self.index_file {
+            IndexFile::Open { file, .. } => file.sync_data(),
+            IndexFile::None | IndexFile::Off => Ok(()),
+        }
+    }
+
     pub(crate) fn records(&self) -> u64 {
         self.slots.last().map_or(0, |slot| u64::from(slot.records))
     }

@@ -4,6 +4,7 @@
 //! After each crash the log must hold every entry that was reported as flushed, then nothing or a whole prefix of what
 //! was written after, byte for byte; and the newest checkpoint that was reported as written, or a later one.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -123,6 +124,7 @@ pub(crate) struct Run {
     model: Model,
     flush: Option<(FlushJob, u64)>,
     now: i64,
+    trace: VecDeque<(u64, u64, i64, u64, u64, u64, i64)>,
     pub(crate) counts: Counts,
 }
 
@@ -143,6 +145,7 @@ pub(crate) fn run(seed: u64, operations: u64) -> Counts {
         run.counts.operations += 1;
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run.operation()));
         if let Err(panic) = result {
+            run.print_trace();
             eprintln!("log and model differ: seed {seed}, operation {number}");
             std::panic::resume_unwind(panic);
         }
@@ -181,6 +184,7 @@ impl Run {
             },
             flush: None,
             now: 1_700_000_000_000,
+            trace: VecDeque::new(),
             counts: Counts::default(),
             random,
         };
@@ -210,7 +214,9 @@ impl Run {
             let ahead = self.random.below(30);
             self.disk.crash_after(ahead);
         }
-        match self.random.below(100) {
+        let choice = self.random.below(100);
+        self.note(choice);
+        match choice {
             0..30 => self.append(),
             30..34 => self.truncate(),
             34..48 => self.commit(),
@@ -238,6 +244,38 @@ impl Run {
         let model = (self.model.committed, self.model.last(), self.model.high_watermark());
         let log = self.log();
         assert_eq!((log.committed_index().get(), log.last_index().get(), log.high_watermark().get()), model);
+    }
+
+    /// Keeps what the last operations began with, to be shown where log and model differ.
+    fn note(&mut self, choice: u64) {
+        let Model { committed, flushed, hard_state, log_start, .. } = self.model;
+        let line = (
+            choice,
+            self.model.last(),
+            self.model.entry(self.model.last()).end,
+            committed,
+            flushed,
+            hard_state,
+            log_start,
+        );
+        self.trace.push_back(line);
+        if self.trace.len() > 30 {
+            self.trace.pop_front();
+        }
+    }
+
+    fn print_trace(&self) {
+        eprintln!("choice: last, end; committed, flushed, hard state, log start");
+        for (choice, last, end, committed, flushed, hard_state, log_start) in &self.trace {
+            eprintln!("{choice:3}: {last}, {end}; {committed}, {flushed}, {hard_state}, {log_start}");
+        }
+        let disk = self.disk.shared();
+        for name in disk.read_dir(&self.dir).unwrap_or_default() {
+            let path = self.dir.join(&name);
+            let Ok(mut segment) = flowstone_storage::inspect::SegmentInspector::open(&disk, &path) else { continue };
+            let batches = segment.by_ref().count();
+            eprintln!("{name}: {:?} bytes, {batches} batches, {:?}", disk.file_len(&path), segment.end());
+        }
     }
 
     // ---- writing ----
@@ -692,6 +730,8 @@ impl Run {
     }
 
     fn fill_disk(&mut self) {
+        // What fails from here on fails for want of room.
+        self.disk.cancel_faults();
         let used = self.disk.used_bytes();
         self.disk.set_bytes_max(Some(used + self.random.below(30_000)));
         for _ in 0..self.random.within(1, 5) {
@@ -737,6 +777,7 @@ impl Run {
                 self.model.flushed = last.get();
                 self.model.hard_state = last.get();
                 self.counts.reopened_clean += 1;
+                self.disk.cancel_faults();
                 self.open_or_crash();
             }
             // Nothing is known of what was not flushed.
