@@ -1,0 +1,183 @@
+//! Shards on a disk that fails or fills up: who waits is told, the replica comes back by itself, nobody else notices.
+
+mod ledger;
+mod shell;
+
+use std::path::Path;
+use std::sync::Arc;
+
+use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition};
+use flowstone_replication::{
+    Acks, FlushMode, Health, LogConfig, Permit, Produced, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, Reply,
+    RetentionConfig, Shards, ShardsConfig, TrimTo, system_clock,
+};
+use flowstone_storage::sim_disk::{Crash, Operation};
+use flowstone_storage::{DataDir, SimDisk};
+use ledger::{Ledger, batch};
+use tokio::sync::oneshot;
+
+struct Broker {
+    shards: Shards<Ledger>,
+    data_dir: Arc<DataDir>,
+}
+
+fn start(disk: &SimDisk) -> Broker {
+    let data_dir = DataDir::open_or_create(disk.shared(), Path::new("/data"), DirectoryId::new(1), 2).unwrap();
+    let data_dir = Arc::new(data_dir);
+    let config = ShardsConfig { shards: 1, ..ShardsConfig::default() };
+    let shards = Shards::start(config, Arc::clone(&data_dir), system_clock()).unwrap();
+    Broker { shards, data_dir }
+}
+
+impl Broker {
+    fn lead(&self, partition: i32) -> ReplicaHandle<Ledger> {
+        let tp = TopicPartition::new(TopicId::new(5), PartitionId::new(partition));
+        let spec = ReplicaSpec {
+            tp,
+            replica: ReplicaId::new(1_000 + partition as u64),
+            dir: self.data_dir.replica_dir(tp),
+            log: LogConfig { segment_bytes: 64 << 10, zero_ahead_bytes: 4 << 10, ..LogConfig::default() },
+            flush: FlushMode::Quorum,
+            retention: RetentionConfig::default(),
+            internal: false,
+            max_message_bytes: 1 << 20,
+        };
+        let handle = wait(ask(|opened| self.shards.open(spec, Ledger::default(), opened))).unwrap();
+        until(|| handle.status().is_ready());
+        handle
+    }
+}
+
+fn wait<T>(answer: oneshot::Receiver<T>) -> T {
+    answer.blocking_recv().expect("every request is answered")
+}
+
+fn ask<T>(send: impl FnOnce(Reply<T>)) -> oneshot::Receiver<T> {
+    let (sender, answer) = oneshot::channel();
+    send(Reply::from(sender));
+    answer
+}
+
+fn until(condition: impl Fn() -> bool) {
+    while !condition() {
+        std::thread::yield_now();
+    }
+}
+
+fn produce(handle: &ReplicaHandle<Ledger>, sequence: i32) -> Result<Produced, Error> {
+    let (batch, header) = batch(1, sequence, 1, 1_000);
+    wait(ask(|reply| handle.produce(batch, header, Acks::Quorum, Permit::unbounded(), reply)))
+}
+
+fn read(handle: &ReplicaHandle<Ledger>, from: i64) -> oneshot::Receiver<Result<ReadAnswer, Error>> {
+    let request = ReadRequest { from: Offset::new(from), max_bytes: 1 << 20, last_epoch: None, wait: true };
+    ask(|reply| handle.read(request, reply))
+}
+
+#[test]
+fn after_a_failed_flush_nothing_is_acknowledged_until_it_was_opened_anew() {
+    let disk = SimDisk::new(1);
+    let broker = start(&disk);
+    let (failing, other) = (broker.lead(1), broker.lead(2));
+    produce(&failing, 0).unwrap();
+    let term = failing.status().term;
+    let waiting = read(&failing, 2);
+    disk.fail(Operation::Sync, 0);
+    let error = produce(&failing, 1).unwrap_err();
+    assert_eq!(error.code, ErrorCode::StorageFailed);
+    assert!(error.is_retriable(), "it comes back by itself");
+    assert_eq!(wait(waiting).unwrap_err().code, ErrorCode::StorageFailed, "readers are told, too");
+    produce(&other, 0).expect("another replica goes on");
+    assert_eq!(broker.shards.metrics()[0].replicas_ended, 1);
+
+    until(|| failing.status().is_ready() && failing.status().term > term);
+    // The same handle serves again; what failed may have got into the log, but is there only once.
+    let again = produce(&failing, 1).unwrap();
+    assert_eq!(produce(&failing, 1).unwrap(), again);
+    assert_eq!(produce(&failing, 0).unwrap().base_offset, Offset::new(1));
+    assert_eq!(failing.status().health, Health::Ok);
+}
+
+#[test]
+fn a_failed_write_is_the_same() {
+    let disk = SimDisk::new(2);
+    let broker = start(&disk);
+    let handle = broker.lead(1);
+    disk.fail(Operation::Write, 0);
+    assert_eq!(produce(&handle, 0).unwrap_err().code, ErrorCode::StorageFailed);
+    until(|| handle.status().is_ready());
+    produce(&handle, 0).unwrap();
+}
+
+#[test]
+fn failed_hard_states_end_their_replicas_and_come_back_with_the_newest() {
+    let disk = SimDisk::new(3);
+    let broker = start(&disk);
+    let handles: Vec<_> = (0..6).map(|partition| broker.lead(partition)).collect();
+    let terms: Vec<_> = handles.iter().map(|handle| handle.status().term).collect();
+    // The next election writes its vote, and that fails.
+    disk.fail(Operation::Sync, 0);
+    let _ = produce(&handles[0], 0);
+    until(|| broker.shards.metrics()[0].replicas_ended > 0);
+    disk.fail(Operation::Sync, 1);
+    for (handle, term) in handles.iter().zip(terms) {
+        until(|| produce(handle, 0).is_ok());
+        assert!(handle.status().term >= term);
+    }
+}
+
+#[test]
+fn a_full_disk_refuses_writes_reads_go_on_and_room_is_found_again() {
+    let disk = SimDisk::new(4);
+    let broker = start(&disk);
+    let handle = broker.lead(1);
+    produce(&handle, 0).unwrap();
+    // What is kept for the cure, and a little.
+    disk.set_bytes_max(Some(disk.used_bytes() + LogConfig::default().room_kept_bytes + 100_000));
+    let mut sequence = 1;
+    let error = loop {
+        match produce(&handle, sequence) {
+            Ok(_) => sequence += 1,
+            Err(error) => break error,
+        }
+        assert!(sequence < 10_000, "a limited disk fills up");
+    };
+    assert_eq!(error.code, ErrorCode::DiskFull);
+    assert!(error.is_retriable());
+    assert_eq!(handle.status().health, Health::DiskFull);
+    assert!(handle.status().is_ready(), "it goes on leading");
+    wait(read(&handle, 1)).unwrap().bytes.verify().unwrap();
+    assert_eq!(produce(&handle, 0).unwrap().base_offset, Offset::new(1), "what is there already can be acknowledged");
+    assert_eq!(broker.shards.metrics()[0].replicas_ended, 0, "no crash loop");
+
+    // The cure goes through the log, and may use what is kept for it.
+    let high_watermark = handle.status().high_watermark;
+    assert_eq!(wait(ask(|reply| handle.trim(TrimTo::HighWatermark, reply))), Ok(high_watermark));
+
+    disk.set_bytes_max(None);
+    until(|| handle.status().health == Health::Ok);
+    produce(&handle, sequence).unwrap();
+}
+
+#[test]
+fn a_crash_of_the_power_keeps_what_was_acknowledged() {
+    let disk = SimDisk::new(5);
+    for life in 0..5 {
+        let broker = start(&disk);
+        let handles: Vec<_> = (0..4).map(|partition| broker.lead(partition)).collect();
+        for handle in &handles {
+            for sequence in 0..life * 10 {
+                let offset = produce(handle, sequence).unwrap().base_offset.get();
+                assert_eq!(offset, i64::from(sequence + 1 + sequence / 10), "a no-op before every ten");
+            }
+            for sequence in life * 10..life * 10 + 10 {
+                produce(handle, sequence).unwrap();
+            }
+        }
+        // From here on every operation fails, as in a process that is gone; then the machine starts again.
+        disk.crash_after(0);
+        let _ = produce(&handles[0], 99_999);
+        drop(broker);
+        disk.restart(Crash::Power);
+    }
+}
