@@ -4,7 +4,7 @@ use crate::args::VERSION;
 use crate::broker::{StopSignals, init_log, serve, start_failure};
 use crate::failure::{Failure, Outcome};
 use clap::Args;
-use flowstone_broker::{Broker, Config};
+use flowstone_broker::{Broker, Config, StartError};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -52,7 +52,13 @@ pub(crate) async fn run(args: DevArgs) -> Outcome {
     let mut config = Config::dev(&data_dir, args.port);
     config.log.level = std::env::var("FLOWSTONE_LOG").unwrap_or_else(|_| "warn".to_owned());
     init_log(&config)?;
-    let broker = Broker::start(config).await.map_err(start_failure)?;
+    let broker = Broker::start(config).await.map_err(|error| match error {
+        // The daemon's remedy names a key of a configuration that there is not.
+        StartError::Bind { address, source, .. } => Failure::failed(format!(
+            "cannot listen on {address}: {source}; choose other ports with --port, or stop what listens there"
+        )),
+        error => start_failure(error),
+    })?;
     greet(&broker.client_addr.to_string(), &broker.admin_addr.to_string(), &data_dir, args.data_dir.is_none(), began);
     serve(broker, signals).await
 }

@@ -108,20 +108,17 @@ pub(crate) fn exit_of(error: &flowstone_client::Error) -> Exit {
     }
 }
 
-/// The message of an error with those of its sources, each once: many libraries repeat their source in their
-/// own text.
+/// The message of an error with that of its root cause. What lies between them says the same in other words.
 pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let cause_text = cause.to_string();
-        if !text.contains(&cause_text) {
-            text.push_str(": ");
-            text.push_str(&cause_text);
-        }
-        source = cause.source();
+    let text = error.to_string();
+    let mut root = error.source();
+    while let Some(deeper) = root.and_then(std::error::Error::source) {
+        root = Some(deeper);
     }
-    text
+    match root.map(ToString::to_string) {
+        Some(cause) if !text.contains(&cause) => format!("{text} ({cause})"),
+        _ => text,
+    }
 }
 
 #[cfg(test)]
@@ -142,12 +139,16 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_says_each_cause_once() {
+    fn a_chain_ends_with_its_root_said_once() {
         let error = Nested(
             "cannot connect: refused",
             Some(Box::new(Nested("refused", Some(Box::new(Nested("os error 111", None)))))),
         );
-        assert_eq!(chain(&error), "cannot connect: refused: os error 111");
+        assert_eq!(chain(&error), "cannot connect: refused (os error 111)");
+        assert_eq!(
+            chain(&Nested("refused: os error 111", Some(Box::new(Nested("os error 111", None))))),
+            "refused: os error 111"
+        );
     }
 
     #[test]

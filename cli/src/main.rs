@@ -58,16 +58,27 @@ fn run(cli: Cli) -> Outcome {
     }
 }
 
-/// The runtime of a broker: its sockets.
+/// The runtime of a broker: its sockets. Half the cores, the others are for its shards. With two cores one thread is
+/// as fast as two, and answers a lone record sooner.
 fn serving() -> Outcome<tokio::runtime::Runtime> {
-    build(tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("flowstone-io"))
+    build((cores() / 2).max(1))
 }
 
-/// The runtime of a client.
+/// The runtime of a client. With two cores two threads took in a tenth more than one, and read twice as fast: sockets and
+/// decoding beside what the command itself does. More than a few have nothing to do.
 fn asking() -> Outcome<tokio::runtime::Runtime> {
-    build(tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("flowstone-io"))
+    build(cores().min(4))
 }
 
-fn build(builder: &mut tokio::runtime::Builder) -> Outcome<tokio::runtime::Runtime> {
-    builder.enable_all().build().map_err(|error| Failure::failed(format!("cannot start a thread: {error}")))
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
+fn build(threads: usize) -> Outcome<tokio::runtime::Runtime> {
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(threads)
+        .thread_name("flowstone-io")
+        .enable_all()
+        .build()
+        .map_err(|error| Failure::failed(format!("cannot start a thread: {error}")))
 }

@@ -20,7 +20,7 @@ fn a_port_in_use() {
     let setup = Setup::new(&folder.path().join("data"));
     setup.set(&format!("listen.admin={taken}")).start_fails().fails(1, &["listen.admin", &taken]);
     let port = taken.rsplit(':').next().expect("a port");
-    crate::running::flowstone(&["dev", "--port", port]).fails(1, &[port]);
+    crate::running::flowstone(&["dev", "--port", port]).fails(1, &[&taken, "in use", "--port"]);
 }
 
 #[test]
