@@ -3,6 +3,8 @@
 //!
 //! `cargo run -p flowstone-client --example copy_topic -- SERVER FROM TO`
 
+#![allow(clippy::print_stdout, reason = "a program talks on stdout")]
+
 use std::time::Duration;
 
 use flowstone_client::{Client, Compression, ErrorCode, NewTopic, Record, StopAt};

@@ -1,6 +1,8 @@
 //! From nothing to a record and back. Needs a broker: `cargo run --release -- dev`, then
 //! `cargo run -p flowstone-client --example quickstart -- [HOST:PORT]`.
 
+#![allow(clippy::print_stdout, reason = "a program talks on stdout")]
+
 use flowstone_client::{Client, ErrorCode, NewTopic, Record, StopAt};
 
 #[tokio::main]

@@ -4,6 +4,8 @@
 //!
 //! With `FLOWSTONE_SERVER=HOST:PORT` set, against that broker instead; its topic `throughput` is made anew.
 
+#![allow(clippy::print_stdout, reason = "a program talks on stdout")]
+
 use std::time::{Duration, Instant};
 
 use flowstone_client::testkit::TestBroker;

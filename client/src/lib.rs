@@ -68,6 +68,7 @@ mod record;
 mod retry;
 #[cfg(feature = "testkit")]
 pub mod testkit;
+mod wire;
 
 pub use admin::{
     Admin, AlterTopic, BrokerDescription, ClusterDescription, ConfigSource, ConfigValue, NewTopic, OffsetInfo,

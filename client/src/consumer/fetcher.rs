@@ -9,12 +9,12 @@ use futures::Stream;
 use futures::future::BoxFuture;
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
-use tonic::Streaming;
 
 use crate::address::ServerAddress;
 use crate::connection::ConnectionSettings;
 use crate::error::{Error, Result};
 use crate::retry::{Backoff, BackoffPolicy};
+use crate::wire::{self, Incoming, Outgoing};
 
 /// The stream to one broker.
 pub(crate) struct BrokerStream {
@@ -38,7 +38,7 @@ enum State {
 
 struct Open {
     requests: mpsc::UnboundedSender<pb::FetchRequest>,
-    responses: Streaming<pb::FetchResponse>,
+    responses: Incoming,
 }
 
 /// What the consumer must know of.
@@ -83,9 +83,9 @@ impl BrokerStream {
             let (requests, outbound) = mpsc::unbounded_channel();
             // The whole credit at once; what is fetched is set when the stream is there.
             let _ = requests.send(pb::FetchRequest { credit_bytes, ..Default::default() });
-            let call = settings.log_client(channel).fetch(Outbound(outbound)).await;
-            let responses = call.map_err(Error::from_status)?.into_inner();
-            Ok(Open { requests, responses })
+            let bytes_max = settings.message_bytes_max;
+            let call = wire::open(channel, "/flowstone.v1.Log/Fetch", Outbound(outbound), bytes_max).await;
+            Ok(Open { requests, responses: call.map_err(Error::from_status)? })
         }));
     }
 
@@ -116,7 +116,7 @@ impl BrokerStream {
                 }
                 Err(error) => self.failed(error),
             }),
-            State::Open(open) => Pin::new(&mut open.responses).poll_next(context).map(|message| match message {
+            State::Open(open) => open.responses.poll_message(context).map(|message| match message {
                 Some(Ok(response)) => {
                     self.backoff.succeeded();
                     FetchEvent::Response(response)
@@ -141,9 +141,9 @@ impl BrokerStream {
 struct Outbound(mpsc::UnboundedReceiver<pb::FetchRequest>);
 
 impl Stream for Outbound {
-    type Item = pb::FetchRequest;
+    type Item = Outgoing;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.poll_recv(context)
+        self.0.poll_recv(context).map(|request| request.map(|request| Outgoing::new(&request)))
     }
 }

@@ -27,6 +27,10 @@ use crate::producer::batcher::{Added, Batch, BatchSettings, Ended, Identity, Nex
 use crate::producer::partitioner::{Partitioner, StickyPartition};
 use crate::record::{Record, unix_millis};
 use crate::retry::{Backoff, BackoffPolicy};
+use crate::wire::{self, Outgoing};
+
+/// Number of `ProduceRequest.batch`, its last field.
+const BATCH_TAG: u32 = 5;
 
 /// How a producer behaves, beyond how it makes batches.
 #[derive(Clone, Debug)]
@@ -621,7 +625,9 @@ struct LinkState {
 /// One message on its way out. Bounded by the batches in flight per partition, or (`acks=none`) by the buffer.
 #[derive(Debug)]
 struct Outbound {
+    /// All but the batch.
     request: pb::ProduceRequest,
+    batch: Bytes,
     unanswered: Option<Unanswered>,
 }
 
@@ -683,10 +689,10 @@ impl Link {
             topic_id: queue.topic_id.clone(),
             partition: queue.partition,
             acks: acks.into(),
-            batch,
+            batch: Bytes::new(),
         };
         // A stream whose other end is gone is about to be reported by its task, which sends all this again.
-        let _ = outbound.send(Outbound { request, unanswered });
+        let _ = outbound.send(Outbound { request, batch, unanswered });
         true
     }
 
@@ -727,7 +733,7 @@ impl Link {
 struct OutboundStream(mpsc::UnboundedReceiver<Outbound>);
 
 impl Stream for OutboundStream {
-    type Item = pb::ProduceRequest;
+    type Item = Outgoing;
 
     fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
         self.0.poll_recv(context).map(|outbound| {
@@ -735,7 +741,7 @@ impl Stream for OutboundStream {
                 if let Some(unanswered) = &mut outbound.unanswered {
                     unanswered.end(Outcome::Stored { base_offset: -1, log_append_time: None });
                 }
-                outbound.request
+                Outgoing::with_payload(&outbound.request, BATCH_TAG, outbound.batch)
             })
         })
     }
@@ -803,22 +809,23 @@ async fn serve_link(core: &Arc<ProducerCore>, link: &Arc<Link>, answered: &mut b
         Err(error) => return error,
     };
     let (sender, receiver) = mpsc::unbounded_channel();
-    let mut client = settings.log_client(channel);
     // Batches need not wait for the call to be accepted: they follow its headers.
     link.up(sender);
     core.dispatch_link(link);
-    let mut answers = match client.produce(OutboundStream(receiver)).await {
-        Ok(response) => response.into_inner(),
+    let outbound = OutboundStream(receiver);
+    let call = wire::open(channel, "/flowstone.v1.Log/Produce", outbound, settings.message_bytes_max).await;
+    let mut answers = match call {
+        Ok(answers) => answers,
         Err(status) => return Error::from_status(status),
     };
     loop {
-        match answers.message().await {
-            Ok(Some(response)) => {
+        match answers.message::<pb::ProduceResponse>().await {
+            Some(Ok(response)) => {
                 *answered = true;
                 core.answered(link, response);
             }
-            Ok(None) => return Error::unreachable(format!("the broker at {address} ended the stream")),
-            Err(status) => return Error::from_status(status),
+            Some(Err(status)) => return Error::from_status(status),
+            None => return Error::unreachable(format!("the broker at {address} ended the stream")),
         }
     }
 }
