@@ -4,6 +4,13 @@
 //! cargo run --release -p flowstone-broker --example load -- [quorum|relaxed] [server threads]
 //! ```
 //!
+//! or, for very many partitions and a start after a crash, in one folder after another:
+//!
+//! ```text
+//! LOAD_DIR=folder cargo run --release -p flowstone-broker --example load -- fill 1000
+//! LOAD_DIR=folder cargo run --release -p flowstone-broker --example load -- open
+//! ```
+//!
 //! Prints what 8 partitions take of 1000 B records in batches of about 1 MiB, how fast one fetch stream gives them
 //! back, and how long one record at a time takes.
 
@@ -47,7 +54,50 @@ async fn channel(address: std::net::SocketAddr) -> Channel {
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// Starts a broker on the folder, says how long that took, fills it if asked to, and ends as if it were killed.
+fn many(dir: &std::path::Path, fill: Option<i32>) -> Result<(), Box<dyn std::error::Error>> {
+    let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
+    let began = Instant::now();
+    let broker = server.block_on(Broker::start(Config::dev(dir, 0)))?;
+    println!("start: {:?}", began.elapsed());
+    if let Some(partitions) = fill {
+        server.block_on(async {
+            let channel = channel(broker.client_addr).await;
+            let (mut log, mut admin) = (LogClient::new(channel.clone()), AdminClient::new(channel));
+            let began = Instant::now();
+            let request = pb::CreateTopicRequest { name: "many".to_owned(), partitions, ..Default::default() };
+            let topic = admin.create_topic(request).await?.into_inner().topic.unwrap_or_default();
+            println!("create {partitions} partitions: {:?}", began.elapsed());
+            let (sender, receiver) = mpsc::channel(IN_FLIGHT);
+            let mut answers = log.produce(ReceiverStream::new(receiver)).await?.into_inner();
+            let (batch, mut answered) = (batch(1, 1_000), 0);
+            for round in 1..=3 {
+                let began = Instant::now();
+                for partition in 0..partitions {
+                    let (topic_id, batch) = (topic.topic_id.clone(), batch.clone());
+                    let request_id = partition as u64;
+                    sender.send(pb::ProduceRequest { request_id, topic_id, partition, acks: 0, batch }).await?;
+                }
+                while answered < partitions as usize * round {
+                    answered += answers.message().await?.ok_or("the stream ended")?.results.len();
+                }
+                println!("one record to each: {:?}", began.elapsed());
+            }
+            Ok::<(), Box<dyn std::error::Error>>(())
+        })?;
+    }
+    let pages: u64 = std::fs::read_to_string("/proc/self/statm")?.split(' ').nth(1).unwrap_or("0").parse()?;
+    println!("resident: {} KiB", pages * 4);
+    std::process::exit(0)
+}
+
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let folder = std::env::var_os("LOAD_DIR").map(std::path::PathBuf::from);
+    match (std::env::args().nth(1).as_deref(), folder) {
+        (Some("fill"), Some(dir)) => return many(&dir, std::env::args().nth(2).map(|n| n.parse()).transpose()?),
+        (Some("open"), Some(dir)) => return many(&dir, None),
+        _ => {}
+    }
     let flush = std::env::args().nth(1).unwrap_or_else(|| "quorum".to_owned());
     let threads: usize = std::env::args().nth(2).map_or(Ok(1), |text| text.parse())?;
     let shards = std::env::args().nth(3).unwrap_or_else(|| "0".to_owned());

@@ -5,7 +5,7 @@ use std::fmt;
 use std::time::Instant;
 
 use flowstone_protocol::Error;
-use flowstone_replication::Health;
+use flowstone_replication::{Health, ReplicaStatus};
 use parking_lot::RwLock;
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
@@ -185,6 +185,9 @@ fn per_api<M>(metric: impl Fn(Api) -> M) -> PerApi<M> {
     PerApi { produce: metric(Api::Produce), fetch: metric(Api::Fetch), other: metric(Api::Other) }
 }
 
+/// A family of one series per partition: its name, help, unit, and how it is read off a replica.
+type PartitionFamily = (&'static str, &'static str, Option<Unit>, fn(&ReplicaStatus) -> i64);
+
 /// Reads gauges off the broker's state.
 #[derive(Debug)]
 pub(crate) struct BrokerCollector {
@@ -217,7 +220,7 @@ impl Collector for BrokerCollector {
                 ));
             }
         }
-        let per_partition: [(&str, &str, Option<Unit>, fn(&flowstone_replication::ReplicaStatus) -> i64); 5] = [
+        let per_partition: [PartitionFamily; 5] = [
             ("partition_end_offset", "One past the last appended offset", None, |status| status.end_offset.get()),
             ("partition_high_watermark", "One past the last committed offset", None, |s| s.high_watermark.get()),
             ("partition_log_start", "First offset that can be read", None, |status| status.log_start.get()),
@@ -283,7 +286,7 @@ struct Totals {
 }
 
 impl Totals {
-    fn count(&mut self, status: &flowstone_replication::ReplicaStatus) {
+    fn count(&mut self, status: &ReplicaStatus) {
         self.open += 1;
         self.leading += i64::from(status.is_ready());
         self.full += i64::from(status.health == Health::DiskFull);

@@ -163,6 +163,8 @@ pub(crate) enum Slot {
     Opening,
     /// It could not be opened.
     Failed(Error),
+    /// It was not opened: its topic's settings contradict this broker's. Other settings open it.
+    Refused(Error),
 }
 
 /// The replicas of this broker, as the services find them.

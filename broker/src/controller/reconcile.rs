@@ -136,7 +136,7 @@ impl Reconciler {
                 // Defaults of this broker that contradict what the topic was given.
                 Err(error) => {
                     let error = Error::clone(error).with_topic(topic.name.as_str()).with_partition(tp.partition);
-                    self.replicas.set(*tp, Slot::Failed(error));
+                    self.replicas.set(*tp, Slot::Refused(error));
                     continue;
                 }
             };
@@ -149,7 +149,7 @@ impl Reconciler {
                 }
                 // Its opening looks at the settings of this moment; a change in between comes with the next pass.
                 Some(Slot::Opening) | Some(Slot::Failed(_)) => {}
-                None => self.open(shards, topic, *tp, *replica, config.clone()),
+                None | Some(Slot::Refused(_)) => self.open(shards, topic, *tp, *replica, config.clone()),
             }
         }
     }

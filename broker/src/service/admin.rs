@@ -4,14 +4,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flowstone_protocol::pb::admin_server::Admin;
-use flowstone_protocol::{Error, ErrorCode, Offset, PartitionId, TopicId, TopicName, TopicPartition, pb};
+use flowstone_protocol::{
+    Error, ErrorCode, Offset, PartitionId, TopicId, TopicName, TopicNameError, TopicPartition, pb,
+};
 use flowstone_replication::{Health, Reply, TrimTo};
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
 use super::metadata::{brokers, controller, leader};
 use super::produce::in_partition;
-use super::{answer, find};
+use super::{answer, find, repeated};
 use crate::controller::commands::{
     AlterTopic, CreateTopic, MetadataCommand, MetadataReply, internal_topic, unknown_topic,
 };
@@ -36,6 +38,7 @@ impl AdminService {
     }
 
     async fn create(&self, request: pb::CreateTopicRequest) -> Result<pb::CreateTopicResponse, Error> {
+        well_named(&request.name)?;
         let validate_only = request.validate_only;
         let command = CreateTopic {
             name: request.name,
@@ -51,6 +54,7 @@ impl AdminService {
     }
 
     async fn alter(&self, request: pb::AlterTopicRequest) -> Result<pb::AlterTopicResponse, Error> {
+        well_named(&request.name)?;
         let validate_only = request.validate_only;
         let command = AlterTopic {
             name: request.name,
@@ -81,7 +85,7 @@ impl AdminService {
         let mut changes = self.node.replicas.changes();
         for partition in 0..topic.partitions.len() {
             let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(partition as i32) };
-            while !matches!(self.node.replicas.get(tp), Some(Slot::Open(_) | Slot::Failed(_))) {
+            while !matches!(self.node.replicas.get(tp), Some(Slot::Open(_) | Slot::Failed(_) | Slot::Refused(_))) {
                 if changes.changed().await.is_err() {
                     return;
                 }
@@ -90,6 +94,7 @@ impl AdminService {
     }
 
     async fn delete(&self, request: pb::DeleteTopicRequest) -> Result<pb::DeleteTopicResponse, Error> {
+        well_named(&request.name)?;
         let command = MetadataCommand::DeleteTopic { name: request.name };
         let MetadataReply::Deleted(topic) = self.node.command(command).await? else {
             return Err(Error::new(ErrorCode::Internal, "the controller answered something else"));
@@ -98,8 +103,7 @@ impl AdminService {
     }
 
     fn named(&self, name: &str) -> Result<Arc<Topic>, Error> {
-        TopicName::new(name)
-            .map_err(|error| Error::new(ErrorCode::InvalidTopicName, error.to_string()).with_topic(name))?;
+        well_named(name)?;
         self.node.table.with(|table| table.topic_named(name).cloned()).ok_or_else(|| unknown_topic(name))
     }
 
@@ -154,6 +158,7 @@ impl AdminService {
     }
 
     async fn trim(&self, request: pb::TrimPartitionRequest) -> Result<pb::TrimPartitionResponse, Error> {
+        well_named(&request.topic)?;
         if request.topic.starts_with("__") {
             return Err(internal_topic(&request.topic));
         }
@@ -218,6 +223,14 @@ impl AdminService {
             broker_id: node.id.get(),
         })
     }
+}
+
+/// # Errors
+/// `INVALID_TOPIC_NAME` for what no topic can be called.
+fn well_named(name: &str) -> Result<(), Error> {
+    let malformed =
+        |error: TopicNameError| Error::new(ErrorCode::InvalidTopicName, error.to_string()).with_topic(repeated(name));
+    TopicName::new(name).map(|_| ()).map_err(malformed)
 }
 
 /// What keeps a replica from its work.

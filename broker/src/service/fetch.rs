@@ -83,8 +83,11 @@ struct Position {
     session: u32,
     partition: Arc<OpenPartition>,
     next: Offset,
+    /// What the client saw last, until the first read: from then on, it follows this log.
     last_epoch: Option<LeaderEpoch>,
     read: Option<ReadUnderWay>,
+    /// Dropped with the position: a read that is parked for it is then nobody's, and its shard forgets it.
+    alive: Arc<()>,
     /// After damage was found: one batch at a time, so that all before it is still delivered.
     one_by_one: bool,
 }
@@ -200,6 +203,7 @@ impl FetchSession {
             next: Offset::new(wanted.offset),
             last_epoch: (wanted.last_epoch >= 0).then(|| LeaderEpoch::new(wanted.last_epoch)),
             read: None,
+            alive: Arc::default(),
             one_by_one: false,
         })
     }
@@ -300,7 +304,7 @@ impl FetchSession {
             self.reading_bytes += bytes;
             let request = ReadRequest { from: position.next, max_bytes, last_epoch: position.last_epoch, wait: true };
             let arrivals = Arc::downgrade(&self.arrivals);
-            let reply = Reply::while_alive(&self.arrivals, move |read| {
+            let reply = Reply::while_alive(&position.alive, move |read| {
                 if let Some(arrivals) = arrivals.upgrade() {
                     arrivals.queue.lock().push(Arrival { fetch_id, number, read });
                     arrivals.session.wake();

@@ -8,7 +8,7 @@ use flowstone_protocol::{Error, ErrorCode, Offset, PartitionId, TopicName, Topic
 use futures::{FutureExt, Stream, StreamExt, stream};
 use tonic::Status;
 
-use super::shutting_down;
+use super::{repeated, shutting_down};
 use crate::controller::commands::unknown_topic;
 use crate::controller::table::{MetadataTable, Topic};
 use crate::node::Node;
@@ -49,7 +49,7 @@ fn named(node: &Node, table: &MetadataTable, name: &str) -> pb::TopicMetadata {
         // A name that no topic can have says so, rather than that there is none.
         None => match TopicName::new(name) {
             Ok(_) => unknown_topic(name),
-            Err(malformed) => Error::new(ErrorCode::InvalidTopicName, malformed.to_string()).with_topic(name),
+            Err(malformed) => Error::new(ErrorCode::InvalidTopicName, malformed.to_string()).with_topic(repeated(name)),
         },
     };
     pb::TopicMetadata {

@@ -14,7 +14,7 @@ use std::task::{Context, Poll};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use flowstone_protocol::pb::log_server::{Log, LogServer};
-use flowstone_protocol::{Error, ErrorCode, PartitionId, Timestamp, TopicId, TopicPartition, pb};
+use flowstone_protocol::{Error, ErrorCode, PartitionId, Timestamp, TopicId, TopicName, TopicPartition, pb};
 use futures::stream;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service};
@@ -135,7 +135,7 @@ pub(crate) fn now() -> Timestamp {
 fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
     match node.replicas.get(tp) {
         Some(Slot::Open(partition)) => return Ok(partition),
-        Some(Slot::Failed(error)) => return Err(error),
+        Some(Slot::Failed(error) | Slot::Refused(error)) => return Err(error),
         Some(Slot::Opening) | None => {}
     }
     let topic = node.table.with(|table| {
@@ -167,6 +167,14 @@ fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
         (ErrorCode::LeaderNotReady, "the partition is being opened; try again in a moment")
     };
     Err(Error::new(code, what).with_topic(name).with_partition(tp.partition))
+}
+
+/// A name that a client sent, as it is repeated to it: a whole message long it would not fit into an answer's headers.
+fn repeated(name: &str) -> &str {
+    match name.char_indices().nth(TopicName::BYTES_MAX) {
+        Some((cut, _)) => &name[..cut],
+        None => name,
+    }
 }
 
 fn parse_tp(topic_id: &[u8], partition: i32) -> Result<TopicPartition, Error> {

@@ -101,12 +101,14 @@ async fn topics_that_cannot_be() {
     let mut world = World::new().await;
     world.create("taken", 2).await;
     let long = "x".repeat(250);
+    let endless = "x".repeat(1_000_000);
     let none: &[(&str, &str)] = &[];
     for (name, partitions, configs, code, part) in [
         ("", 1, none, ErrorCode::InvalidTopicName, "empty"),
         (".", 1, none, ErrorCode::InvalidTopicName, "'.'"),
         ("..", 1, none, ErrorCode::InvalidTopicName, "'..'"),
         ("a/b", 1, none, ErrorCode::InvalidTopicName, "/"),
+        (endless.as_str(), 1, none, ErrorCode::InvalidTopicName, "249"),
         (long.as_str(), 1, none, ErrorCode::InvalidTopicName, "249"),
         ("taken", 1, none, ErrorCode::TopicAlreadyExists, "another name"),
         ("__mine", 1, none, ErrorCode::InternalTopic, "cluster's own"),

@@ -236,3 +236,66 @@ async fn a_producer_that_sends_no_more_is_still_answered() {
     assert_eq!(answered, 50);
     world.stop().await;
 }
+
+#[tokio::test]
+async fn a_reader_of_an_old_epoch_goes_on_and_one_of_a_lost_history_is_told() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    let value = "x".repeat(200_000);
+    world.produce(&topic, 0, batch(&["old"])).await.expect("stored");
+    let last_epoch = world.describe("orders").await.partitions[0].leader_epoch;
+    let mut world = world.restart().await;
+    let mut first = 0;
+    for _ in 0..5 {
+        let offset = world.produce(&topic, 0, batch(&[&value])).await.expect("stored");
+        first = if first == 0 { offset } else { first };
+    }
+    // It saw the first epoch to its end, and reads on through the next: in more than one read.
+    let mut fetcher = world.fetcher().await;
+    let old = pb::FetchPartition { last_epoch, ..position(0, &topic, 0, 2) };
+    fetcher.send(pb::FetchRequest { set: vec![old], credit_bytes: 64 << 20, ..Default::default() }).await;
+    let mut seen = 0;
+    while seen < 5 {
+        let response = fetcher.response().await.expect("pushed");
+        assert!(response.error.is_none(), "{:?}", response.error);
+        seen += records(&response.batches, 2).len();
+    }
+    // One that saw that epoch further than it ever went here followed another history.
+    let lost = pb::FetchPartition { last_epoch, ..position(1, &topic, 0, first + 2) };
+    fetcher.send(pb::FetchRequest { set: vec![lost], ..Default::default() }).await;
+    let error = fetcher.error().await;
+    assert_eq!(error.code, ErrorCode::LogDiverged, "{error:?}");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn positions_that_are_replaced_do_not_pile_up() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    let mut fetcher = world.fetcher().await;
+    // More than a log lets wait at its end, if each left its read behind. The answer to a position that does not exist
+    // says that those before it were taken.
+    for session in 0..17_000 {
+        let end = pb::FetchPartition { session, ..position(0, &topic, 0, 1) };
+        let set = vec![end, position(1, &topic, 99, 0)];
+        fetcher.send(pb::FetchRequest { set, credit_bytes: 1 << 10, ..Default::default() }).await;
+        assert_eq!(fetcher.error().await.code, ErrorCode::UnknownPartition);
+    }
+    let mut other = world.fetcher().await;
+    other.set(0, &topic, 0, 1, 1 << 20).await;
+    until("both are pushed to", async || {
+        world.produce(&topic, 0, batch(&["x"])).await.expect("stored");
+        Some(())
+    })
+    .await;
+    let response = other.response().await.expect("pushed");
+    assert!(response.error.is_none(), "{:?}", response.error);
+    loop {
+        let response = fetcher.response().await.expect("pushed");
+        assert!(response.error.is_none(), "{:?}", response.error);
+        if response.session == 16_999 {
+            break;
+        }
+    }
+    world.stop().await;
+}

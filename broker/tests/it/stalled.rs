@@ -66,7 +66,7 @@ async fn a_producer_that_takes_no_answers_is_not_read_from() {
     let mut accepted = 0u64;
     for _ in 0..100_000 {
         accepted += u64::from(producer.try_send(&topic, 0, tiny.clone()));
-        if accepted % 512 == 0 {
+        if accepted.is_multiple_of(512) {
             tokio::task::yield_now().await;
         }
     }
