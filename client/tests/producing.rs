@@ -451,3 +451,26 @@ async fn an_unreachable_broker_is_told_with_its_address_and_reason() {
     assert!(error.is_unreachable() && error.code() == ErrorCode::TimedOut, "{error:?}");
     assert_eq!(Client::connect("localhost").await.unwrap_err().code(), ErrorCode::InvalidRequest);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_record_taken_in_while_the_producer_closes_is_told_its_end() {
+    let broker = FakeBroker::start(&[("t", 1)]).await;
+    let client = client(&broker).await;
+    for _ in 0..200 {
+        let producer = client.producer().linger(Duration::from_secs(30)).build().await.unwrap();
+        producer.send(Record::to("t").value("first")).await.unwrap().await.unwrap();
+        let sender = producer.clone();
+        let sending = tokio::spawn(async move {
+            let mut ends = 0;
+            while let Ok(ack) = sender.send(Record::to("t").value("v")).await {
+                // Stored or failed: told either way.
+                let _ = ack.await;
+                ends += 1;
+            }
+            ends
+        });
+        tokio::task::yield_now().await;
+        within("the close", producer.close(Duration::from_secs(30))).await.ok();
+        within("every record's end", sending).await.unwrap();
+    }
+}

@@ -784,11 +784,10 @@ mod tests {
         bench.answer(wire[0], Ok(10));
         bench.answer(wire[1], Err(ErrorCode::Overloaded));
         bench.add_batches(1);
+        bench.pass(Duration::from_secs(1));
         assert!(bench.run().is_empty(), "answers are under way");
         bench.answer(wire[2], Err(ErrorCode::OutOfOrderSequence));
         bench.answer(wire[3], Err(ErrorCode::OutOfOrderSequence));
-        assert!(matches!(bench.batches.next(bench.now), Next::At(at) if at > bench.now), "it backs off");
-        bench.pass(Duration::from_secs(1));
         let again = bench.run();
         assert_eq!(sequences(&again), [(0, 1), (0, 2), (0, 3), (0, 4)]);
         for (wire, offset) in again.into_iter().zip(11..) {
@@ -797,6 +796,21 @@ mod tests {
         let offsets: Vec<_> = deliveries.iter().map(|delivery| bench.outcome(delivery)).collect();
         assert_eq!(offsets, [Some(Ok(10)), Some(Ok(11)), Some(Ok(12)), Some(Ok(13))]);
         assert!(bench.batches.is_idle());
+    }
+
+    #[test]
+    fn refusals_in_a_row_wait_longer_each_time() {
+        let mut bench = Bench::new(settings());
+        bench.add_batches(1);
+        let mut waits = Vec::new();
+        for _ in 0..3 {
+            let wire = bench.run();
+            bench.answer(wire[0], Err(ErrorCode::Overloaded));
+            let Next::At(at) = bench.batches.next(bench.now) else { panic!("it does not wait") };
+            waits.push(at - bench.now);
+            bench.now = at;
+        }
+        assert!(waits[0] > Duration::ZERO && waits[1] > waits[0] && waits[2] > waits[1], "{waits:?}");
     }
 
     #[test]

@@ -66,6 +66,8 @@ pub(crate) struct ProducerCore {
     room: Semaphore,
     timers: Timers,
     closing: AtomicBool,
+    /// As `stop`, for those that must not wait.
+    stopped: AtomicBool,
     stop: watch::Sender<bool>,
     /// Link tasks that have not ended.
     links_running: watch::Sender<usize>,
@@ -144,6 +146,7 @@ impl ProducerCore {
             settings,
             timers: Timers::default(),
             closing: AtomicBool::new(false),
+            stopped: AtomicBool::new(false),
             stop: watch::Sender::new(false),
             links_running: watch::Sender::new(0),
             outstanding: AtomicUsize::new(0),
@@ -193,12 +196,14 @@ impl ProducerCore {
             Err(error) => return Attempt::Refused(error),
         };
         if opened.is_some() {
-            self.outstanding.fetch_add(1, Ordering::AcqRel);
+            self.outstanding.fetch_add(1, Ordering::SeqCst);
         }
         if sealed {
             topic.sticky.move_on(partition, &topic.info.leaders);
         }
-        let now_due = opened.is_some() && self.batching.linger.is_zero();
+        // Closed since this began: it goes at once, or fails at once where the tasks have ended.
+        let late = opened.is_some() && self.closing.load(Ordering::SeqCst);
+        let now_due = late || opened.is_some() && self.batching.linger.is_zero();
         let dispatch = (sealed || now_due).then(|| queue.clone());
         if let Some((number, due)) = opened {
             if now_due || sealed {
@@ -247,6 +252,12 @@ impl ProducerCore {
 
     pub(crate) fn give_room(&self, bytes: usize) {
         self.room.add_permits(bytes);
+    }
+
+    /// Ends the tasks. What is taken in from now on fails.
+    fn stop(&self) {
+        self.stopped.store(true, Ordering::SeqCst);
+        self.stop.send_replace(true);
     }
 
     async fn stopped(&self) {
@@ -380,6 +391,10 @@ impl ProducerCore {
     /// Sends what may go of a partition, now, on this thread.
     pub(crate) fn dispatch(&self, queue: &Arc<PartitionQueue>) {
         loop {
+            if self.stopped.load(Ordering::SeqCst) {
+                let ended = locked(&queue.state).batches.fail_all(&Error::closed("producer"));
+                return self.finish(ended);
+            }
             let unbuilt = {
                 let mut state = locked(&queue.state);
                 let state = &mut *state;
@@ -439,14 +454,15 @@ impl ProducerCore {
                 }
                 // One goes, two come.
                 Outcome::Split { .. } => {
-                    self.outstanding.fetch_add(2, Ordering::AcqRel);
+                    self.outstanding.fetch_add(2, Ordering::SeqCst);
                 }
             }
             // Room first: who awaits the outcome may send at once.
             self.give_room(batch.room);
             batch.delivery.resolve(outcome);
-            if self.outstanding.fetch_sub(1, Ordering::AcqRel) == 1 && self.closing.load(Ordering::Acquire) {
-                self.stop.send_replace(true);
+            // One of the two sees the other, here and in `begin_close`.
+            if self.outstanding.fetch_sub(1, Ordering::SeqCst) == 1 && self.closing.load(Ordering::SeqCst) {
+                self.stop();
             }
         }
     }
@@ -490,10 +506,10 @@ impl ProducerCore {
 
     /// No more records; the tasks end once everything is told.
     pub(crate) fn begin_close(&self) {
-        self.closing.store(true, Ordering::Release);
+        self.closing.store(true, Ordering::SeqCst);
         self.send_everything();
-        if self.outstanding.load(Ordering::Acquire) == 0 {
-            self.stop.send_replace(true);
+        if self.outstanding.load(Ordering::SeqCst) == 0 {
+            self.stop();
         }
     }
 
@@ -503,7 +519,7 @@ impl ProducerCore {
             let ended = locked(&queue.state).batches.fail_all(error);
             self.finish(ended);
         }
-        self.stop.send_replace(true);
+        self.stop();
     }
 
     /// Compares what is known of the topics with the metadata; returns the names that the metadata does not have.
@@ -914,7 +930,7 @@ async fn drive(core: Arc<ProducerCore>) {
             core.sweep(now);
             sweep_at = None;
         }
-        if sweep_at.is_none() && core.outstanding.load(Ordering::Acquire) > 0 {
+        if sweep_at.is_none() && core.outstanding.load(Ordering::SeqCst) > 0 {
             sweep_at = Some(now + sweep_every);
         }
         let (due, next) = core.timers.take_due(now, sweep_at);
@@ -935,7 +951,11 @@ async fn drive(core: Arc<ProducerCore>) {
                     core.check_missing(name).await;
                 }
             }
-            () = core.stopped() => return,
+            () = core.stopped() => break,
         }
+    }
+    // What was taken in while the end was decided fails.
+    for queue in core.all_queues() {
+        core.dispatch(&queue);
     }
 }
