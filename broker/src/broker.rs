@@ -191,6 +191,8 @@ impl Broker {
 
         let room = Room::new(config.storage.free_bytes_min);
         metrics.watch(BrokerCollector {
+            shards: Arc::downgrade(&shards),
+            in_flight_bytes_max: config.storage.in_flight_bytes_max,
             replicas: replicas.clone(),
             table: table.clone(),
             room: room.clone(),

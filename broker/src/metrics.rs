@@ -2,13 +2,15 @@
 //! with few values. Series per partition are made when asked for, and only for so many partitions.
 
 use std::fmt;
-use std::time::Instant;
+use std::sync::Weak;
+use std::time::{Duration, Instant};
 
 use flowstone_protocol::Error;
-use flowstone_replication::{Health, ReplicaStatus};
+use flowstone_replication::{FLUSH_BUCKETS, Health, ReplicaStatus, ShardMetrics, Shards};
 use parking_lot::RwLock;
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, NoLabelSet};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
@@ -17,7 +19,7 @@ use prometheus_client::registry::{Registry, Unit};
 
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
-use crate::partition::{LocalReplicas, Slot};
+use crate::partition::{LocalReplicas, PartitionMachine, Slot};
 use crate::room::Room;
 
 /// Upper bounds of the latency histograms, in seconds: 50 us to 6.5 s, each twice the one before.
@@ -191,6 +193,10 @@ type PartitionFamily = (&'static str, &'static str, Option<Unit>, fn(&ReplicaSta
 /// Reads gauges off the broker's state.
 #[derive(Debug)]
 pub(crate) struct BrokerCollector {
+    /// Weak: the shards end when the broker says so.
+    pub(crate) shards: Weak<Shards<PartitionMachine>>,
+    /// Bytes that all shards together take in flight.
+    pub(crate) in_flight_bytes_max: usize,
     pub(crate) replicas: LocalReplicas,
     pub(crate) table: Published<MetadataTable>,
     pub(crate) room: Room,
@@ -265,13 +271,67 @@ impl Collector for BrokerCollector {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
         }
-        let cpu = ConstCounter::new(process.cpu_seconds);
-        cpu.encode(encoder.encode_descriptor(
-            "process_cpu",
-            "Processor time of the process",
-            Some(&Unit::Seconds),
-            cpu.metric_type(),
-        )?)
+        let shards = ShardTotals::of(&self.shards.upgrade().map(|shards| shards.metrics()).unwrap_or_default());
+        let in_flight = self.in_flight_bytes_max.saturating_sub(shards.bytes_free) as i64;
+        for (name, help, unit, value) in [
+            ("requests_waiting", "Requests in the shards' inboxes", None, shards.requests_waiting as i64),
+            ("in_flight", "Bytes of batches received and not answered", Some(Unit::Bytes), in_flight),
+        ] {
+            let gauge = ConstGauge::new(value);
+            gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
+        }
+        let counters: [(&str, &str, Option<Unit>, f64); 4] = [
+            ("process_cpu", "Processor time of the process", Some(Unit::Seconds), process.cpu_seconds),
+            ("replica_steps", "Steps of replicas", None, shards.steps as f64),
+            ("flushes_inline", "Flushes that a shard ran itself", None, shards.flushes_inline as f64),
+            ("replicas_ended", "Replicas that ended since their disk failed", None, shards.replicas_ended as f64),
+        ];
+        for (name, help, unit, value) in counters {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, unit.as_ref(), counter.metric_type())?)?;
+        }
+        let bounds = FLUSH_BUCKETS.iter().map(Duration::as_secs_f64).chain([f64::INFINITY]);
+        let buckets: Vec<(f64, u64)> = bounds.zip(shards.flush_buckets).collect();
+        encoder
+            .encode_descriptor(
+                "flush_latency",
+                "Time that a flush of a log took",
+                Some(&Unit::Seconds),
+                MetricType::Histogram,
+            )?
+            .encode_histogram::<NoLabelSet>(shards.flush_time.as_secs_f64(), shards.flushes, &buckets, None)
+    }
+}
+
+/// All shards together.
+#[derive(Default)]
+struct ShardTotals {
+    requests_waiting: usize,
+    bytes_free: usize,
+    steps: u64,
+    flushes: u64,
+    flushes_inline: u64,
+    flush_time: Duration,
+    flush_buckets: [u64; FLUSH_BUCKETS.len() + 1],
+    replicas_ended: u64,
+}
+
+impl ShardTotals {
+    fn of(shards: &[ShardMetrics]) -> Self {
+        let mut totals = Self::default();
+        for shard in shards {
+            totals.requests_waiting += shard.requests_waiting;
+            totals.bytes_free += shard.bytes_free;
+            totals.steps += shard.steps;
+            totals.flushes += shard.flushes;
+            totals.flushes_inline += shard.flushes_inline;
+            totals.flush_time += shard.flush_time;
+            totals.replicas_ended += shard.replicas_ended;
+            for (total, bucket) in totals.flush_buckets.iter_mut().zip(shard.flush_buckets) {
+                *total += bucket;
+            }
+        }
+        totals
     }
 }
 

@@ -5,3 +5,6 @@ pub(crate) mod commands;
 pub(crate) mod placement;
 pub(crate) mod reconcile;
 pub(crate) mod table;
+
+#[cfg(test)]
+mod table_tests;

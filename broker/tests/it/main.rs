@@ -7,6 +7,7 @@ mod http;
 mod idempotence;
 mod limits;
 mod records;
+mod reference;
 mod stalled;
 mod start_stop;
 mod topics;
