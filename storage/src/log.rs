@@ -189,6 +189,9 @@ impl FlushDone {
     }
 }
 
+/// A block of a sealed segment's index: the segment's first index, the block's number, its slots.
+pub(crate) type IndexBlock = ((RaftIndex, u32), Box<[Slot]>);
+
 /// An entry that is not known to be committed.
 #[derive(Debug)]
 pub(crate) struct TailEntry {
@@ -223,7 +226,7 @@ pub struct Log {
     /// The index of the tail's first entry; one past the last entry when the tail is empty.
     pub(crate) tail_first: RaftIndex,
     /// Blocks of sealed segments' indexes that were used last, by (first index of the segment, block number).
-    pub(crate) index_blocks: VecDeque<((RaftIndex, u32), Box<[Slot]>)>,
+    pub(crate) index_blocks: VecDeque<IndexBlock>,
     /// Sealed segments with bytes that no flush job has covered.
     pub(crate) unflushed_sealed: Vec<(SegmentName, Arc<dyn DiskFile>)>,
     /// Bytes of the active segment that no flush job has covered.
@@ -733,10 +736,7 @@ impl Log {
             records: closed.records(),
             max_timestamp: closed.max_timestamp(),
             log: Some(closed.log),
-            index: match closed.index_file {
-                IndexFile::Open { file, .. } => Some(file),
-                IndexFile::None | IndexFile::Off => None,
-            },
+            index: None,
             map: closed.map,
         });
         Ok(())
@@ -770,7 +770,7 @@ impl Log {
     fn index_blocks_written(&self) -> usize {
         match &self.active.index_file {
             IndexFile::None => 0,
-            IndexFile::Open { blocks, .. } => *blocks,
+            IndexFile::Written { blocks } => *blocks,
             IndexFile::Off => usize::MAX,
         }
     }
@@ -786,16 +786,15 @@ impl Log {
         }
         let path = self.active.name.index_path(&self.dir);
         let write = || {
-            let file = match &self.active.index_file {
-                IndexFile::Open { file, .. } => Arc::clone(file),
-                IndexFile::None | IndexFile::Off => self.disk.open(&path, OpenMode::CreateNew)?,
+            let mode = match self.active.index_file {
+                IndexFile::Written { .. } => OpenMode::ReadWrite,
+                IndexFile::None | IndexFile::Off => OpenMode::CreateNew,
             };
-            write_blocks(&*file, self.active.name, slots, written..want)?;
-            Ok::<_, io::Error>(file)
+            write_blocks(&*self.disk.open(&path, mode)?, self.active.name, slots, written..want)
         };
         self.active.index_file = match write() {
             // A block that is not full is written again when it is.
-            Ok(file) => IndexFile::Open { file, blocks: want.min(slots.len() / BLOCK_SLOTS) },
+            Ok(()) => IndexFile::Written { blocks: want.min(slots.len() / BLOCK_SLOTS) },
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "cannot write an index: it will be rebuilt when opened");
                 IndexFile::Off
@@ -840,8 +839,10 @@ impl Log {
             // The segment before becomes the active one again.
             let slots = self.all_slots_of_newest_sealed()?;
             let Some(before) = self.sealed.pop_back() else { break };
-            let log = match before.log {
-                Some(log) => log,
+            // The handle that readers use is for reading alone; the one that wrote what is not flushed sees its errors.
+            let written = self.unflushed_sealed.iter().find(|(name, _)| *name == before.name);
+            let log = match written {
+                Some((_, log)) => Arc::clone(log),
                 None => {
                     let path = before.name.log_path(&self.dir);
                     self.disk.open(&path, OpenMode::ReadWrite).map_err(StorageError::io("open", &path))?
@@ -908,11 +909,7 @@ impl Log {
     /// written before the cut must not be believed after it.
     fn cut_index(&mut self, keep: usize) -> Result<(), StorageError> {
         let path = self.active.name.index_path(&self.dir);
-        let opened = match &self.active.index_file {
-            IndexFile::Open { file, .. } => Ok(Arc::clone(file)),
-            IndexFile::None | IndexFile::Off => self.disk.open(&path, OpenMode::ReadWrite),
-        };
-        self.active.index_file = match opened {
+        self.active.index_file = match self.disk.open(&path, OpenMode::ReadWrite) {
             Ok(file) => {
                 let blocks = keep / BLOCK_SLOTS;
                 let cut = || {
@@ -925,7 +922,7 @@ impl Log {
                     Ok(len.min(kept) as usize / BLOCK_BYTES)
                 };
                 let blocks = cut().map_err(StorageError::io("cut", &path))?;
-                IndexFile::Open { file, blocks }
+                IndexFile::Written { blocks }
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => IndexFile::None,
             Err(error) => return Err(StorageError::io("open", &path)(error)),

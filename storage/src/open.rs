@@ -102,7 +102,7 @@ impl Log {
         let active = last.into_active(&disk, dir, garbage, now)?;
         // Also where nothing changed now: a life before this one may have cut or removed something and been killed before
         // it flushed that. What is seen here must be what a power failure leaves.
-        active.flush_all().map_err(OpenError::io("flush", &active.name.log_path(dir)))?;
+        active.log.sync_data().map_err(OpenError::io("flush", &active.name.log_path(dir)))?;
         disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
 
         let mut log = Self {
@@ -300,20 +300,21 @@ impl WalkedSegment {
         let full_blocks = self.slots.len() / BLOCK_SLOTS;
         let index_file = match &self.index {
             None => IndexFile::None,
-            // Blocks of entries that were never flushed are cut, durably, so that they cannot be believed once others
-            // have taken their place.
-            Some(file) if !self.index_is_right() => {
+            Some(file) => {
                 let path = self.name.index_path(dir);
-                let cut = || {
-                    file.set_len(0)?;
-                    // Before the new blocks: else the old ones may come back where the new ones were lost.
-                    file.sync_data()?;
-                    write_blocks(&**file, self.name, &self.slots, 0..full_blocks)
+                let settle = || {
+                    if !self.index_is_right() {
+                        // Blocks of entries that were never flushed are cut, durably, before others take their place:
+                        // else they may come back, and be believed, where the new ones were lost.
+                        file.set_len(0)?;
+                        file.sync_data()?;
+                        write_blocks(&**file, self.name, &self.slots, 0..full_blocks)?;
+                    }
+                    file.sync_data()
                 };
-                cut().map_err(OpenError::io("write", &path))?;
-                IndexFile::Open { file: Arc::clone(file), blocks: full_blocks }
+                settle().map_err(OpenError::io("write", &path))?;
+                IndexFile::Written { blocks: full_blocks }
             }
-            Some(file) => IndexFile::Open { file: Arc::clone(file), blocks: full_blocks },
         };
         // Its first batch's own time, where it has one: the time of the append is not kept.
         let born = self.slots.iter().map(|slot| slot.max_timestamp).find(|time| *time != Timestamp::NONE);
@@ -350,6 +351,9 @@ impl WalkedSegment {
         log.sync_data().map_err(io)
     }
 }
+
+/// An index file, if there is one, with its bytes.
+type IndexBytes = (Option<Arc<dyn DiskFile>>, Vec<u8>);
 
 /// What a walk through one segment found.
 struct Walked {
@@ -592,7 +596,8 @@ impl LogWalk<'_> {
         Ok(Walked { slots, end, detail, end_offset: walker.offset, end_index: walker.index })
     }
 
-    fn read_index(&self, name: SegmentName) -> Result<(Option<Arc<dyn DiskFile>>, Vec<u8>), OpenError> {
+    /// A segment's index file, if there is one, with its bytes.
+    fn read_index(&self, name: SegmentName) -> Result<IndexBytes, OpenError> {
         let path = name.index_path(self.dir);
         let file = match self.disk.open(&path, OpenMode::ReadWrite) {
             Ok(file) => file,

@@ -69,13 +69,14 @@ impl SegmentName {
     }
 }
 
-/// Where the active segment's index file stands.
-#[derive(Debug)]
+/// Where the active segment's index file stands. It is opened for each block: a block is 127 batches, and an open file
+/// per replica would be too many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum IndexFile {
     /// Not made yet: it is, when the first block is full.
     None,
-    /// Holds `blocks` full blocks.
-    Open { file: Arc<dyn DiskFile>, blocks: usize },
+    /// Holds this many full blocks.
+    Written { blocks: usize },
     /// Could not be written; the index is rebuilt at the next opening.
     Off,
 }
@@ -116,15 +117,6 @@ pub(crate) struct Active {
 impl Active {
     pub(crate) fn end_index(&self) -> RaftIndex {
         self.name.first_index.plus(self.slots.len() as u64)
-    }
-
-    /// Makes its files durable as they are.
-    pub(crate) fn flush_all(&self) -> std::io::Result<()> {
-        self.log.sync_data()?;
-        match &self.index_file {
-            IndexFile::Open { file, .. } => file.sync_data(),
-            IndexFile::None | IndexFile::Off => Ok(()),
-        }
     }
 
     pub(crate) fn records(&self) -> u64 {

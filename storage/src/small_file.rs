@@ -63,10 +63,11 @@ pub(crate) fn unframe(magic: [u8; 8], version: u32, file: &[u8]) -> Result<&[u8]
     }
     // After the checksum, so that a flipped bit in the version does not look like a newer program.
     let found = number(8);
-    if found > version {
-        return Err(FrameError::Newer { found });
+    match found {
+        0 => Err(FrameError::Invalid("version 0")),
+        found if found > version => Err(FrameError::Newer { found }),
+        _ => Ok(&file[HEAD_BYTES..covered]),
     }
-    Ok(&file[HEAD_BYTES..covered])
 }
 
 /// Bytes of the file that `bytes` begins with, by its own length; at most `bytes.len()`.

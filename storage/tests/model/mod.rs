@@ -125,6 +125,8 @@ pub(crate) struct Run {
     flush: Option<(FlushJob, u64)>,
     now: i64,
     trace: VecDeque<(u64, u64, i64, u64, u64, u64, i64)>,
+    /// Faults that came before this operation.
+    faults_before: u64,
     pub(crate) counts: Counts,
 }
 
@@ -185,6 +187,7 @@ impl Run {
             flush: None,
             now: 1_700_000_000_000,
             trace: VecDeque::new(),
+            faults_before: 0,
             counts: Counts::default(),
             random,
         };
@@ -214,6 +217,7 @@ impl Run {
             let ahead = self.random.below(30);
             self.disk.crash_after(ahead);
         }
+        self.faults_before = self.disk.counts().faults;
         let choice = self.random.below(100);
         self.note(choice);
         match choice {
@@ -711,6 +715,7 @@ impl Run {
             StorageError::Io { action: "flush", .. } => self.counts.flushes_failed += 1,
             _ => self.counts.writes_failed += 1,
         }
+        assert!(self.disk.counts().faults > self.faults_before, "nothing was made to fail, and still: {error}");
         assert!(self.log().is_poisoned(), "a failure poisons: {error}");
         let entry = LogEntry {
             index: self.log().last_index().next(),
@@ -771,17 +776,14 @@ impl Run {
             }
         }
         let log = self.log.take().expect("open");
-        match log.close() {
-            Ok(last) => {
-                assert_eq!(last.get(), self.model.last());
-                self.model.flushed = last.get();
-                self.model.hard_state = last.get();
-                self.counts.reopened_clean += 1;
-                self.disk.cancel_faults();
-                self.open_or_crash();
-            }
-            // Nothing is known of what was not flushed.
-            Err(_) => {}
+        // Where that fails nothing is known of what was not flushed.
+        if let Ok(last) = log.close() {
+            assert_eq!(last.get(), self.model.last());
+            self.model.flushed = last.get();
+            self.model.hard_state = last.get();
+            self.counts.reopened_clean += 1;
+            self.disk.cancel_faults();
+            self.open_or_crash();
         }
     }
 

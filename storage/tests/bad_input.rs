@@ -1,0 +1,734 @@
+//! What a disk, a crash or a user can do to the files: each gets a clear error that names the place, or is mended, and
+//! nothing durable is ever cut silently.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use bytes::Bytes;
+use flowstone_protocol::{
+    ClusterId, Compression, ControlType, DirectoryId, Offset, PartitionId, RaftIndex, RecordBatchBuilder, ReplicaId,
+    Term, Timestamp, TopicId, TopicPartition,
+};
+use flowstone_storage::inspect::{InspectedEnd, SegmentInspector};
+use flowstone_storage::sim_disk::{Crash, Operation};
+use flowstone_storage::{
+    DataDir, DataDirError, Disk, EntryBody, Log, LogConfig, LogEntry, OpenError, Read, ReadBytes, ReadError, RealDisk,
+    ReplicaIdentity, RetentionConfig, SimDisk, StorageError,
+};
+
+const DIR: &str = "/data/replica";
+const NOW: Timestamp = Timestamp::new(1_700_000_000_000);
+
+fn small_segments() -> LogConfig {
+    LogConfig { segment_bytes: 1_000, room_kept_bytes: 0, ..LogConfig::default() }
+}
+
+fn identity() -> ReplicaIdentity {
+    ReplicaIdentity {
+        replica: ReplicaId::new(1),
+        topic_partition: TopicPartition::new(TopicId::new(1), PartitionId::new(0)),
+        feature_level: 1,
+    }
+}
+
+fn batch(value: u8) -> Bytes {
+    let mut builder = RecordBatchBuilder::new(Compression::None);
+    builder.append(NOW, None, Some(&[value; 100]), []).expect("a small record");
+    builder.build()
+}
+
+fn entry(log: &Log, value: u8) -> LogEntry {
+    let index = log.last_index().next();
+    LogEntry { index, term: Term::new(2), body: EntryBody::Batch(batch(value)) }
+}
+
+fn open(disk: &Arc<dyn Disk>, flushed: u64) -> Result<Log, OpenError> {
+    Log::open(Arc::clone(disk), Path::new(DIR), small_segments(), RaftIndex::new(flushed), NOW)
+}
+
+/// A log with a no-op (entry 2, offset 0) and `batches` of one record each, all flushed and committed, in segments of 5.
+fn filled(disk: &Arc<dyn Disk>, batches: u8) -> Log {
+    Log::create(disk, Path::new(DIR), identity(), Bytes::new()).expect("a new log");
+    let mut log = open(disk, 1).expect("opens");
+    let no_op = EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() };
+    log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], NOW).expect("appended");
+    for value in 1..=batches {
+        let entry = entry(&log, value);
+        log.append(&[entry], NOW).expect("appended");
+    }
+    log.flush().expect("flushed");
+    log.commit_to(log.last_index());
+    log
+}
+
+fn simulated(batches: u8) -> (SimDisk, Arc<dyn Disk>, u64) {
+    let sim = SimDisk::new(7);
+    let disk = sim.shared();
+    let log = filled(&disk, batches);
+    let last = log.last_index().get();
+    drop(log);
+    (sim, disk, last)
+}
+
+fn files(disk: &Arc<dyn Disk>, suffix: &str) -> Vec<PathBuf> {
+    let mut names = disk.read_dir(Path::new(DIR)).expect("the folder");
+    names.sort_unstable();
+    names.into_iter().filter(|name| name.ends_with(suffix)).map(|name| Path::new(DIR).join(name)).collect()
+}
+
+fn read_all(log: &mut Log) -> Result<Vec<u8>, ReadError> {
+    let mut all = Vec::new();
+    let mut at = log.log_start();
+    while at < log.high_watermark() {
+        let bytes: ReadBytes = match log.read(at, 1 << 20)? {
+            Read::Bytes(bytes) => bytes,
+            Read::Ticket(ticket) => ticket.run()?,
+        };
+        bytes.verify()?;
+        bytes.chunks.iter().for_each(|chunk| all.extend_from_slice(chunk));
+        at = bytes.next;
+    }
+    Ok(all)
+}
+
+/// The bytes of a log that opens, all of them committed.
+fn reopened(disk: &Arc<dyn Disk>, flushed: u64) -> Vec<u8> {
+    let mut log = open(disk, flushed).expect("opens");
+    log.commit_to(log.last_index());
+    read_all(&mut log).expect("reads")
+}
+
+fn quarantined(opened: Result<Log, OpenError>) -> (Offset, String) {
+    match opened {
+        Err(OpenError::Quarantine { offset, detail, remedy, .. }) => {
+            assert!(remedy.contains("restore"), "it says what to do: {remedy}");
+            (offset, detail)
+        }
+        other => panic!("quarantine expected, found {other:?}"),
+    }
+}
+
+// ---- the tail ----
+
+#[test]
+fn a_truncated_tail_that_nobody_was_told_of_is_cut() {
+    let (sim, disk, last) = simulated(20);
+    let before = reopened(&disk, last);
+    let mut log = open(&disk, last).expect("opens");
+    let entry = entry(&log, 99);
+    log.append(&[entry], NOW).expect("appended");
+    drop(log);
+    let newest = files(&disk, ".log").pop().expect("a segment");
+    let inspected =
+        SegmentInspector::open(&disk, &newest).expect("a segment").last().expect("a batch").expect("readable");
+    // Every length that a torn write could leave.
+    let whole = sim.bytes(&newest).expect("there");
+    let end = inspected.position as usize + inspected.header.total_bytes();
+    for cut in 1..=inspected.header.total_bytes() {
+        sim.set_bytes(&newest, whole[..end - cut].to_vec());
+        assert_eq!(reopened(&disk, last), before, "cut by {cut}");
+    }
+}
+
+#[test]
+fn a_garbage_tail_is_cut_and_stays_cut() {
+    let (sim, disk, last) = simulated(20);
+    let before = reopened(&disk, last);
+    let newest = files(&disk, ".log").pop().expect("a segment");
+    let log = open(&disk, last).expect("opens");
+    assert_eq!(log.close().expect("closes").get(), last);
+    let clean = sim.bytes(&newest).expect("there");
+    let garbage: [&[u8]; 5] = [
+        b"garbage",
+        &[0xff; 700],
+        // Zeros, then something: a torn write of which only a later sector came.
+        &[&[0; 512][..], &[1; 512]].concat(),
+        &clean[..clean.len().min(200)],
+        &batch(5),
+    ];
+    for garbage in garbage {
+        sim.set_bytes(&newest, [&clean[..], garbage].concat());
+        assert_eq!(reopened(&disk, last), before);
+        assert_eq!(sim.bytes(&newest).as_deref(), Some(&clean[..]), "it is gone from the file, too");
+    }
+}
+
+#[test]
+fn a_tail_that_was_flushed_and_is_gone_is_never_cut_silently() {
+    let (sim, disk, last) = simulated(20);
+    let newest = files(&disk, ".log").pop().expect("a segment");
+    let log = open(&disk, last).expect("opens");
+    let end = log.end_offset();
+    log.close().expect("closes");
+    let whole = sim.bytes(&newest).expect("there");
+    sim.set_bytes(&newest, whole[..whole.len() - 1].to_vec());
+    let before = sim.bytes(&newest);
+    let (offset, detail) = quarantined(open(&disk, last));
+    assert_eq!(offset.next(), end, "the offset that is gone: {detail}");
+    assert_eq!(sim.bytes(&newest), before, "nothing was changed");
+    // The same where it says that one entry less was flushed: then nobody was told of it.
+    assert_eq!(open(&disk, last - 1).expect("opens").last_index().get(), last - 1);
+}
+
+#[test]
+fn a_missing_segment_is_told() {
+    let (_, disk, last) = simulated(30);
+    let segments = files(&disk, ".log");
+    disk.remove_file(&segments[2]).expect("removed");
+    let (offset, detail) = quarantined(open(&disk, last));
+    let begins = segments[2].file_name().and_then(|name| name.to_str()).expect("a name")[..20].parse::<i64>();
+    assert_eq!(Ok(offset.get()), begins, "{detail}");
+}
+
+#[test]
+fn all_segments_missing_is_told() {
+    let (_, disk, last) = simulated(5);
+    for path in files(&disk, ".log") {
+        disk.remove_file(&path).expect("removed");
+    }
+    assert!(quarantined(open(&disk, last)).1.contains("no segment"));
+}
+
+// ---- the index ----
+
+#[test]
+fn deleted_and_foreign_indexes_are_rebuilt() {
+    let (sim, disk, last) = simulated(40);
+    let before = reopened(&disk, last);
+    let indexes = files(&disk, ".index");
+    assert!(indexes.len() > 3, "{indexes:?}");
+    let originals: Vec<_> = indexes.iter().map(|path| sim.bytes(path).expect("there")).collect();
+    // Deleted.
+    for path in &indexes {
+        disk.remove_file(path).expect("removed");
+    }
+    assert_eq!(reopened(&disk, last), before);
+    let rebuilt: Vec<_> = indexes.iter().map(|path| sim.bytes(path).expect("written anew")).collect();
+    assert_eq!(rebuilt, originals);
+    // Another segment's, noise, cut, a flipped bit.
+    for wrong in [originals[1].clone(), vec![0x5a; 4096], originals[0][..100].to_vec(), Vec::new()] {
+        sim.set_bytes(&indexes[0], wrong);
+        assert_eq!(reopened(&disk, last), before);
+    }
+    for position in [0, 9, 20, 30, 33, 40, 60] {
+        sim.flip_bit(&indexes[0], position, 1);
+        assert_eq!(reopened(&disk, last), before, "a bit at {position}");
+    }
+}
+
+#[test]
+fn an_index_that_is_spoilt_while_the_log_is_open_is_rebuilt() {
+    let (sim, disk, last) = simulated(40);
+    let mut log = open(&disk, last).expect("opens");
+    log.commit_to(RaftIndex::new(last));
+    sim.flip_bit(&files(&disk, ".index")[1], 40, 1);
+    let all = read_all(&mut log).expect("reads");
+    assert_eq!(all, reopened(&disk, last));
+}
+
+// ---- rot ----
+
+#[test]
+fn a_flipped_bit_in_a_sealed_segment_is_told_by_the_read_and_the_rest_goes_on() {
+    let (sim, disk, last) = simulated(40);
+    let sealed = files(&disk, ".log")[1].clone();
+    let name = sealed.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
+    let base: i64 = name[..20].parse().expect("an offset");
+    // In the second batch's records (each batch is 168 or 169 bytes, of one offset).
+    let second =
+        u64::from(u32::from_be_bytes(sim.bytes(&sealed).expect("there")[8..12].try_into().expect("4 bytes"))) + 12;
+    sim.flip_bit(&sealed, second + 100, 3);
+    let mut log = open(&disk, last).expect("opens: it was not looked at");
+    log.commit_to(RaftIndex::new(last));
+    let Err(ReadError::Corrupt { segment, position, offset, detail }) = read_all(&mut log) else {
+        panic!("the rot is read over");
+    };
+    assert_eq!((segment, position, offset.get()), (name, second, base + 1), "{detail}");
+    // Records elsewhere are served.
+    let Ok(Read::Bytes(bytes)) = log.read(Offset::new(base + 10), 1) else { panic!("readable") };
+    bytes.verify().expect("right");
+    let Err(StorageError::Corrupt { position, .. }) = log.entry(RaftIndex::new((base + 1 + 2) as u64)) else {
+        panic!("the rot is taken for an entry");
+    };
+    assert_eq!(position, second);
+}
+
+#[test]
+fn flipped_offset_and_epoch_bits_are_outside_the_crc_and_found() {
+    let (sim, disk, last) = simulated(40);
+    let sealed = files(&disk, ".log")[1].clone();
+    let whole = sim.bytes(&sealed).expect("there");
+    for position in (0..8).chain(12..16) {
+        for bit in 0..8 {
+            sim.set_bytes(&sealed, whole.clone());
+            sim.flip_bit(&sealed, position, bit);
+            let mut log = open(&disk, last).expect("opens: it was not looked at");
+            log.commit_to(RaftIndex::new(last));
+            let base = Offset::new(
+                sealed.file_name().and_then(|name| name.to_str()).expect("a name")[..20].parse().expect("an offset"),
+            );
+            let index = RaftIndex::new(base.get() as u64 + 2);
+            assert!(matches!(log.stored_batch(index), Err(StorageError::Corrupt { .. })), "byte {position}, bit {bit}");
+            if position < 8 {
+                assert!(read_all(&mut log).is_err(), "byte {position}, bit {bit}");
+            }
+        }
+    }
+}
+
+#[test]
+fn one_flipped_epoch_bit_in_the_tail_does_not_win_an_election() {
+    let (sim, disk, last) = simulated(3);
+    let newest = files(&disk, ".log").pop().expect("a segment");
+    let mut log = open(&disk, last).expect("opens");
+    let entry = entry(&log, 50);
+    let position = log.size_bytes();
+    log.append(&[entry], NOW).expect("appended");
+    drop(log);
+    for bit in 0..8 {
+        let whole = sim.bytes(&newest).expect("there");
+        // The highest byte of the epoch of the last batch.
+        for byte in 12..16 {
+            sim.set_bytes(&newest, whole.clone());
+            sim.flip_bit(&newest, position + byte, bit);
+            let log = open(&disk, last).expect("opens");
+            assert_eq!(log.last_term(), Term::new(2), "byte {byte}, bit {bit}");
+            assert_eq!(log.last_index().get(), last, "the batch is cut");
+            drop(log);
+        }
+        sim.set_bytes(&newest, whole);
+    }
+    // The no-op's own epoch: what it repeats inside its CRC does not agree.
+    sim.flip_bit(&files(&disk, ".log")[0], 15, 3);
+    let (offset, _) = quarantined(open(&disk, last));
+    assert_eq!(offset, Offset::ZERO);
+}
+
+#[test]
+fn rotten_checkpoints_and_manifests_are_told() {
+    let (sim, disk, last) = simulated(10);
+    let mut log = open(&disk, last).expect("opens");
+    log.commit_to(RaftIndex::new(last));
+    let checkpoint = log.new_checkpoint(RaftIndex::new(8), Bytes::new(), Bytes::from_static(b"machine"));
+    log.write_checkpoint(checkpoint).expect("written");
+    drop(log);
+    let states = files(&disk, ".state");
+    assert_eq!(states.len(), 1, "older ones are removed");
+    sim.flip_bit(&states[0], 30, 0);
+    let (_, detail) = quarantined(open(&disk, last));
+    assert!(detail.contains("00000000000000000008.state"), "{detail}");
+    sim.flip_bit(&states[0], 30, 0);
+    sim.flip_bit(&Path::new(DIR).join("replica"), 20, 0);
+    quarantined(open(&disk, last));
+}
+
+#[test]
+fn a_newer_format_is_told() {
+    let (sim, disk, last) = simulated(1);
+    let path = Path::new(DIR).join("replica");
+    let mut bytes = sim.bytes(&path).expect("there");
+    bytes[8] = 9;
+    let covered = bytes.len() - 4;
+    let crc = crc32fast::hash(&bytes[..covered]);
+    bytes[covered..].copy_from_slice(&crc.to_le_bytes());
+    sim.set_bytes(&path, bytes);
+    let opened = open(&disk, last);
+    assert!(matches!(opened, Err(OpenError::NewerFormat { found: 9, known: 1, .. })), "{opened:?}");
+}
+
+#[test]
+fn a_segment_can_be_looked_at() {
+    let (sim, disk, last) = simulated(3);
+    let path = files(&disk, ".log").remove(0);
+    let mut segment = SegmentInspector::open(&disk, &path).expect("opens");
+    let batches: Vec<_> = segment.by_ref().map(|batch| batch.expect("readable")).collect();
+    assert_eq!(batches.len() as u64, last - 1);
+    assert_eq!(batches[0].control, Some(ControlType::NoOp));
+    assert_eq!(batches[3].header.base_offset, Offset::new(3));
+    assert!(matches!(segment.end(), Some(InspectedEnd::Clean { zeros, .. }) if *zeros > 0), "{:?}", segment.end());
+    sim.flip_bit(&path, batches[2].position + 80, 0);
+    let mut segment = SegmentInspector::open(&disk, &path).expect("opens");
+    assert_eq!(segment.by_ref().count(), 2);
+    let Some(InspectedEnd::Bad { position, detail }) = segment.end() else { panic!("{:?}", segment.end()) };
+    assert!(*position == batches[2].position && detail.contains("CRC"), "{detail}");
+    assert!(SegmentInspector::open(&disk, Path::new("/data/replica/replica")).is_err());
+}
+
+// ---- the file system ----
+
+#[test]
+fn no_file_descriptors_is_an_error_that_passes() {
+    let (sim, disk, last) = simulated(10);
+    for go_well in 0..6 {
+        sim.fail(Operation::Open, go_well);
+        match open(&disk, last) {
+            Err(error @ OpenError::Io { .. }) => assert!(error.to_string().contains("ulimit"), "{error}"),
+            // Opened with fewer than so many, or what failed is rebuilt.
+            Ok(log) => assert_eq!(log.last_index().get(), last),
+            Err(error) => panic!("{error}"),
+        }
+        sim.cancel_faults();
+    }
+    assert_eq!(open(&disk, last).expect("opens").last_index().get(), last);
+}
+
+#[test]
+fn no_file_descriptor_for_a_new_segment_refuses_and_poisons_nothing() {
+    let (sim, disk, last) = simulated(4);
+    let mut log = open(&disk, last).expect("opens");
+    sim.fail(Operation::Open, 0);
+    let refused = log.reserve(5_000);
+    assert!(matches!(refused, Err(StorageError::Io { action: "create", .. })), "{refused:?}");
+    assert!(!log.is_poisoned());
+    log.reserve(5_000).expect("the next time there is one");
+    let entry = entry(&log, 1);
+    log.append(&[entry], NOW).expect("appended");
+}
+
+#[test]
+fn a_read_only_file_system_is_told_with_what_to_do() {
+    let (sim, disk, last) = simulated(10);
+    sim.set_read_only(true);
+    let error = open(&disk, last).expect_err("cannot open");
+    assert!(matches!(error, OpenError::Io { .. }), "{error:?}");
+    assert!(error.to_string().contains("remount"), "{error}");
+    sim.set_read_only(false);
+    let mut log = open(&disk, last).expect("opens");
+    sim.set_read_only(true);
+    let entry = entry(&log, 1);
+    assert!(log.append(&[entry], NOW).is_err());
+    assert!(log.is_poisoned());
+}
+
+#[test]
+fn a_full_disk_refuses_before_anything_is_proposed_and_recovers() {
+    let (sim, disk, last) = simulated(10);
+    let config = LogConfig { segment_bytes: 100_000, room_kept_bytes: 20_000, ..LogConfig::default() };
+    let mut log = Log::open(disk, Path::new(DIR), config, RaftIndex::new(last), NOW).expect("opens");
+    log.commit_to(RaftIndex::new(last));
+    sim.set_bytes_max(Some(sim.used_bytes() + 60_000));
+    let mut appended = 0;
+    let error = loop {
+        match log.reserve(1_000) {
+            Ok(()) => {
+                let entry = entry(&log, 1);
+                log.append(&[entry], NOW).expect("what was reserved has room");
+                appended += 1;
+            }
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(error, StorageError::DiskFull { .. }) && error.is_disk_full(), "{error}");
+    assert!(error.to_string().contains("retention"), "it says what to do: {error}");
+    assert!(appended > 30 && !log.is_poisoned());
+    assert!(log.reserve(1_000).is_err(), "still full");
+    // What frees room has room of its own.
+    log.reserve_privileged(200).expect("the room that was kept");
+    let payload = flowstone_protocol::control::log_start_payload(log.high_watermark());
+    let control = EntryBody::Control { ctype: ControlType::LogStart, payload };
+    let index = log.last_index().next();
+    log.append(&[LogEntry { index, term: Term::new(2), body: control }], NOW).expect("appended");
+    log.flush().expect("flushed");
+    let log_start = log.high_watermark();
+    log.commit_to(index);
+    log.set_log_start(log_start);
+    let checkpoint = log.new_checkpoint(index, Bytes::new(), Bytes::new());
+    log.write_checkpoint(checkpoint).expect("a checkpoint has room");
+    assert!(log.delete_segments_below_checkpoint().expect("deleted") > 0);
+    sim.set_bytes_max(Some(sim.used_bytes() + 60_000));
+    log.reserve(1_000).expect("there is room again");
+}
+
+#[test]
+fn a_failed_flush_is_never_retried() {
+    let (sim, disk, last) = simulated(4);
+    let mut log = open(&disk, last).expect("opens");
+    let first = entry(&log, 1);
+    log.append(&[first], NOW).expect("appended");
+    sim.fail(Operation::Sync, 0);
+    let job = log.flush_job().expect("something to flush");
+    assert!(log.flush_job().is_none(), "one in flight");
+    let error = log.flush_done(job.run()).expect_err("it failed");
+    assert!(matches!(error, StorageError::Io { action: "flush", .. }));
+    assert_eq!(log.flushed_index().get(), last, "nothing was acknowledged");
+    let second = entry(&log, 2);
+    assert!(matches!(log.append(&[second], NOW), Err(StorageError::Poisoned { .. })));
+    assert!(matches!(log.reserve(1), Err(StorageError::Poisoned { .. })));
+    assert!(matches!(log.flush(), Err(StorageError::Poisoned { .. })));
+    assert!(log.flush_job().is_none());
+    // Opened anew, the entry that the page cache still has is written again, so that a power failure cannot take it.
+    drop(log);
+    sim.restart(Crash::Process);
+    let log = open(&disk, last).expect("opens");
+    assert_eq!(log.last_index().get(), last + 1);
+    drop(log);
+    sim.restart(Crash::Power);
+    assert_eq!(open(&disk, last + 1).expect("opens").last_index().get(), last + 1);
+}
+
+// ---- entries ----
+
+#[test]
+fn entries_that_cannot_be_part_of_the_log_are_refused_and_poison_nothing() {
+    let (_, disk, last) = simulated(2);
+    let mut log = open(&disk, last).expect("opens");
+    let index = log.last_index().next();
+    let two_batches = Bytes::from([batch(1), batch(2)].concat());
+    let control = flowstone_protocol::control::encode_control(
+        ControlType::ProducerExpiry,
+        Term::new(2),
+        index,
+        log.end_offset(),
+        &[],
+        1,
+    );
+    for (term, body, why) in [
+        (1, EntryBody::Batch(batch(1)), "below"),
+        (3, EntryBody::Batch(batch(1)), "no-op"),
+        (1 << 31, EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() }, "above"),
+        (2, EntryBody::Batch(two_batches), "a batch of"),
+        (2, EntryBody::Batch(batch(1).slice(..100)), "a batch of"),
+        (2, EntryBody::Batch(Bytes::from_static(b"no batch")), "cut short"),
+        (2, EntryBody::Batch(control), "control"),
+    ] {
+        let refused = log.append(&[LogEntry { index, term: Term::new(term), body }], NOW);
+        let Err(StorageError::Refused { index: at, detail }) = refused else { panic!("{why}: {refused:?}") };
+        assert!(at == index && detail.contains(why), "{detail}");
+    }
+    // One that was stamped elsewhere must have been stamped the same.
+    let stamped = LogEntry { index, term: Term::new(2), body: EntryBody::Batch(batch(1)) };
+    assert!(matches!(log.append_stamped(std::slice::from_ref(&stamped), NOW), Err(StorageError::Refused { .. })));
+    log.append(&[stamped], NOW).expect("nothing is poisoned");
+    let stored = log.stored_batch(index).expect("there");
+    log.truncate_from(index).expect("cut");
+    let again = LogEntry { index, term: Term::new(2), body: EntryBody::Batch(stored) };
+    log.append_stamped(&[again], NOW).expect("it agrees");
+}
+
+// ---- retention ----
+
+#[test]
+fn retention_by_bytes_and_time_goes_by_whole_committed_segments() {
+    let (_, disk, last) = simulated(40);
+    let mut log = open(&disk, last).expect("opens");
+    let none = RetentionConfig::default();
+    let by_bytes = |bytes| RetentionConfig { bytes: Some(bytes), ..none };
+    let by_time = |seconds| RetentionConfig { time: Some(std::time::Duration::from_secs(seconds)), ..none };
+    let later = NOW.after(std::time::Duration::from_secs(100));
+    assert_eq!(log.retention_target(&by_bytes(0), later), None, "nothing is committed");
+    log.commit_to(RaftIndex::new(last));
+    assert_eq!(log.retention_target(&none, later), None);
+    assert_eq!(log.retention_target(&by_time(100), later), None, "exactly that old is kept");
+    let all_sealed = log.retention_target(&by_time(99), later).expect("all are older");
+    assert_eq!(log.retention_target(&by_bytes(0), later), Some(all_sealed));
+    assert_eq!(log.retention_target(&by_bytes(log.size_bytes()), later), None);
+    let target = log.retention_target(&by_bytes(log.size_bytes() - 1_000), later).expect("one segment");
+    log.set_log_start(target);
+    assert_eq!(log.log_start(), target);
+    assert_eq!(log.delete_segments_below_checkpoint().expect("deleted"), 0, "no durable checkpoint says so");
+    let checkpoint = log.new_checkpoint(RaftIndex::new(last), Bytes::new(), Bytes::new());
+    log.write_checkpoint(checkpoint).expect("written");
+    let before = files(&disk, ".log").len();
+    assert_eq!(log.delete_segments_below_checkpoint().expect("deleted"), 1);
+    assert_eq!(files(&disk, ".log").len(), before - 1);
+    assert!(matches!(log.read(Offset::ZERO, 1), Err(ReadError::OutOfRange { log_start, .. }) if log_start == target));
+    drop(log);
+    let log = open(&disk, last).expect("opens");
+    assert_eq!(log.log_start(), target);
+    assert_eq!(log.term_at(RaftIndex::new(log.first_index().get() - 1)), Some(Term::new(2)));
+}
+
+#[test]
+fn a_segment_is_closed_when_it_is_old() {
+    let sim = SimDisk::new(1);
+    let disk = sim.shared();
+    let mut log = filled(&disk, 1);
+    log.set_config(LogConfig { segment_age: Some(std::time::Duration::from_secs(10)), ..LogConfig::default() });
+    assert_eq!(log.roll_if_due(NOW.after(std::time::Duration::from_secs(9))).ok(), Some(false));
+    assert_eq!(log.roll_if_due(NOW.after(std::time::Duration::from_secs(10))).ok(), Some(true));
+    assert_eq!(
+        log.roll_if_due(NOW.after(std::time::Duration::from_secs(99))).ok(),
+        Some(false),
+        "an empty one is not old"
+    );
+    assert_eq!(files(&disk, ".log").len(), 2);
+}
+
+// ---- the data directory, on a real disk ----
+
+fn real() -> (tempfile::TempDir, Arc<dyn Disk>) {
+    (tempfile::tempdir().expect("a folder"), Arc::new(RealDisk::new(64)))
+}
+
+fn open_dir(disk: &Arc<dyn Disk>, path: &Path) -> Result<DataDir, DataDirError> {
+    DataDir::open_or_create(Arc::clone(disk), path, DirectoryId::new(42), 4)
+}
+
+#[test]
+fn a_data_directory_is_made_once_and_known_again() {
+    let (folder, disk) = real();
+    let path = folder.path().join("a/b");
+    let mut dir = open_dir(&disk, &path).expect("made");
+    assert_eq!((dir.id(), dir.cluster(), dir.stripes()), (DirectoryId::new(42), None, 4));
+    dir.set_cluster(ClusterId::new(9)).expect("noted");
+    let partition = TopicPartition::new(TopicId::new(5), PartitionId::new(3));
+    let stripe = dir.stripe_of(partition);
+    Log::create(&disk, &dir.replica_dir(partition), identity(), Bytes::new()).expect("created");
+    drop(dir);
+    let mut dir = DataDir::open_or_create(Arc::clone(&disk), &path, DirectoryId::new(1), 16).expect("opens");
+    assert_eq!((dir.id(), dir.cluster(), dir.stripes()), (DirectoryId::new(42), Some(ClusterId::new(9)), 4));
+    assert_eq!(dir.stripe_of(partition), stripe);
+    assert_eq!(dir.replicas().expect("listed"), [partition]);
+    let refused = dir.set_cluster(ClusterId::new(10));
+    assert!(matches!(refused, Err(DataDirError::OtherCluster { .. })), "{refused:?}");
+    dir.remove_replica(partition).expect("removed");
+    dir.remove_replica(partition).expect("gone already");
+    assert_eq!(dir.replicas().expect("listed"), []);
+}
+
+#[test]
+fn a_data_directory_in_use_is_told() {
+    let (folder, disk) = real();
+    let dir = open_dir(&disk, folder.path()).expect("made");
+    let error = open_dir(&disk, folder.path()).expect_err("in use");
+    assert!(matches!(error, DataDirError::Locked { .. }) && error.to_string().contains("another broker"), "{error}");
+    drop(dir);
+    open_dir(&disk, folder.path()).expect("free again");
+}
+
+#[test]
+fn a_data_directory_of_a_newer_format_is_told() {
+    let (folder, disk) = real();
+    drop(open_dir(&disk, folder.path()).expect("made"));
+    let path = folder.path().join("manifest");
+    let mut bytes = std::fs::read(&path).expect("there");
+    bytes[8] = 2;
+    let covered = bytes.len() - 4;
+    let crc = crc32fast::hash(&bytes[..covered]);
+    bytes[covered..].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(&path, &bytes).expect("written");
+    let error = open_dir(&disk, folder.path()).expect_err("newer");
+    assert!(matches!(error, DataDirError::Newer { found: 2, known: 1, .. }), "{error}");
+    bytes[20] ^= 1;
+    std::fs::write(&path, &bytes).expect("written");
+    let error = open_dir(&disk, folder.path()).expect_err("rotten");
+    assert!(matches!(error, DataDirError::Damaged { .. }), "{error}");
+}
+
+#[test]
+fn a_data_directory_that_cannot_be_written_is_told() {
+    let sim = SimDisk::new(1);
+    let disk = sim.shared();
+    disk.create_dir_all(Path::new("/data")).expect("a folder");
+    sim.set_read_only(true);
+    let error = open_dir(&disk, Path::new("/data")).expect_err("read-only");
+    assert!(matches!(error, DataDirError::NotWritable { .. }) && error.to_string().contains("right"), "{error}");
+}
+
+#[test]
+fn a_folder_of_something_else_is_not_taken_over() {
+    let (folder, disk) = real();
+    std::fs::write(folder.path().join("thesis.tex"), "...").expect("written");
+    let error = open_dir(&disk, folder.path()).expect_err("not empty");
+    assert!(matches!(error, DataDirError::NotEmpty { .. }) && error.to_string().contains("thesis.tex"), "{error}");
+}
+
+#[test]
+fn making_a_data_directory_survives_a_crash_at_any_point() {
+    for seed in 0..200 {
+        let sim = SimDisk::new(seed);
+        let disk = sim.shared();
+        let path = Path::new("/data");
+        sim.crash_after(seed % 50);
+        let made = open_dir(&disk, path).map(|dir| dir.id());
+        let crashed = sim.is_crashed();
+        sim.restart(if seed % 2 == 0 { Crash::Power } else { Crash::Process });
+        let dir = open_dir(&disk, path).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert!(crashed || made.is_ok());
+        for stripe in 0..4 {
+            let (_, _, rot) = flowstone_storage::HardStateFile::open(Arc::clone(&disk), &dir.hard_state_dir(), stripe)
+                .unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+            assert_eq!(rot, None, "seed {seed}, stripe {stripe}");
+        }
+    }
+}
+
+#[test]
+fn making_a_replica_survives_a_crash_at_any_point() {
+    let mut whole = 0;
+    for seed in 0..200 {
+        let sim = SimDisk::new(seed);
+        let disk = sim.shared();
+        sim.crash_after(seed % 20);
+        let made = Log::create(&disk, Path::new(DIR), identity(), Bytes::new());
+        let crashed = sim.is_crashed();
+        sim.restart(if seed % 2 == 0 { Crash::Power } else { Crash::Process });
+        let exists = Log::exists(&disk, Path::new(DIR)).expect("known");
+        assert!(made.is_err() || exists || crashed, "seed {seed}: what was made is there");
+        if !exists {
+            Log::create(&disk, Path::new(DIR), identity(), Bytes::new()).expect("made anew");
+        }
+        whole += u64::from(exists);
+        assert_eq!(open(&disk, 1).expect("opens").last_index(), RaftIndex::new(1), "seed {seed}");
+        let again = Log::create(&disk, Path::new(DIR), identity(), Bytes::new());
+        assert!(
+            matches!(again, Err(StorageError::Io { source, .. }) if source.kind() == std::io::ErrorKind::AlreadyExists)
+        );
+    }
+    assert!(whole > 20 && whole < 190, "{whole}");
+}
+
+// ---- the real disk ----
+
+#[test]
+fn a_log_on_a_real_disk_with_few_descriptors() {
+    let (folder, _) = real();
+    let real = RealDisk::new(8);
+    let disk: Arc<dyn Disk> = Arc::new(real.clone());
+    let mut logs = Vec::new();
+    for number in 0..40 {
+        let dir = folder.path().join(number.to_string());
+        Log::create(&disk, &dir, identity(), Bytes::new()).expect("a new log");
+        let config = small_segments();
+        let mut log = Log::open(Arc::clone(&disk), &dir, config, RaftIndex::new(1), NOW).expect("opens");
+        let no_op = EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() };
+        log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], NOW).expect("appended");
+        log.flush().expect("flushed: what is not stays open");
+        logs.push(log);
+    }
+    for value in 1..20 {
+        for log in &mut logs {
+            let entry = entry(log, value);
+            log.reserve(entry.data_bytes()).expect("room");
+            log.append(&[entry], NOW).expect("appended");
+            log.flush().expect("flushed");
+            log.commit_to(log.last_index());
+        }
+        assert!(real.open_files() <= 12, "{} files are open", real.open_files());
+    }
+    let all: Vec<_> = logs.iter_mut().map(|log| read_all(log).expect("reads")).collect();
+    assert!(all.iter().all(|bytes| *bytes == all[0] && !bytes.is_empty()));
+    for (number, log) in logs.into_iter().enumerate() {
+        let last = log.close().expect("closes");
+        let dir = folder.path().join(number.to_string());
+        let mut log = Log::open(Arc::clone(&disk), &dir, small_segments(), last, NOW).expect("opens");
+        log.commit_to(last);
+        assert_eq!(read_all(&mut log).expect("reads"), all[0]);
+    }
+}
+
+#[test]
+fn a_clean_close_cuts_the_zeros() {
+    let (folder, disk) = real();
+    let dir = folder.path().join("replica");
+    Log::create(&disk, &dir, identity(), Bytes::new()).expect("a new log");
+    let config = LogConfig::default();
+    let mut log = Log::open(Arc::clone(&disk), &dir, config, RaftIndex::new(1), NOW).expect("opens");
+    let no_op = EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() };
+    log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], NOW).expect("appended");
+    let segment = dir.join("00000000000000000000-00000000000000000002.log");
+    let bytes = log.size_bytes();
+    assert!(std::fs::metadata(&segment).expect("there").len() > bytes, "zeros are written ahead");
+    log.close().expect("closes");
+    assert_eq!(std::fs::metadata(&segment).expect("there").len(), bytes);
+}
