@@ -41,7 +41,7 @@ fn spec(data_dir: &DataDir, partition: i32, flush: FlushMode) -> ReplicaSpec {
         flush,
         retention: RetentionConfig::default(),
         internal: false,
-        max_message_bytes: 1 << 20,
+        max_message_bytes: 4 << 20,
     }
 }
 
@@ -150,6 +150,101 @@ fn thousand(path: &Path) -> Duration {
     took
 }
 
+/// Resident bytes and processor time of this process.
+fn used() -> (u64, Duration) {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let pages: u64 = statm.split(' ').nth(1).and_then(|pages| pages.parse().ok()).unwrap_or_default();
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name: user and system time are the 12th and 13th, in hundredths of a second.
+    let after_name = stat.rsplit(") ").next().unwrap_or_default();
+    let ticks: u64 = after_name.split(' ').skip(11).take(2).filter_map(|ticks| ticks.parse::<u64>().ok()).sum();
+    (pages * 4_096, Duration::from_millis(ticks * 10))
+}
+
+/// What ten thousand replicas cost that nobody uses.
+fn idle(path: &Path) {
+    const REPLICAS: i32 = 10_000;
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
+    let data_dir = Arc::new(DataDir::open_or_create(disk, path, DirectoryId::new(1), 4).expect("a data directory"));
+    let shards =
+        Shards::start(ShardsConfig { shards: 2, ..ShardsConfig::default() }, Arc::clone(&data_dir), system_clock())
+            .expect("shards");
+    let (before, _) = used();
+    let opening: Vec<_> = (0..REPLICAS)
+        .map(|partition| {
+            let mut spec = spec(&data_dir, partition, FlushMode::Quorum);
+            spec.retention.time = Some(Duration::from_secs(7 * 24 * 3_600));
+            open(&shards, spec)
+        })
+        .collect();
+    let handles: Vec<_> =
+        opening.into_iter().map(|opened| opened.blocking_recv().expect("an answer").expect("a replica")).collect();
+    while !handles.iter().all(|handle| handle.status().is_ready()) {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    // The votes' flushed marks are flushed within a second: that is not idle yet.
+    std::thread::sleep(Duration::from_secs(2));
+    let (resident, busy) = used();
+    std::thread::sleep(Duration::from_secs(10));
+    let (_, busy_later) = used();
+    println!(
+        "  {REPLICAS} idle replicas: {} bytes of memory each, {:.2} % of a core in all",
+        resident.saturating_sub(before) / REPLICAS as u64,
+        (busy_later - busy).as_secs_f64() * 10.0
+    );
+}
+
+/// Bytes per second of `partitions` partitions with batches of `bytes`, `in_flight` of them on their way in each.
+fn bulk(path: &Path, partitions: i32, bytes: usize, in_flight: usize, total: usize) -> f64 {
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
+    let data_dir = Arc::new(DataDir::open_or_create(disk, path, DirectoryId::new(1), 4).expect("a data directory"));
+    let shards =
+        Shards::start(ShardsConfig { shards: 2, ..ShardsConfig::default() }, Arc::clone(&data_dir), system_clock())
+            .expect("shards");
+    let opening: Vec<_> =
+        (0..partitions).map(|partition| open(&shards, spec(&data_dir, partition, FlushMode::Quorum))).collect();
+    let handles: Vec<_> =
+        opening.into_iter().map(|opened| opened.blocking_recv().expect("an answer").expect("a replica")).collect();
+    while !handles.iter().all(|handle| handle.status().is_ready()) {
+        std::thread::yield_now();
+    }
+    let (batch, header) = batch(-1, 0, (bytes / 1_000) as i32, 1_000);
+    let batches = total / bytes;
+    let (answered, answers) = mpsc::channel();
+    let began = Instant::now();
+    for number in 0..batches {
+        if number >= in_flight * partitions as usize {
+            answers.recv().expect("an answer");
+        }
+        let answered = answered.clone();
+        let reply = Reply::new(move |result: Result<_, flowstone_protocol::Error>| {
+            result.expect("appended");
+            answered.send(()).expect("it is waited for");
+        });
+        handles[number % partitions as usize].produce(batch.clone(), header, Acks::Quorum, Permit::unbounded(), reply);
+    }
+    for _ in 0..batches.min(in_flight * partitions as usize) {
+        answers.recv().expect("an answer");
+    }
+    let rate = (batches * batch.len()) as f64 / began.elapsed().as_secs_f64();
+    shards.shutdown();
+    rate
+}
+
+/// The bare loop: the same bytes from memory into as many files in turn, flushed each time.
+fn bare(path: &Path, files: usize, bytes: usize, total: usize) -> f64 {
+    std::fs::create_dir_all(path).expect("a folder");
+    let files: Vec<_> = (0..files).map(|number| File::create(path.join(number.to_string())).expect("a file")).collect();
+    let chunk = vec![7; bytes];
+    let began = Instant::now();
+    for number in 0..total / bytes {
+        let file = &files[number % files.len()];
+        let at = (number / files.len() * bytes) as u64;
+        file.write_all_at(&chunk, at).and_then(|()| file.sync_data()).expect("written and flushed");
+    }
+    total as f64 / began.elapsed().as_secs_f64()
+}
+
 fn main() {
     // `cargo test --benches` and the like run it for its compiling alone.
     if !std::env::args().any(|argument| argument == "--bench") {
@@ -180,9 +275,19 @@ fn main() {
     println!("  median ratio to the skeleton's p50: inline {inline:.2}, pool {:.2}", ratios[ROUNDS / 2].1);
     drop((inline, pool, relaxed));
 
+    println!("8 partitions, batches of 1 MiB, MB/s flushed: a bare loop in turn / shards");
+    for round in 0..ROUNDS {
+        let path = temporary.path().join(format!("bulk-{round}"));
+        let bare = bare(&path.join("bare"), 8, 1 << 20, 512 << 20);
+        let bulk = bulk(&path.join("shards"), 8, 1 << 20, 4, 512 << 20);
+        println!("  {:.0} / {:.0} = {:.2}", bare / 1e6, bulk / 1e6, bulk / bare);
+        std::fs::remove_dir_all(&path).expect("removed");
+    }
+
     println!("starting");
     let many = temporary.path().join("many");
     for _ in 0..4 {
         thousand(&many);
     }
+    idle(&temporary.path().join("idle"));
 }

@@ -273,30 +273,42 @@ fn coordinators_see_what_is_in_flight_and_answer_when_it_is_committed() {
     assert_eq!((answered(first), answered(second), answered(read)), (Ok(5), Ok(12), Ok(12)));
     assert_eq!(answered(ask(&mut shell, 0)), Ok(12), "nothing in flight: at once");
 
-    // A stream without a pause: the checkpoint gets its quiet moment all the same, and nothing is lost or held for ever.
+    // What the machine has and the log may yet lose is in no checkpoint.
     shell.holds_flushes = true;
-    let mut answers = Vec::new();
+    shell.holds_checkpoints = true;
+    let in_flight = ask(&mut shell, 100);
+    shell.step([Event::CheckpointNow]);
+    assert!(shell.checkpoint.is_none(), "not before it is committed");
+    let event = shell.run_flush().unwrap();
+    shell.step([event]);
+    assert!(shell.checkpoint.is_some(), "but then");
+    answered(in_flight).unwrap();
+    shell.holds_checkpoints = false;
+    shell.work();
+
+    // A stream without a pause: the checkpoint gets its quiet moment all the same, and nothing is lost or held for ever.
+    let before = shell.replica.log().checkpoint().applied;
+    let mut answers = vec![ask(&mut shell, 1)];
     for _ in 0..100 {
-        answers.push(ask(&mut shell, 1));
-        if let Some(event) = shell.run_flush() {
-            // The next command is there before the flush is over.
-            answers.push(ask(&mut shell, 1));
-            shell.step([event]);
-        }
+        // The next command is there before the flush is over.
+        let (to, answer) = reply();
+        let flushed = shell.run_flush();
+        shell.step(flushed.into_iter().chain([Event::Command { command: 1, reply: to }]));
+        answers.push(answer);
     }
+    assert!(shell.replica.log().checkpoint().applied > before, "checkpoints are written meanwhile");
     shell.holds_flushes = false;
     shell.work();
     for answer in answers {
         answered(answer).unwrap();
     }
-    assert_eq!(shell.replica.machine().total(), 212);
-    assert!(shell.replica.log().checkpoint().applied.get() > 100, "checkpoints were written meanwhile");
+    assert_eq!(shell.replica.machine().total(), 213);
     let hard_state = shell.hard_state;
     drop(shell);
     let mut shell =
         Shell::open(&place.disk, &place.dir, LogConfig::default(), hard_state, Counter::default(), config).unwrap();
     shell.step([Event::Campaign]);
-    assert_eq!(shell.replica.machine().total(), 212);
+    assert_eq!(shell.replica.machine().total(), 213);
 }
 
 #[test]

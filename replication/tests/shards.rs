@@ -12,7 +12,7 @@ use flowstone_replication::{
     Acks, FlushMode, Health, LogConfig, Permit, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle,
     ReplicaSpec, Reply, RetentionConfig, Role, Shards, ShardsConfig, TrimTo, system_clock,
 };
-use flowstone_storage::{DataDir, Disk, RealDisk};
+use flowstone_storage::{DataDir, Disk, HardStateFile, RealDisk};
 use ledger::{Counter, Ledger, batch};
 use tokio::sync::oneshot;
 
@@ -140,9 +140,24 @@ fn what_was_acknowledged_is_there_after_a_clean_stop_and_without_one() {
         }
         let running = temporary.path().join("running");
         assert!(running.exists());
-        broker.shards.shutdown();
+        drop(handles);
+        let Broker { shards, data_dir } = broker;
+        shards.shutdown();
+        drop(data_dir);
         assert!(!running.exists(), "a clean stop is noted");
+        assert_eq!(flushed(temporary.path(), 3), Some(1 + (round as u64 + 1) * 11), "and how far the log is flushed");
     }
+}
+
+/// How far a partition's log is flushed, as its stripe's file says.
+fn flushed(path: &Path, partition: i32) -> Option<u64> {
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
+    let replica = ReplicaId::new(1_000 + partition as u64);
+    (0..4).find_map(|stripe| {
+        let (_, found, rot) = HardStateFile::open(Arc::clone(&disk), &data_dir(path).hard_state_dir(), stripe).unwrap();
+        assert_eq!(rot, None);
+        found.get(&replica).map(|state| state.flushed.get())
+    })
 }
 
 #[test]

@@ -64,7 +64,9 @@ impl Machine for Ledger {
     fn appended(&mut self, entry: &MachineEntry<'_>) {
         assert!(entry.index > self.last_appended, "{} after {}", entry.index, self.last_appended);
         self.last_appended = entry.index;
-        self.in_flight.insert(key(entry.header), (entry.base_offset, entry.index));
+        if entry.header.has_producer() {
+            self.in_flight.insert(key(entry.header), (entry.base_offset, entry.index));
+        }
     }
 
     fn committed(&mut self, entry: &MachineEntry<'_>) {
