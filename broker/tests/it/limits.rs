@@ -124,3 +124,23 @@ async fn a_disk_without_room_refuses_writes_and_serves_reads() {
     world.produce(&topic, 0, batch(&["after"])).await.expect("room again");
     world.stop().await;
 }
+
+#[tokio::test]
+async fn one_call_asks_so_much_and_one_batch_holds_so_much() {
+    let mut world = World::with(&[("limits.queries_per_request", "3"), ("limits.records_per_batch", "10")]).await;
+    let topic = world.create_with("orders", 1, &[("compression.type", "uncompressed")]).await.expect("created");
+    let query = pb::OffsetQuery { topic_id: topic.id.clone(), partition: 0, at: None };
+    let request = pb::ListOffsetsRequest { queries: vec![query; 4] };
+    let listed = world.log.list_offsets(request).await.map_err(|status| error_of(&status));
+    assert_refused(listed, ErrorCode::InvalidRequest, "limits.queries_per_request");
+    let request = pb::MetadataRequest { topics: vec!["orders".to_owned(); 4], include_internal: false };
+    let told = world.log.metadata(request).await.map_err(|status| error_of(&status));
+    assert_refused(told, ErrorCode::InvalidRequest, "limits.queries_per_request");
+    let eleven = world.produce(&topic, 0, batch(&["x"; 11])).await;
+    assert_refused(eleven, ErrorCode::BatchTooLarge, "10");
+    // Small as it is sent, too large as this topic wants it stored.
+    let compressed = flowstone_protocol::RecordBatchBuilder::new(flowstone_protocol::Compression::Zstd);
+    let unfolds = build(compressed, &[&"x".repeat(2_000_000)], now());
+    assert_refused(world.produce(&topic, 0, unfolds).await, ErrorCode::BatchTooLarge, "max");
+    world.stop().await;
+}

@@ -38,6 +38,12 @@ async fn readers_that_stop_cost_bounded_memory() {
     assert_eq!(world.values(&topic, 0, 0).await.len(), 40);
     let grown = resident_bytes() - before;
     assert!(grown < 16 * (4 << 20), "16 stalled readers cost {grown} bytes");
+    // And nothing was read for them beyond what waits for them: about 1 MiB each, and what is on its way to them.
+    let (_, metrics) = crate::http::get(world.broker.admin_addr, "/metrics").await;
+    let line =
+        metrics.lines().find(|line| line.starts_with("flowstone_sent_bytes_total{api=\"Fetch\"}")).expect("counted");
+    let read: usize = line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number");
+    assert!(read < 16 * (4 << 20) + 40 * 600_000, "{read} bytes were read for 16 stalled readers and one that reads");
     drop(stalled);
     world.stop().await;
 }

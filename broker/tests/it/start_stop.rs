@@ -27,6 +27,23 @@ async fn everything_is_there_after_a_restart() {
 }
 
 #[tokio::test]
+async fn folders_of_deleted_replicas_are_removed_at_the_next_start() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 2).await;
+    world.produce(&topic, 1, batch(&["x"])).await.expect("stored");
+    let dir = world.stop().await;
+    // As a crash in the middle of a deletion leaves it.
+    let topics = dir.path().join("data/topics");
+    let stranger = topics.join("00000000-0000-0000-0000-00000000beef").join("0");
+    std::fs::create_dir_all(&stranger).expect("made");
+    std::fs::write(stranger.join("00000000000000000000-00000000000000000002.log"), b"").expect("written");
+    let mut world = World::at(dir, &[]).await;
+    assert!(!stranger.exists());
+    assert_eq!(world.values(&topic, 1, 0).await, ["x"]);
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn a_port_in_use() {
     let world = World::new().await;
     let dir = tempfile::tempdir().expect("a temporary folder");
@@ -81,11 +98,16 @@ async fn shutting_down_answers_what_is_under_way_and_ends_streams() {
         producer.send(&topic, 0, batch(&["x"])).await;
     }
     producer.answer().await.1.expect("stored");
+    // A call that goes on keeps the broker from its end for as long as this looks at it.
+    let mut health = tonic_health::pb::health_client::HealthClient::new(channel(&world.broker).await);
+    let request = tonic_health::pb::HealthCheckRequest { service: "flowstone.v1.Log".to_owned() };
+    let mut health_watch = health.watch(request).await.expect("a stream").into_inner();
+    health_watch.message().await.expect("told").expect("a status");
     let admin = world.broker.admin_addr;
     let World { broker, dir, log, admin: admin_client, .. } = world;
     drop((log, admin_client));
     let stopping = tokio::spawn(broker.shutdown(PATIENCE));
-    // Whatever was answered is stored; the rest was never taken, and the stream says why it ends.
+    // Whatever was taken is answered; the rest was never taken, and the stream says why it ends.
     let mut acknowledged = 1;
     let error = loop {
         match producer.result().await {
@@ -96,6 +118,14 @@ async fn shutting_down_answers_what_is_under_way_and_ends_streams() {
         }
     };
     assert_eq!(error.code, ErrorCode::ShuttingDown, "{error:?}");
+    let (_, metrics) = get(admin, "/metrics").await;
+    assert!(
+        metrics.contains(&format!("flowstone_requests_total{{api=\"Produce\"}} {acknowledged}\n")),
+        "{acknowledged} answered, and:\n{metrics}"
+    );
+    let status = health_watch.message().await.expect("told").expect("a status").status();
+    assert_eq!(status, tonic_health::pb::health_check_response::ServingStatus::NotServing);
+    drop((health_watch, health));
     let fetched = loop {
         if let Err(error) = fetcher.response().await {
             break error;

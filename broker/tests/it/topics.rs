@@ -156,3 +156,34 @@ async fn a_watcher_is_told_of_every_change() {
     assert_eq!(deleted, [second.id]);
     world.stop().await;
 }
+
+#[tokio::test]
+async fn altered_settings_hold_at_once() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    let value = "x".repeat(60_000);
+    for _ in 0..4 {
+        world.produce(&topic, 0, batch(&[&value])).await.expect("stored");
+    }
+    let segments = |world: &World| {
+        let id = uuid::Uuid::from_slice(&topic.id).expect("16 bytes").to_string();
+        let folder = world.dir.path().join("data/topics").join(id).join("0");
+        let names = std::fs::read_dir(folder).expect("readable").map(|entry| entry.expect("readable").file_name());
+        names.filter(|name| name.to_string_lossy().ends_with(".log")).count()
+    };
+    assert_eq!(segments(&world), 1);
+    let alter = pb::AlterTopicRequest {
+        name: "orders".to_owned(),
+        set: entries(&[("segment.bytes", "100000"), ("max.message.bytes", "70000")]),
+        ..Default::default()
+    };
+    world.admin.alter_topic(alter).await.expect("altered");
+    let large = "x".repeat(80_000);
+    let refused = until("the new limit holds", async || world.produce(&topic, 0, batch(&[&large])).await.err()).await;
+    assert_eq!(refused.code, ErrorCode::BatchTooLarge);
+    for _ in 0..4 {
+        world.produce(&topic, 0, batch(&[&value])).await.expect("stored");
+    }
+    assert!(segments(&world) >= 4, "{} segments", segments(&world));
+    world.stop().await;
+}
