@@ -9,6 +9,9 @@ use std::time::Duration;
 /// The version and the commit that it was built from.
 pub(crate) const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("FLOWSTONE_COMMIT"), ")");
 
+/// Where a broker listens unless told otherwise.
+const DEFAULT_SERVER: &str = "127.0.0.1:7070";
+
 /// Flowstone: a distributed commit log.
 #[derive(Debug, Parser)]
 #[command(
@@ -34,7 +37,7 @@ pub(crate) struct Common {
         global = true,
         value_name = "HOST:PORT[,...]",
         env = "FLOWSTONE_SERVER",
-        default_value = "127.0.0.1:7070",
+        default_value = DEFAULT_SERVER,
         help_heading = "Common options"
     )]
     pub(crate) server: String,
@@ -61,11 +64,9 @@ impl Common {
     /// The addresses of `--server`, each checked, so that a mistake is a usage error rather than a failure to
     /// connect.
     pub(crate) fn servers(&self) -> Outcome<Vec<String>> {
-        self.server
-            .split(',')
-            .map(|server| check_server(server.trim()))
-            .collect::<Result<_, _>>()
-            .map_err(Failure::usage)
+        // A variable that is set to nothing is not set.
+        let server = if self.server.is_empty() { DEFAULT_SERVER } else { &self.server };
+        server.split(',').map(|server| check_server(server.trim())).collect::<Result<_, _>>().map_err(Failure::usage)
     }
 }
 
