@@ -390,7 +390,10 @@ impl<M: Machine> Replica<M> {
             Event::Trim { to, reply } => self.trim(to, reply, fx),
             Event::ChangeMembership { change, reply } => self.propose_membership(change, reply, fx),
             Event::Reconfigure(change) => self.reconfigure(change),
-            Event::Retain => self.retain(now),
+            Event::Retain => {
+                self.raft.log_mut().roll_if_due(now)?;
+                self.retain(now);
+            }
             Event::ProbeRoom => {
                 if self.disk_full.is_some() && self.raft.log_mut().reserve(PROBE_BYTES).is_ok() {
                     tracing::info!(tp = %self.config.tp, "the disk has room again: writes are taken");

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flowstone_protocol::{Error, ErrorCode, Offset, RaftIndex, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
-use flowstone_storage::{CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError};
+use flowstone_storage::{CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError, RetentionConfig};
 
 use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, ReadOrder};
 use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
@@ -212,6 +212,7 @@ impl<M: Machine> Shards<M> {
                 answers: Vec::new(),
                 timers: Timers::new(&config),
                 stopping: None,
+                unclean: false,
             };
             all.ports.push(port);
             let thread = std::thread::Builder::new()
@@ -451,6 +452,8 @@ struct Shard<M: Machine> {
     answers: Vec<Answer<M>>,
     timers: Timers,
     stopping: Option<mpsc::Sender<bool>>,
+    /// A log could not be closed cleanly: the broker does not note that it stopped so.
+    unclean: bool,
 }
 
 impl<M: Machine> Shard<M> {
@@ -510,6 +513,9 @@ impl<M: Machine> Shard<M> {
                             slot.spec.retention = change.retention;
                             slot.spec.flush = change.flush;
                             slot.spec.max_message_bytes = change.max_message_bytes;
+                            if change.retention != RetentionConfig::default() {
+                                self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
+                            }
                         }
                         slot.events.push(event);
                         self.touch(key.index);
@@ -661,7 +667,7 @@ impl<M: Machine> Shard<M> {
                 slot.state = State::Running(replica);
                 slot.running_since = Instant::now();
                 slot.events.clear();
-                if slot.spec.retention.time.is_some() || slot.spec.retention.bytes.is_some() {
+                if slot.spec.retention != RetentionConfig::default() {
                     self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
                 }
                 if alone {
@@ -777,6 +783,7 @@ impl<M: Machine> Shard<M> {
     fn on_log_closed(&mut self, key: SlotKey, flushed: Option<RaftIndex>) {
         let slot = &mut self.slots[key.index as usize];
         slot.jobs -= 1;
+        self.unclean |= flushed.is_none();
         if let (Some(flushed), Some(hard_state)) = (flushed, &mut slot.hard_state) {
             hard_state.flushed = flushed;
             let (replica, state) = (slot.spec.replica, *hard_state);
@@ -1146,8 +1153,8 @@ impl<M: Machine> Shard<M> {
             self.timers.retention_slice = (slice + 1) % RETENTION_SLICES;
             let mut any = false;
             for index in 0..self.slots.len() as u32 {
-                let spec = &self.slots[index as usize].spec;
-                if spec.retention.time.is_some() || spec.retention.bytes.is_some() {
+                let slot = &self.slots[index as usize];
+                if slot.spec.retention != RetentionConfig::default() && !matches!(slot.state, State::Free) {
                     any = true;
                     if index % RETENTION_SLICES == slice {
                         self.event(index, Event::Retain);
@@ -1256,7 +1263,8 @@ impl<M: Machine> Shard<M> {
         if closing {
             return false;
         }
-        let mut clean = true;
+        let failed = |slot: &Slot<M>| matches!(slot.state, State::Failed { .. });
+        let mut clean = !self.unclean && !self.slots.iter().any(failed);
         for stripe in self.stripes.values_mut() {
             if let Err(error) = stripe.finish() {
                 tracing::error!(%error, "cannot flush the hard states at the end");

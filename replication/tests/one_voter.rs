@@ -8,7 +8,8 @@ use std::sync::Arc;
 
 use flowstone_protocol::{Error, ErrorCode, LeaderEpoch, Offset, Timestamp};
 use flowstone_replication::{
-    Acks, Ended, Event, FlushMode, Health, LogConfig, MembershipChange, OffsetQuery, ReadRequest, Role, TrimTo,
+    Acks, Ended, Event, FlushMode, Health, LogConfig, MembershipChange, OffsetQuery, PeerBody, PeerMessage,
+    ReadRequest, Role, TrimTo,
 };
 use flowstone_storage::{Disk, RealDisk};
 use ledger::{Counter, Ledger, batch};
@@ -379,4 +380,30 @@ fn a_learner_is_added_through_the_log_and_is_still_there_after_a_restart() {
     shell.step([Event::Campaign]);
     assert_eq!(shell.replica.status().role, Role::Leader);
     assert_eq!(shell.replica.membership().learners, [learner], "replayed");
+}
+
+#[test]
+fn a_panic_of_the_raft_crate_ends_the_replica_and_it_opens_again() {
+    let place = place();
+    let mut shell = place.leader();
+    answered(shell.produce(batch(1, 0, 1, 10), Acks::Quorum)).unwrap();
+    shell.holds_flushes = true;
+    let waiting = unanswered(shell.produce(batch(1, 1, 1, 10), Acks::Quorum));
+    // A leader of a later term that wants more committed than there is: nobody of ours, and the crate says so by a panic.
+    shell.step([Event::Peer(PeerMessage {
+        from: flowstone_protocol::ReplicaId::new(2),
+        to: config(1).replica,
+        term: shell.replica.status().term.get().saturating_add(5).into(),
+        body: PeerBody::Heartbeat { commit: 9_999.into() },
+    })]);
+    assert!(matches!(&shell.ended, Some(Ended::Panicked(why)) if why.contains("9999")), "{:?}", shell.ended);
+    assert_eq!(answered(waiting).unwrap_err().code, ErrorCode::StorageFailed);
+    assert_eq!(answered(shell.read(0)).unwrap_err().code, ErrorCode::StorageFailed, "nothing is served any more");
+
+    let hard_state = shell.hard_state;
+    drop(shell);
+    let mut shell =
+        Shell::open(&place.disk, &place.dir, LogConfig::default(), hard_state, Ledger::default(), config(1)).unwrap();
+    shell.step([Event::Campaign]);
+    assert_eq!(answered(shell.produce(batch(1, 0, 1, 10), Acks::Quorum)).unwrap().base_offset, Offset::new(1));
 }

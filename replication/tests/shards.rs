@@ -313,6 +313,20 @@ fn retention_moves_the_log_start_and_frees_the_disk() {
     let status = handle.status();
     wait(read(&handle, status.log_start.get(), false)).unwrap().bytes.verify().unwrap();
     assert!(status.records < 100);
+
+    // Given later, it counts, too.
+    let other = broker.lead(2);
+    for sequence in 0..100 {
+        wait(produce(&other, 1, sequence, Acks::Quorum)).unwrap();
+    }
+    other.reconfigure(Reconfigure {
+        log: LogConfig { segment_bytes: 4_096, ..LogConfig::default() },
+        retention: RetentionConfig { time: None, bytes: Some(1) },
+        flush: FlushMode::Quorum,
+        max_message_bytes: 1 << 20,
+    });
+    wait(produce(&other, 1, 100, Acks::Quorum)).unwrap();
+    until(|| other.status().log_start.get() > 90);
 }
 
 #[test]
