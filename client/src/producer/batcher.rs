@@ -884,6 +884,23 @@ mod tests {
     }
 
     #[test]
+    fn a_timeout_takes_every_stage() {
+        let mut bench = Bench::new(settings());
+        let mut deliveries = bench.add_batches(7);
+        deliveries.push(bench.add(100).delivery);
+        assert_eq!(bench.run().len(), 5);
+        bench.pass(Duration::from_millis(9_999));
+        bench.expire();
+        assert!(bench.ended.is_empty());
+        bench.pass(Duration::from_millis(1));
+        bench.expire();
+        for delivery in &deliveries {
+            assert_eq!(bench.outcome(delivery), Some(Err(ErrorCode::TimedOut)));
+        }
+        assert!(bench.batches.is_idle());
+    }
+
+    #[test]
     fn a_forgotten_producer_begins_anew_unless_the_batch_may_be_stored() {
         let mut bench = Bench::new(settings());
         bench.add_batches(1);
@@ -968,6 +985,25 @@ mod tests {
         assert_eq!(bench.outcome(&halves[0]), Some(Err(ErrorCode::BatchTooLarge)));
         assert_eq!(bench.outcome(&halves[1]), Some(Ok(5)));
         assert_eq!(bench.outcome(&next[0]), Some(Ok(7)));
+    }
+
+    #[test]
+    fn a_split_puts_no_more_under_way_than_before() {
+        let mut bench = Bench::new(settings());
+        bench.add(10).delivery.want();
+        bench.add(20);
+        let mut wire = bench.run();
+        bench.add_batches(4);
+        wire.extend(bench.run());
+        assert_eq!(wire.len(), 5);
+        bench.answer(wire[0], Err(ErrorCode::InvalidRecord));
+        for wire in &wire[1..] {
+            bench.answer(*wire, Err(ErrorCode::OutOfOrderSequence));
+        }
+        let again = bench.run();
+        assert_eq!(sequences(&again), [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]);
+        bench.answer(again[0], Ok(0));
+        assert_eq!(sequences(&bench.run()), [(1, 5)]);
     }
 
     #[test]

@@ -896,26 +896,29 @@ impl Timers {
 
     /// What is due, and sets what the driver waits for next: the earliest of the rest and `latest`.
     fn take_due(&self, now: Instant, latest: Option<Instant>) -> (Vec<Arc<PartitionQueue>>, Option<Instant>) {
-        let mut lingered = Vec::new();
         let mut due = Vec::new();
-        let next = {
-            let mut state = locked(&self.state);
-            while let Some((_, number, queue)) = state.lingering.pop_front_if(|(at, ..)| *at <= now) {
-                lingered.push((number, queue));
+        // Most batches left long before, filled or awaited: the driver need not wake for them. Whether one is still
+        // open is asked without the timers' lock, which is the inner one.
+        while let Some((at, number, queue)) = self.first_lingering() {
+            let open = locked(&queue.state).batches.is_open(number);
+            if open && at > now {
+                break;
             }
-            due.extend(state.alarms.extract_if(.., |(at, _)| *at <= now).map(|(_, queue)| queue));
-            let next = state.alarms.iter().map(|(at, _)| *at).chain(state.lingering.front().map(|(at, ..)| *at));
-            state.armed = next.chain(latest).min();
-            state.armed
-        };
-        // Most batches left long before, filled or awaited. Asked without the timers' lock, which is the inner one.
-        due.extend(
-            lingered
-                .into_iter()
-                .filter(|(number, queue)| locked(&queue.state).batches.is_open(*number))
-                .map(|(_, queue)| queue),
-        );
-        (due, next)
+            locked(&self.state).lingering.pop_front();
+            if open {
+                due.push(queue);
+            }
+        }
+        let mut state = locked(&self.state);
+        due.extend(state.alarms.extract_if(.., |(at, _)| *at <= now).map(|(_, queue)| queue));
+        let next = state.alarms.iter().map(|(at, _)| *at).chain(state.lingering.front().map(|(at, ..)| *at));
+        state.armed = next.chain(latest).min();
+        (due, state.armed)
+    }
+
+    /// The batch that is due first. Only the driver takes it away.
+    fn first_lingering(&self) -> Option<(Instant, u64, Arc<PartitionQueue>)> {
+        locked(&self.state).lingering.front().cloned()
     }
 }
 
