@@ -13,7 +13,7 @@ use flowstone_protocol::pb::log_client::LogClient;
 use tonic::transport::{Channel, Endpoint};
 
 use crate::address::ServerAddress;
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::{Error, ErrorCode, Result, innermost};
 
 /// Bytes that a broker may have under way to us on one stream or connection. Far above the product of bandwidth and
 /// delay of a local network, so that HTTP/2's windows are never what limits a fetch; a consumer's credit is.
@@ -68,11 +68,7 @@ impl ConnectionSettings {
 }
 
 fn refused(address: &ServerAddress, error: tonic::transport::Error) -> Error {
-    // tonic's own text is "transport error"; the reason is the innermost source.
-    let mut reason: &dyn std::error::Error = &error;
-    while let Some(source) = reason.source() {
-        reason = source;
-    }
+    let reason = innermost(&error);
     Error::unreachable(format!("cannot reach the broker at {address}: {reason}; is it running?")).caused_by(error)
 }
 

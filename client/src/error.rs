@@ -6,6 +6,8 @@ use std::sync::Arc;
 use flowstone_protocol::PartitionId;
 use flowstone_protocol::pb;
 
+use crate::address::ServerAddress;
+
 pub use flowstone_protocol::{ErrorCode, ErrorKind};
 
 /// What every call of this crate fails with. Cheap to clone: all records of a failed batch share one.
@@ -44,23 +46,29 @@ impl Error {
         Self::from(flowstone_protocol::Error::from_detail(detail))
     }
 
-    /// From the end of a call: the broker's own words where it sent them, else what gRPC says.
-    pub(crate) fn from_status(status: tonic::Status) -> Self {
+    /// From the end of a call to this server: the broker's own words where it sent them, else what gRPC says.
+    pub(crate) fn from_status(server: &ServerAddress, status: tonic::Status) -> Self {
         if let Some(error) = flowstone_protocol::Error::from_status(&status) {
             return Self::from(error);
         }
-        let text = status.message().to_owned();
-        let text = if text.is_empty() { status.code().description().to_owned() } else { text };
+        // gRPC's own text is often as vague as "transport error"; the reason is the innermost source.
+        let text = match std::error::Error::source(&status) {
+            Some(source) => innermost(source).to_string(),
+            None if status.message().is_empty() => status.code().description().to_owned(),
+            None => status.message().to_owned(),
+        };
         let error = match status.code() {
             tonic::Code::Unavailable | tonic::Code::Cancelled | tonic::Code::Unknown | tonic::Code::Aborted => {
-                Self::unreachable(format!("the connection to the broker failed: {text}"))
+                Self::unreachable(format!("cannot reach the broker at {server}: {text}; is it running?"))
             }
-            tonic::Code::DeadlineExceeded => Self::new(ErrorCode::TimedOut, format!("the call timed out: {text}")),
+            tonic::Code::DeadlineExceeded => {
+                Self::new(ErrorCode::TimedOut, format!("the call to {server} timed out: {text}"))
+            }
             tonic::Code::ResourceExhausted => Self::new(ErrorCode::Overloaded, text),
             tonic::Code::OutOfRange | tonic::Code::InvalidArgument => Self::new(ErrorCode::MessageTooLarge, text),
             tonic::Code::Unimplemented => Self::new(
                 ErrorCode::Unsupported,
-                format!("the server does not know this call ({text}); is it a Flowstone broker of this version?"),
+                format!("{server} does not know this call ({text}); is it a Flowstone broker of this version?"),
             ),
             tonic::Code::PermissionDenied | tonic::Code::Unauthenticated => {
                 Self::new(ErrorCode::PermissionDenied, text)
@@ -140,6 +148,15 @@ impl Error {
     }
 }
 
+/// What lies at the bottom of a chain of errors.
+pub(crate) fn innermost<'a>(error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
+    let mut reason = error;
+    while let Some(source) = reason.source() {
+        reason = source;
+    }
+    reason
+}
+
 impl From<flowstone_protocol::Error> for Error {
     fn from(detail: flowstone_protocol::Error) -> Self {
         Self(Arc::new(Inner { detail, unreachable: false, source: None }))
@@ -174,11 +191,23 @@ mod tests {
 
     use super::*;
 
+    fn server() -> ServerAddress {
+        ServerAddress::parse("h:1").unwrap()
+    }
+
+    #[test]
+    fn the_reason_is_the_innermost() {
+        let refused = std::io::Error::new(std::io::ErrorKind::ConnectionRefused, "refused by a test");
+        let outer = std::io::Error::other(Error::new(ErrorCode::Internal, "vague").caused_by(refused));
+        let error = Error::from_status(&server(), tonic::Status::from_error(Box::new(outer)));
+        assert!(error.is_unreachable() && error.to_string().contains("refused by a test"), "{error}");
+    }
+
     #[test]
     fn a_status_keeps_the_brokers_words_and_its_kind() {
         let told = flowstone_protocol::Error::new(ErrorCode::UnknownTopic, "there is no such topic; create it")
             .with_topic("t");
-        let error = Error::from_status(told.to_status());
+        let error = Error::from_status(&server(), told.to_status());
         assert_eq!((error.code(), error.kind(), error.topic()), (ErrorCode::UnknownTopic, ErrorKind::Fatal, Some("t")));
         assert!(error.is_not_found() && !error.is_unreachable());
         assert!(error.source().is_none());
@@ -186,8 +215,9 @@ mod tests {
 
     #[test]
     fn a_broken_connection_is_retriable_and_names_its_cause() {
-        let error = Error::from_status(tonic::Status::unavailable("tcp connect error"));
+        let error = Error::from_status(&server(), tonic::Status::unavailable("tcp connect error"));
         assert!(error.is_retriable() && error.is_unreachable());
+        assert!(error.to_string().contains("h:1"), "{error}");
         assert!(error.source().is_some_and(|source| source.to_string().contains("tcp connect error")));
     }
 

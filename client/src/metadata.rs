@@ -258,18 +258,17 @@ impl Cluster {
         let mut first = first.cloned();
         loop {
             let mut last = None;
-            for address in self.candidates(first.as_ref()) {
-                let error = match tokio::time::timeout_at(deadline, attempt(&address)?).await {
+            let candidates = self.candidates(first.as_ref());
+            // One that hangs must not use up the time of the others.
+            let share = self.request_timeout / u32::try_from(candidates.len()).unwrap_or(u32::MAX).max(1);
+            for address in candidates {
+                let until = deadline.min(Instant::now() + share);
+                let error = match tokio::time::timeout_at(until, attempt(&address)?).await {
                     Ok(Ok(response)) => return Ok(response.into_inner()),
-                    Ok(Err(status)) => Error::from_status(status),
+                    Ok(Err(status)) => Error::from_status(&address, status),
                     Err(_) => {
-                        let wait = self.request_timeout;
-                        return Err(last.unwrap_or_else(|| {
-                            Error::new(
-                                ErrorCode::TimedOut,
-                                format!("the broker at {address} did not answer in {wait:?}"),
-                            )
-                        }));
+                        let message = format!("the broker at {address} did not answer in {share:?}; is it overloaded?");
+                        Error::unreachable(message)
                     }
                 };
                 if !error.is_retriable() {
@@ -341,7 +340,7 @@ async fn watch_metadata(cluster: Weak<Cluster>, mut alive: watch::Receiver<Watch
         let mut heard = false;
         let failure = match client {
             Ok(client) => tokio::select! {
-                failure = follow(&cluster, client, &mut heard) => failure,
+                failure = follow(&cluster, address, client, &mut heard) => failure,
                 () = ended(&mut alive) => return,
             },
             Err(error) => error,
@@ -372,12 +371,13 @@ async fn ended(alive: &mut watch::Receiver<Watched>) {
 /// One watch, to its end; the error says why it ended.
 async fn follow(
     cluster: &Weak<Cluster>,
+    address: &ServerAddress,
     mut client: pb::log_client::LogClient<tonic::transport::Channel>,
     heard: &mut bool,
 ) -> Error {
     let mut stream = match client.watch_metadata(pb::WatchMetadataRequest { include_internal: true }).await {
         Ok(response) => response.into_inner(),
-        Err(status) => return Error::from_status(status),
+        Err(status) => return Error::from_status(address, status),
     };
     loop {
         match stream.message().await {
@@ -394,7 +394,7 @@ async fn follow(
                 }
             }
             Ok(None) => return Error::unreachable("the broker ended the metadata watch"),
-            Err(status) => return Error::from_status(status),
+            Err(status) => return Error::from_status(address, status),
         }
     }
 }

@@ -37,6 +37,7 @@ enum State {
 }
 
 struct Open {
+    address: ServerAddress,
     requests: mpsc::UnboundedSender<pb::FetchRequest>,
     responses: Incoming,
 }
@@ -85,7 +86,8 @@ impl BrokerStream {
             let _ = requests.send(pb::FetchRequest { credit_bytes, ..Default::default() });
             let bytes_max = settings.message_bytes_max;
             let call = wire::open(channel, "/flowstone.v1.Log/Fetch", Outbound(outbound), bytes_max).await;
-            Ok(Open { requests, responses: call.map_err(Error::from_status)? })
+            let responses = call.map_err(|status| Error::from_status(&address, status))?;
+            Ok(Open { address, requests, responses })
         }));
     }
 
@@ -116,14 +118,19 @@ impl BrokerStream {
                 }
                 Err(error) => self.failed(error),
             }),
-            State::Open(open) => open.responses.poll_message(context).map(|message| match message {
-                Some(Ok(response)) => {
-                    self.backoff.succeeded();
-                    FetchEvent::Response(response)
-                }
-                Some(Err(status)) => self.failed(Error::from_status(status)),
-                None => self.failed(Error::unreachable("the broker ended the fetch stream")),
-            }),
+            State::Open(open) => {
+                let Open { responses, address, .. } = &mut **open;
+                let message = std::task::ready!(responses.poll_message(context));
+                let message = message.map(|message| message.map_err(|status| Error::from_status(address, status)));
+                Poll::Ready(match message {
+                    Some(Ok(response)) => {
+                        self.backoff.succeeded();
+                        FetchEvent::Response(response)
+                    }
+                    Some(Err(error)) => self.failed(error),
+                    None => self.failed(Error::unreachable("the broker ended the fetch stream")),
+                })
+            }
             State::Waiting(sleep) => sleep.as_mut().poll(context).map(|()| {
                 self.state = State::Idle;
                 FetchEvent::Rested

@@ -832,7 +832,7 @@ async fn serve_link(core: &Arc<ProducerCore>, link: &Arc<Link>, answered: &mut b
     let call = wire::open(channel, "/flowstone.v1.Log/Produce", outbound, settings.message_bytes_max).await;
     let mut answers = match call {
         Ok(answers) => answers,
-        Err(status) => return Error::from_status(status),
+        Err(status) => return Error::from_status(&address, status),
     };
     loop {
         match answers.message::<pb::ProduceResponse>().await {
@@ -840,7 +840,7 @@ async fn serve_link(core: &Arc<ProducerCore>, link: &Arc<Link>, answered: &mut b
                 *answered = true;
                 core.answered(link, response);
             }
-            Some(Err(status)) => return Error::from_status(status),
+            Some(Err(status)) => return Error::from_status(&address, status),
             None => return Error::unreachable(format!("the broker at {address} ended the stream")),
         }
     }
