@@ -269,7 +269,23 @@ impl<M: Machine> Replica<M> {
         {
             self.end(ended, &mut fx);
         }
+        self.settle_mark(&mut fx);
         fx
+    }
+
+    /// One state leaves a step, the newest: a mark that was noted before a vote, or before a cut was decided, would take
+    /// it back, as the file's last entry counts.
+    fn settle_mark(&self, fx: &mut Effects<M>) {
+        if self.ended {
+            return;
+        }
+        match &mut fx.hard_state {
+            Some((_, state)) => {
+                *state = self.hard_state();
+                fx.flushed = None;
+            }
+            None => fx.flushed = fx.flushed.map(|_| self.hard_state()),
+        }
     }
 
     /// Whether this replica has to be ticked: not while it is alone in its group and leads it.
