@@ -53,7 +53,10 @@ impl Log {
             if is_needed {
                 break;
             }
-            // The oldest first. Where a crash undoes some of it, opening goes on where the log is in one piece.
+            if removed == 0 && (self.dir_changed || self.flush_in_flight) {
+                // The segments that stay must not be lost by a power failure that these removals survive.
+                self.disk.sync_dir(&self.dir).map_err(StorageError::io("flush", &self.dir))?;
+            }
             self.remove_segment_files(segment.name)?;
             self.sealed.pop_front();
             removed += 1;
