@@ -25,7 +25,10 @@ use ledger::{Ledger, batch};
 use tokio::sync::oneshot;
 
 const ROUNDS: usize = 7;
-const RECORDS: usize = 2_000;
+/// A round takes turns this often...
+const TURNS: usize = 40;
+/// ...with this many records each, so that all meet the same weather.
+const RECORDS: usize = 50;
 
 fn percentile(sorted: &[Duration], of: f64) -> f64 {
     sorted[((sorted.len() - 1) as f64 * of) as usize].as_secs_f64() * 1e6
@@ -258,8 +261,14 @@ fn main() {
     println!("one record of 1000 B at a time, us: p50 / p99 per round");
     let mut ratios = Vec::new();
     for _ in 0..ROUNDS {
-        let rounds = [skeleton.round(), inline.round(), pool.round(), relaxed.round()];
-        let [skeleton, inline, pool, relaxed] = rounds.map(|mut times| {
+        let mut times: [Vec<Duration>; 4] = Default::default();
+        for _ in 0..TURNS {
+            times[0].extend(skeleton.round());
+            times[1].extend(inline.round());
+            times[2].extend(pool.round());
+            times[3].extend(relaxed.round());
+        }
+        let [skeleton, inline, pool, relaxed] = times.map(|mut times| {
             times.sort_unstable();
             (percentile(&times, 0.5), percentile(&times, 0.99))
         });

@@ -275,6 +275,8 @@ fn coordinators_see_what_is_in_flight_and_answer_when_it_is_committed() {
     assert_eq!(answered(ask(&mut shell, 0)), Ok(12), "nothing in flight: at once");
 
     // What the machine has and the log may yet lose is in no checkpoint.
+    assert_eq!(answered(ask(&mut shell, 1)), Ok(13));
+    assert_eq!(answered(ask(&mut shell, -1)), Ok(12));
     shell.holds_flushes = true;
     shell.holds_checkpoints = true;
     let in_flight = ask(&mut shell, 100);
@@ -406,4 +408,21 @@ fn a_panic_of_the_raft_crate_ends_the_replica_and_it_opens_again() {
         Shell::open(&place.disk, &place.dir, LogConfig::default(), hard_state, Ledger::default(), config(1)).unwrap();
     shell.step([Event::Campaign]);
     assert_eq!(answered(shell.produce(batch(1, 0, 1, 10), Acks::Quorum)).unwrap().base_offset, Offset::new(1));
+}
+
+#[test]
+fn messages_for_another_replica_or_of_an_impossible_term_are_dropped() {
+    let place = place();
+    let mut shell = place.leader();
+    let before = shell.replica.status();
+    let this = config(1).replica;
+    for (to, term) in [(flowstone_protocol::ReplicaId::new(9), before.term.get() + 1), (this, i32::MAX as u64 + 1)] {
+        shell.step([Event::Peer(PeerMessage {
+            from: flowstone_protocol::ReplicaId::new(2),
+            to,
+            term: term.into(),
+            body: PeerBody::Heartbeat { commit: 0.into() },
+        })]);
+        assert_eq!(shell.replica.status(), before);
+    }
 }

@@ -287,6 +287,23 @@ fn relaxed_flushes_in_the_background() {
     }
 }
 
+#[test]
+fn a_closed_relaxed_replica_is_flushed_and_says_so() {
+    let temporary = tempfile::tempdir().unwrap();
+    let config =
+        ShardsConfig { shards: 1, relaxed_flush_within: Duration::from_secs(3_600), ..ShardsConfig::default() };
+    let Broker { shards, data_dir } = start(temporary.path(), config);
+    let mut relaxed = spec(&data_dir, 1);
+    relaxed.flush = FlushMode::Relaxed;
+    let handle = wait(ask(|opened| shards.open(relaxed, Ledger::default(), opened))).unwrap();
+    ready(&handle);
+    wait(produce(&handle, 1, 0, Acks::Quorum)).unwrap();
+    wait(ask(|closed| shards.close(tp(1), false, closed)));
+    shards.shutdown();
+    drop(data_dir);
+    assert_eq!(flushed(temporary.path(), 1), Some(3), "creation, no-op, one batch");
+}
+
 /// Waits for a condition; the test's own time limit is the runner's.
 fn until(condition: impl Fn() -> bool) {
     while !condition() {

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use bytes::Bytes;
 use flowstone_protocol::batch::split_batches;
 use flowstone_protocol::{BatchHeader, Offset, ReplicaId, Term, Timestamp};
-use flowstone_replication::{Acks, Event, LogConfig, PeerMessage, Produced, Role};
+use flowstone_replication::{Acks, Event, LogConfig, PeerBody, PeerMessage, Produced, Role};
 use flowstone_storage::sim_disk::Crash;
 use flowstone_storage::{HardState, SimDisk};
 use ledger::{Ledger, batch};
@@ -116,7 +116,7 @@ impl Group {
         assert!(node.shell.ended.is_none(), "replica {} ended: {:?}", node.id, node.shell.ended);
         let status = node.shell.replica.status();
         self.seen.truncations += u64::from(status.end_offset < end);
-        if status.role == Role::Leader {
+        if matches!(status.role, Role::Leader | Role::Elected) {
             let leader = *self.led_by.entry(status.term).or_insert(node.id);
             assert_eq!(leader, node.id, "two leaders in term {}", status.term);
         }
@@ -230,11 +230,29 @@ fn open_again(node: &mut Node, random: &mut Random) -> flowstone_storage::Log {
     flowstone_storage::Log::open(node.disk.shared(), &node.dir, config, flushed, Timestamp::new(0)).expect("it opens")
 }
 
-fn run(seed: u64) -> Seen {
+/// `stormy`: elections all the time, crashes right after votes, next to no writing.
+fn run(seed: u64, stormy: bool) -> Seen {
     let mut group = Group::new(seed);
     for _ in 0..STEPS {
         let at = group.random.below(3) as usize;
-        match group.random.below(100) {
+        let what = group.random.below(100);
+        if stormy {
+            match what {
+                0..20 => group.step(at, Event::Tick),
+                20..60 => group.deliver(),
+                60..90 => group.work(at),
+                90..92 => group.crash(at),
+                92..95 => {
+                    if let Some(leader) = group.leader() {
+                        group.write(leader);
+                    }
+                }
+                _ => {}
+            }
+            group.collect();
+            continue;
+        }
+        match what {
             0..12 => group.step(at, Event::Tick),
             12..50 => group.deliver(),
             50..80 => group.work(at),
@@ -304,7 +322,7 @@ fn run(seed: u64) -> Seen {
 fn a_group_of_three_goes_through_the_same_step() {
     let mut all = Seen::default();
     for seed in 0..25 {
-        let seen = run(seed);
+        let seen = run(seed, false);
         all.acknowledged += seen.acknowledged;
         all.leaders += seen.leaders;
         all.crashes += seen.crashes;
@@ -312,4 +330,42 @@ fn a_group_of_three_goes_through_the_same_step() {
     }
     println!("{all:?}");
     assert!(all.acknowledged > 1_000 && all.leaders > 50 && all.crashes > 200 && all.truncations > 10, "{all:?}");
+}
+
+#[test]
+fn votes_survive_whatever_comes_right_after_them() {
+    let seen: Vec<_> = (0..25).map(|seed| run(seed, true)).collect();
+    let leaders: u64 = seen.iter().map(|seen| seen.leaders).sum();
+    let crashes: u64 = seen.iter().map(|seen| seen.crashes).sum();
+    println!("{leaders} leaders, {crashes} crashes");
+    assert!(leaders > 300 && crashes > 2_000, "{leaders} leaders, {crashes} crashes");
+}
+
+#[test]
+fn a_vote_is_told_when_it_is_flushed_and_only_once_in_a_term() {
+    let mut group = Group::new(1);
+    let ask = |from: u64| PeerMessage {
+        from: ReplicaId::new(from),
+        to: ReplicaId::new(VOTERS[0]),
+        term: Term::new(5),
+        body: PeerBody::Vote {
+            pre: false,
+            last_index: 9.into(),
+            last_term: Term::new(4),
+            commit: 1.into(),
+            commit_term: Term::new(1),
+            transfer: false,
+        },
+    };
+    group.step(0, Event::Peer(ask(VOTERS[1])));
+    assert!(group.on_the_way.is_empty(), "a crash now would forget it");
+    let event = group.nodes[0].shell.run_hard_state().expect("the vote is to be flushed");
+    group.step(0, event);
+    let told = group.on_the_way.pop().expect("flushed, it is told");
+    assert!(matches!(told.body, PeerBody::VoteResponse { pre: false, reject: false, .. }), "{told:?}");
+
+    group.crash(0);
+    group.step(0, Event::Peer(ask(VOTERS[2])));
+    let told = group.on_the_way.pop().expect("nothing new to flush");
+    assert!(matches!(told.body, PeerBody::VoteResponse { reject: true, .. }), "{told:?}");
 }
