@@ -10,6 +10,17 @@ use crate::pb;
 
 pub use crate::pb::ErrorCode;
 
+/// Bytes of a message in a status. On the wire it is there twice, once with up to three bytes for each and once in
+/// base64, names beside it: together below 12 KiB, and peers take 16 KiB of headers and more.
+pub const STATUS_MESSAGE_BYTES_MAX: usize = 2 << 10;
+/// Bytes of a name or an address in a status: more than a valid one has.
+pub const STATUS_NAME_BYTES_MAX: usize = 512;
+/// Stands for what was cut.
+const CUT_MARK: &str = "...";
+
+const _: () =
+    assert!(STATUS_MESSAGE_BYTES_MAX * 3 + (STATUS_MESSAGE_BYTES_MAX + 2 * STATUS_NAME_BYTES_MAX) * 4 / 3 < 12 << 10);
+
 /// What a caller may do about an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ErrorKind {
@@ -226,8 +237,19 @@ impl Error {
     }
 
     /// Its form as the end of a call: the status code that fits, the message, and the detail.
+    ///
+    /// A status travels in HTTP/2 headers, and peers end the whole connection over headers that are too large: texts
+    /// longer than [`STATUS_MESSAGE_BYTES_MAX`] and [`STATUS_NAME_BYTES_MAX`] are cut, as those may be that quote what a
+    /// caller sent.
     pub fn to_status(&self) -> Status {
-        Status::with_details(self.code.status_code(), self.message.clone(), self.to_detail().encode_to_vec().into())
+        let mut detail = self.to_detail();
+        cut(&mut detail.message, STATUS_MESSAGE_BYTES_MAX);
+        cut(&mut detail.topic, STATUS_NAME_BYTES_MAX);
+        if let Some(hint) = &mut detail.leader_hint {
+            cut(&mut hint.address, STATUS_NAME_BYTES_MAX);
+        }
+        let message = detail.message.clone();
+        Status::with_details(self.code.status_code(), message, detail.encode_to_vec().into())
     }
 
     /// From the end of a call; `None` where the status has no detail of ours (gRPC's own failures, a proxy's).
@@ -236,6 +258,14 @@ impl Error {
             return None;
         }
         pb::ErrorDetail::decode(status.details()).ok().map(|detail| Self::from_detail(&detail))
+    }
+}
+
+/// Shortens a text that is longer than `bytes_max`, at the end of a character, and says so by [`CUT_MARK`].
+fn cut(text: &mut String, bytes_max: usize) {
+    if text.len() > bytes_max {
+        text.truncate(text.floor_char_boundary(bytes_max - CUT_MARK.len()));
+        text.push_str(CUT_MARK);
     }
 }
 
@@ -288,6 +318,25 @@ mod tests {
                 assert_eq!(Error::from_status(&status), Some(error));
             }
         }
+    }
+
+    #[test]
+    fn a_status_fits_into_headers_whatever_it_quotes() {
+        for text in ["x", "ü", "\u{10ffff}", "\n"] {
+            let long = text.repeat(20_000);
+            let error = Error::new(ErrorCode::InvalidConfig, long.clone())
+                .with_topic(long.clone())
+                .with_leader(BrokerId::new(1), long);
+            let mut headers = tonic::codegen::http::HeaderMap::new();
+            error.to_status().add_header(&mut headers).expect("valid headers");
+            let bytes: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum();
+            assert!(bytes < 12 << 10, "{bytes} bytes of headers");
+            let told = Error::from_status(&error.to_status()).expect("one of ours");
+            assert_eq!(told.code, ErrorCode::InvalidConfig);
+            assert!(told.message.ends_with(CUT_MARK) && told.message.starts_with(text), "{}", told.message);
+        }
+        let short = Error::new(ErrorCode::InvalidConfig, "x".repeat(STATUS_MESSAGE_BYTES_MAX));
+        assert_eq!(Error::from_status(&short.to_status()), Some(short));
     }
 
     #[test]
