@@ -238,6 +238,8 @@ pub struct Log {
     pub(crate) cut_during_flush: Option<RaftIndex>,
     /// Bytes promised by `reserve` and not appended yet.
     pub(crate) reserved_bytes: u64,
+    /// Whether the last attempt to begin a new segment failed; it is told once.
+    pub(crate) is_roll_overdue: bool,
     /// The first failed write or flush.
     pub(crate) poison: Option<String>,
 }
@@ -475,7 +477,9 @@ impl Log {
     fn reserve_leaving(&mut self, bytes: usize, room_kept: u64) -> Result<(), StorageError> {
         self.check_writable()?;
         let reserved = self.reserved_bytes + bytes as u64;
-        let too_long = self.active.end + reserved > self.segment_bytes();
+        let too_long = self.active.end + reserved > self.segment_bytes()
+            || self.active.slots.len() >= self.config.segment_batches_max as usize
+            || self.end_offset.get() - self.active.name.base_offset.get() >= SEGMENT_OFFSETS_MAX as i64;
         if !self.active.slots.is_empty() && too_long {
             // Now, where a failure hurts nobody, rather than in the append.
             self.roll(0).map_err(|error| self.as_disk_full(error, reserved))?;
@@ -504,8 +508,12 @@ impl Log {
         }
         // More than needed, so that this is rare; as much as the segment holds already, so that a small log stays small.
         let spare = need_to.clamp(ZERO_AHEAD_BYTES_MIN, ALLOCATE_BYTES_MAX);
-        let generous = (need_to + spare).min(self.segment_bytes().max(need_to));
         let from = self.active.allocated_to.max(self.active.zeroed_to);
+        // The spare part is a favour, and leaves alone what is kept.
+        let generous = (need_to + spare)
+            .min(self.segment_bytes())
+            .min(from.saturating_add(available - room_kept.min(available)))
+            .max(need_to);
         for target in [generous, need_to] {
             if target <= from {
                 self.active.allocated_to = from;
@@ -593,7 +601,7 @@ impl Log {
     fn write_stamped(&mut self, stamped: Vec<Stamped>, now: Timestamp) -> Result<(), StorageError> {
         let mut bytes_left: u64 = stamped.iter().map(|next| next.batch.len() as u64).sum();
         if !stamped.is_empty() && self.is_old(now) {
-            self.roll(bytes_left)?;
+            self.roll_unless_it_fails(bytes_left)?;
         }
         let mut run = Vec::with_capacity(stamped.len());
         let mut run_bytes = 0;
@@ -607,7 +615,11 @@ impl Log {
             if full && slots > 0 {
                 self.write_run(std::mem::take(&mut run), run_bytes, now)?;
                 run_bytes = 0;
-                self.roll(bytes_left)?;
+                if self.active.end + bytes > LogConfig::SEGMENT_BYTES_MAX || offsets as u64 >= SEGMENT_OFFSETS_MAX {
+                    self.roll(bytes_left)?;
+                } else {
+                    self.roll_unless_it_fails(bytes_left)?;
+                }
             }
             bytes_left -= bytes;
             run_bytes += bytes;
@@ -683,28 +695,45 @@ impl Log {
         wanted
     }
 
-    fn is_old(&self, now: Timestamp) -> bool {
-        match (self.config.segment_age, self.active.born) {
-            (Some(age), Some(born)) => !self.active.slots.is_empty() && born.after(age) <= now,
-            _ => false,
-        }
+    fn is_old(&mut self, now: Timestamp) -> bool {
+        let Some(born) = &mut self.active.born else { return false };
+        // A clock that was ahead and is right again would keep the segment open for as long as it was ahead.
+        *born = (*born).min(now);
+        let born = *born;
+        self.config.segment_age.is_some_and(|age| !self.active.slots.is_empty() && born.after(age) <= now)
     }
 
     // ---- segments ----
 
     /// Closes the active segment if it is older than [`LogConfig::segment_age`], so that retention can come to it
-    /// although nothing is appended. Returns whether it did. A failure changes nothing, and poisons nothing.
+    /// although nothing is appended. Returns whether it did; where it could not (a full disk), it is tried again the
+    /// next time.
     pub fn roll_if_due(&mut self, now: Timestamp) -> Result<bool, StorageError> {
         self.check_writable()?;
-        let due = self.is_old(now);
-        if due {
-            self.roll(0)?;
+        if !self.is_old(now) {
+            return Ok(false);
         }
-        Ok(due)
+        self.roll_unless_it_fails(0)
+    }
+
+    /// Rolls where the old segment can be used on as well; whether it did. Fails only where a failure poisoned the log.
+    fn roll_unless_it_fails(&mut self, bytes: u64) -> Result<bool, StorageError> {
+        let Err(error) = self.roll(bytes) else {
+            self.is_roll_overdue = false;
+            return Ok(true);
+        };
+        if self.is_poisoned() {
+            return Err(error);
+        }
+        if !std::mem::replace(&mut self.is_roll_overdue, true) {
+            let segment = self.active.name.log_path(&self.dir);
+            tracing::warn!(path = %segment.display(), %error, "cannot begin a new segment: the old one grows on");
+        }
+        Ok(false)
     }
 
     /// Begins a new segment behind the active one, and moves the room for `bytes` over, which may have been reserved in
-    /// the old one. A failure leaves the log as it was.
+    /// the old one. A failure leaves the log as it was, or poisons it where a file may be left that says otherwise.
     fn roll(&mut self, bytes: u64) -> Result<(), StorageError> {
         if self.active.zeroed_to > self.active.end || self.active.allocated_to > self.active.end {
             let path = self.active.name.log_path(&self.dir);
@@ -743,14 +772,16 @@ impl Log {
     }
 
     /// An empty segment. A file of this name is what a failed attempt left: no entry of this log is in it.
-    fn create_segment(&self, name: SegmentName) -> Result<Active, StorageError> {
+    fn create_segment(&mut self, name: SegmentName) -> Result<Active, StorageError> {
         let path = name.log_path(&self.dir);
         self.remove_segment_files(name)?;
         let log = match self.disk.open(&path, OpenMode::CreateNew) {
             Ok(log) => log,
             Err(error) => {
-                // Whether it was made or not, it must not be found next to batches of its own in the active segment.
-                self.remove_segment_files(name)?;
+                // Whether it was made or not, it must not be found next to batches of its own in the active segment:
+                // not now, and not after a power failure that kept its making and lost its removal.
+                self.dir_changed = true;
+                self.remove_segment_files(name).map_err(|error| self.poisoned_by(error))?;
                 return Err(StorageError::io("create", &path)(error));
             }
         };

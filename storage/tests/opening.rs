@@ -1,0 +1,133 @@
+//! What opening must make durable, and what a segment's bytes must agree with: rows that random operations come to only
+//! now and then.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use flowstone_protocol::control::{CONTROL_FORMAT_VERSION, encode_control};
+use flowstone_protocol::{
+    Compression, ControlType, Offset, PartitionId, RaftIndex, RecordBatchBuilder, ReplicaId, Term, Timestamp, TopicId,
+    TopicPartition,
+};
+use flowstone_storage::sim_disk::Crash;
+use flowstone_storage::{Disk, EntryBody, Log, LogConfig, LogEntry, OpenError, ReplicaIdentity, SimDisk, StorageError};
+
+const DIR: &str = "/data/replica";
+const NOW: Timestamp = Timestamp::new(1_700_000_000_000);
+
+fn config() -> LogConfig {
+    LogConfig { segment_bytes: 2_000, room_kept_bytes: 0, ..LogConfig::default() }
+}
+
+fn open(disk: &Arc<dyn Disk>, flushed: u64) -> Result<Log, OpenError> {
+    Log::open(Arc::clone(disk), Path::new(DIR), config(), RaftIndex::new(flushed), NOW)
+}
+
+fn batch(value: u8) -> Bytes {
+    let mut builder = RecordBatchBuilder::new(Compression::None);
+    builder.append(NOW, None, Some(&[value; 300]), []).expect("a small record");
+    builder.build()
+}
+
+fn append(log: &mut Log, value: u8) -> Result<(), StorageError> {
+    let body = EntryBody::Batch(batch(value));
+    let entry = LogEntry { index: log.last_index().next(), term: log.last_term(), body };
+    log.append(&[entry], NOW).map(|_| ())
+}
+
+fn create(disk: &Arc<dyn Disk>) -> Log {
+    let identity = ReplicaIdentity {
+        replica: ReplicaId::new(1),
+        topic_partition: TopicPartition::new(TopicId::new(1), PartitionId::new(0)),
+        feature_level: 1,
+    };
+    Log::create(disk, Path::new(DIR), identity, Bytes::new()).expect("a new log");
+    let mut log = open(disk, 1).expect("opens");
+    let no_op = EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() };
+    log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], NOW).expect("appended");
+    log
+}
+
+fn stored(log: &mut Log) -> Vec<Bytes> {
+    let (first, last) = (log.first_index().get(), log.last_index().get());
+    (first..=last).map(|index| log.stored_batch(RaftIndex::new(index)).expect("there")).collect()
+}
+
+/// A life that ends while it opens the log leaves the next one with a view that only the page cache has. That one must
+/// not build on it before it is durable.
+#[test]
+fn a_kill_in_the_middle_of_opening_and_a_power_failure_after_the_next_lose_nothing() {
+    let mut crashed_while_opening = 0;
+    for seed in 0..150 {
+        for operations in 0..8 {
+            let sim = SimDisk::new(seed);
+            let disk = sim.shared();
+            let mut log = create(&disk);
+            // Two segments, and a third of which nothing was flushed.
+            for value in 0..4 {
+                append(&mut log, value).expect("appended");
+            }
+            log.flush().expect("flushed");
+            let flushed = log.last_index().get();
+            for value in 10..19 {
+                append(&mut log, value).expect("appended");
+            }
+            drop(log);
+            sim.restart(Crash::Power);
+            // Some of it is gone, torn or stale: opening cuts and removes, and is killed at it.
+            sim.crash_after(operations);
+            crashed_while_opening += u64::from(open(&disk, flushed).is_err());
+            sim.restart(Crash::Process);
+            let mut log = open(&disk, flushed).expect("opens");
+            // What is appended now differs from what was there, and is flushed.
+            for value in 30..32 {
+                append(&mut log, value).expect("appended");
+            }
+            log.flush().expect("flushed");
+            let (expected, last) = (stored(&mut log), log.last_index().get());
+            drop(log);
+            sim.restart(Crash::Power);
+            let mut log = open(&disk, last).unwrap_or_else(|error| panic!("seed {seed}, {operations}: {error}"));
+            assert_eq!(stored(&mut log), expected, "seed {seed}, killed after {operations} operations");
+        }
+    }
+    assert!(crashed_while_opening > 300, "{crashed_while_opening}");
+}
+
+#[test]
+fn a_control_batch_of_another_entry_is_none_of_this_log() {
+    let sim = SimDisk::new(1);
+    let disk = sim.shared();
+    let log = create(&disk);
+    log.close().expect("closes");
+    let path = Path::new(DIR).join("00000000000000000000-00000000000000000002.log");
+    let whole = sim.bytes(&path).expect("there");
+    for (term, index, offset, last) in [(2, 3, 1, 3), (2, 4, 1, 2), (2, 3, 2, 2), (3, 3, 1, 2)] {
+        let (term, index, offset) = (Term::new(term), RaftIndex::new(index), Offset::new(offset));
+        let control = encode_control(ControlType::ProducerExpiry, term, index, offset, &[], CONTROL_FORMAT_VERSION);
+        sim.set_bytes(&path, [&whole[..], &control].concat());
+        let log = open(&disk, 2).expect("opens");
+        assert_eq!(log.last_index().get(), last, "term {term}, entry {index}, offset {offset}");
+    }
+}
+
+#[test]
+fn the_room_that_is_kept_is_kept() {
+    let sim = SimDisk::new(1);
+    let disk = sim.shared();
+    let mut log = create(&disk);
+    let kept = 50_000;
+    log.set_config(LogConfig { segment_bytes: 1 << 20, room_kept_bytes: kept, ..config() });
+    sim.set_bytes_max(Some(sim.used_bytes() + 200_000));
+    let mut reserved = 0;
+    while log.reserve(1_000).is_ok() {
+        append(&mut log, 1).expect("what was reserved has room");
+        reserved += 1;
+    }
+    let available = disk.available_bytes(Path::new(DIR)).expect("known");
+    // Index blocks are written without asking: 4 KiB for every 127 batches.
+    let index_bytes = reserved / 127 * 4_096;
+    assert!(reserved > 100 && available + index_bytes >= kept, "{reserved} reserved, {available} left");
+    log.reserve_privileged(20_000).expect("this may use it");
+}
