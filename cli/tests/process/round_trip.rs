@@ -3,7 +3,7 @@
 use crate::daemon::Daemon;
 use crate::running::Running;
 use rustix::process::{Signal, kill_process};
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use tempfile::TempDir;
 
@@ -217,10 +217,8 @@ fn what_comes_later_is_printed_at_once_and_a_closed_stdout_ends_it_quietly() {
     produce.end().ok();
     // Nothing more comes, and still it notices.
     drop(lines);
-    let mut stderr = String::new();
-    let status = consume.child.wait().expect("it is our child");
-    consume.child.stderr.take().expect("stderr is piped").read_to_string(&mut stderr).expect("text");
-    assert_eq!((status.code(), stderr.as_str()), (Some(0), ""));
+    let ended = consume.end();
+    assert_eq!((ended.status.code(), ended.stderr.as_str()), (Some(0), ""));
     // And so does one that has much to print.
     broker.feed(&["produce", "t"], &b"line\n".repeat(50_000)).ok();
     let mut shell = std::process::Command::new("sh");

@@ -1,5 +1,6 @@
 //! Runs `flowstone` commands to their end.
 
+use rustix::process::{Signal, kill_process};
 use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -8,7 +9,7 @@ use std::thread;
 use std::time::Duration;
 
 /// Far beyond what any command here takes: a hang becomes a failure that names the command, whatever the machine.
-const HANG: Duration = Duration::from_secs(120);
+const HANG: Duration = Duration::from_secs(180);
 
 /// The binary under test.
 pub(crate) const FLOWSTONE: &str = env!("CARGO_BIN_EXE_flowstone");
@@ -59,6 +60,8 @@ impl Ended {
 pub(crate) struct Running {
     what: String,
     pub(crate) child: Child,
+    /// Gone with the command; a command that is there for too long is killed, so that whoever reads from it goes on.
+    _watched: mpsc::Sender<()>,
 }
 
 impl Running {
@@ -79,7 +82,14 @@ impl Running {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("{what}: {error}"));
-        Running { what, child }
+        let pid = rustix::process::Pid::from_child(&child);
+        let (watched, ended) = mpsc::channel::<()>();
+        thread::spawn(move || {
+            if ended.recv_timeout(HANG) == Err(mpsc::RecvTimeoutError::Timeout) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
+        });
+        Running { what, child, _watched: watched }
     }
 
     /// Its process id, for signals.
