@@ -2,7 +2,8 @@
 //!
 //! `cargo run --release -p flowstone-client --example throughput --features testkit -- [RECORDS] [SIZE] [PARTITIONS]`
 //!
-//! With `FLOWSTONE_SERVER=HOST:PORT` set, against that broker instead; its topic `throughput` is made anew.
+//! With `FLOWSTONE_SERVER=HOST:PORT` set, against that broker instead, and with the client on one thread; its topic
+//! `throughput` is made anew.
 
 #![allow(clippy::print_stdout, reason = "a program talks on stdout")]
 
@@ -13,8 +14,16 @@ use flowstone_client::{Client, ErrorCode, NewTopic, Record, StopAt};
 
 type AnyError = Box<dyn std::error::Error>;
 
-#[tokio::main]
-async fn main() -> Result<(), AnyError> {
+fn main() -> Result<(), AnyError> {
+    // One thread wakes nobody up; two are for the broker that shares them.
+    let mut runtime = match std::env::var_os("FLOWSTONE_SERVER") {
+        Some(_) => tokio::runtime::Builder::new_current_thread(),
+        None => tokio::runtime::Builder::new_multi_thread(),
+    };
+    runtime.enable_all().build()?.block_on(measure())
+}
+
+async fn measure() -> Result<(), AnyError> {
     let number = |place: usize, or: usize| std::env::args().nth(place).map_or(Ok(or), |text| text.parse());
     let (records, size, partitions) = (number(1, 2_000_000)?, number(2, 100)?, number(3, 8)?);
     let broker = match std::env::var("FLOWSTONE_SERVER") {
