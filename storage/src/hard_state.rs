@@ -251,6 +251,11 @@ impl HardStateFile {
         self.states.get(&replica).copied()
     }
 
+    /// The newest state of every replica.
+    pub fn states(&self) -> impl Iterator<Item = (ReplicaId, HardState)> {
+        self.states.iter().map(|(replica, state)| (*replica, *state))
+    }
+
     /// Forgets a replica that is gone; its id is never used again.
     pub fn forget(&mut self, replica: ReplicaId) {
         self.states.remove(&replica);
