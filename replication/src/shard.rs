@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use flowstone_protocol::{Error, ErrorCode, Offset, RaftIndex, Term, Timestamp, TopicPartition};
+use flowstone_protocol::{Error, ErrorCode, Offset, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
 use flowstone_storage::{CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError, RetentionConfig};
 
@@ -35,7 +35,7 @@ use crate::opening::{OpenJob, Opened, close_log, mark_running, mark_stopped};
 use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
 use crate::request::{FlushMode, Health, ReadAnswer, ReplicaSpec, ReplicaStatus, Role};
-use crate::stripe::Stripe;
+use crate::stripe::{Stripe, Waiter, Written};
 
 /// The leader's clock.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
@@ -286,16 +286,48 @@ impl<M: Machine> Drop for Shards<M> {
 /// What arrives at a shard.
 #[derive(Debug)]
 pub(crate) enum Message<M: Machine> {
-    Event { slot: SlotKey, event: Event<M> },
-    Open { spec: Box<ReplicaSpec>, machine: M, opened: Reply<Result<ReplicaHandle<M>, Error>> },
-    Close { tp: TopicPartition, delete_files: bool, closed: Reply<()> },
-    Opened { slot: SlotKey, outcome: Opened<M> },
-    Flushed { slot: SlotKey, done: FlushDone, took: Duration },
-    CheckpointWritten { slot: SlotKey, done: CheckpointDone },
-    Removed { slot: SlotKey },
-    HardStatesFlushed { stripe: u32, done: HardStateFlushDone },
-    LogClosed { slot: SlotKey, flushed: Option<RaftIndex> },
-    Shutdown { done: mpsc::Sender<bool> },
+    Event {
+        slot: SlotKey,
+        event: Event<M>,
+    },
+    Open {
+        spec: Box<ReplicaSpec>,
+        machine: M,
+        opened: Reply<Result<ReplicaHandle<M>, Error>>,
+    },
+    Close {
+        tp: TopicPartition,
+        delete_files: bool,
+        closed: Reply<()>,
+    },
+    Opened {
+        slot: SlotKey,
+        outcome: Opened<M>,
+    },
+    Flushed {
+        slot: SlotKey,
+        done: FlushDone,
+        took: Duration,
+    },
+    CheckpointWritten {
+        slot: SlotKey,
+        done: CheckpointDone,
+    },
+    Removed {
+        slot: SlotKey,
+    },
+    HardStatesFlushed {
+        stripe: u32,
+        done: HardStateFlushDone,
+    },
+    /// With what it says from now on; `None` where its log could not be closed cleanly.
+    LogClosed {
+        slot: SlotKey,
+        says: Option<HardState>,
+    },
+    Shutdown {
+        done: mpsc::Sender<bool>,
+    },
 }
 
 impl<M: Machine> Message<M> {
@@ -358,8 +390,6 @@ struct Slot<M: Machine> {
     awaits_room: bool,
     /// Flushes, checkpoints, openings that were handed out and are not reported back.
     jobs: u32,
-    /// Term, vote and flushed index as they were last written to the stripe.
-    hard_state: Option<HardState>,
     /// What readers were told last: it does not go back while the replica is opened anew.
     shown: ReplicaStatus,
     /// Ends since it last recovered.
@@ -467,8 +497,7 @@ impl<M: Machine> Shard<M> {
                 self.take(message);
             }
             self.on_time(now);
-            self.step_touched();
-            self.write_hard_states(now);
+            self.settle(now);
             self.hand_out_flushes();
             if self.stopping.is_some() && self.try_finish() {
                 return;
@@ -492,7 +521,7 @@ impl<M: Machine> Shard<M> {
             Message::CheckpointWritten { slot, done } => self.report(slot, Event::CheckpointWritten(done)),
             Message::Removed { slot } => self.on_removed(slot),
             Message::HardStatesFlushed { stripe, done } => self.on_hard_states_flushed(stripe, done),
-            Message::LogClosed { slot, flushed } => self.on_log_closed(slot, flushed),
+            Message::LogClosed { slot, says } => self.on_log_closed(slot, says),
             Message::Shutdown { done } => self.on_shutdown(done),
         }
     }
@@ -548,6 +577,9 @@ impl<M: Machine> Shard<M> {
         if matches!(slot.state, State::Running(_)) {
             slot.events.push(event);
             self.touch(key.index);
+        } else {
+            // It may have been the last thing that a closing waited for.
+            self.close_if_idle(key.index);
         }
     }
 
@@ -570,8 +602,6 @@ impl<M: Machine> Shard<M> {
             return;
         }
         let tp = spec.tp;
-        let stripe = &self.stripes[&self.data_dir.stripe_of(tp)];
-        let hard_state = stripe.found(spec.replica);
         let slot = Slot {
             life: 0,
             spec,
@@ -582,7 +612,6 @@ impl<M: Machine> Shard<M> {
             awaits_flush: false,
             awaits_room: false,
             jobs: 0,
-            hard_state,
             shown: ReplicaStatus {
                 role: Role::Opening,
                 term: Term::new(0),
@@ -616,6 +645,11 @@ impl<M: Machine> Shard<M> {
     /// Opens it on the pool, recovery included.
     fn open_slot(&mut self, index: u32, machine: M) {
         let key = self.key(index);
+        // Its file may have failed under its neighbours: nothing put into that would ever be durable.
+        if let Err(message) = self.reopen_stripe(self.data_dir.stripe_of(self.slots[index as usize].spec.tp)) {
+            self.on_opened_outcome(key, Opened::Failed { machine, message });
+            return;
+        }
         let slot = &mut self.slots[index as usize];
         let stripe = &self.stripes[&self.data_dir.stripe_of(slot.spec.tp)];
         if let Some(message) = stripe.rotten() {
@@ -627,7 +661,7 @@ impl<M: Machine> Shard<M> {
         let job = OpenJob {
             disk: Arc::clone(&self.disk),
             spec: slot.spec.clone(),
-            hard_state: slot.hard_state,
+            hard_state: stripe.state(slot.spec.replica),
             config: ReplicaConfig {
                 tp: slot.spec.tp,
                 replica: slot.spec.replica,
@@ -660,9 +694,6 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[key.index as usize];
         match outcome {
             Opened::Replica(replica) => {
-                if slot.hard_state.is_none() {
-                    slot.hard_state = Some(replica.hard_state());
-                }
                 let alone = replica.is_only_voter();
                 slot.state = State::Running(replica);
                 slot.running_since = Instant::now();
@@ -762,11 +793,13 @@ impl<M: Machine> Shard<M> {
             self.answers.append(&mut fx.answers);
             self.pools.work.submit(Box::new(move || {
                 let _guard = StopTheProcess;
-                drop(port.inbox.report(Message::LogClosed { slot: key, flushed: close_log(replica.into_log()) }));
+                let says = replica.hard_state();
+                let says = close_log(replica.into_log()).map(|flushed| HardState { flushed, ..says });
+                drop(port.inbox.report(Message::LogClosed { slot: key, says }));
             }));
         } else {
             drop(state);
-            drop(port.inbox.report(Message::LogClosed { slot: key, flushed: None }));
+            drop(port.inbox.report(Message::LogClosed { slot: key, says: None }));
         }
     }
 
@@ -774,25 +807,25 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[key.index as usize];
         slot.jobs -= 1;
         let (tp, replica) = (slot.spec.tp, slot.spec.replica);
-        if let Some(stripe) = self.stripes.get_mut(&self.data_dir.stripe_of(tp)) {
-            stripe.forget(replica);
+        self.stripe_mut(tp).forget(replica);
+        self.free_slot(key.index);
+    }
+
+    fn on_log_closed(&mut self, key: SlotKey, says: Option<HardState>) {
+        let slot = &mut self.slots[key.index as usize];
+        slot.jobs -= 1;
+        match says {
+            None => self.unclean = true,
+            Some(says) => {
+                let (tp, replica) = (slot.spec.tp, slot.spec.replica);
+                self.stripe_mut(tp).mark(replica, says, Instant::now());
+            }
         }
         self.free_slot(key.index);
     }
 
-    fn on_log_closed(&mut self, key: SlotKey, flushed: Option<RaftIndex>) {
-        let slot = &mut self.slots[key.index as usize];
-        slot.jobs -= 1;
-        self.unclean |= flushed.is_none();
-        if let (Some(flushed), Some(hard_state)) = (flushed, &mut slot.hard_state) {
-            hard_state.flushed = flushed;
-            let (replica, state) = (slot.spec.replica, *hard_state);
-            if let Some(stripe) = self.stripes.get_mut(&self.data_dir.stripe_of(slot.spec.tp)) {
-                stripe.mark(replica, state, Instant::now());
-                stripe.remember(replica, state);
-            }
-        }
-        self.free_slot(key.index);
+    fn stripe_mut(&mut self, tp: TopicPartition) -> &mut Stripe {
+        self.stripes.get_mut(&self.data_dir.stripe_of(tp)).expect("every shard has the stripes of its partitions")
     }
 
     fn free_slot(&mut self, index: u32) {
@@ -813,6 +846,17 @@ impl<M: Machine> Shard<M> {
         SlotKey { index, life: self.slots[index as usize].life }
     }
 
+    /// Steps what is touched and writes its hard states, until nothing is left to step.
+    fn settle(&mut self, now: Instant) {
+        loop {
+            self.step_touched();
+            self.write_hard_states(now);
+            if self.touched.is_empty() {
+                return;
+            }
+        }
+    }
+
     fn step_touched(&mut self) {
         if self.touched.is_empty() {
             return;
@@ -826,7 +870,10 @@ impl<M: Machine> Shard<M> {
     fn step(&mut self, index: u32, now: Timestamp) {
         let slot = &mut self.slots[index as usize];
         slot.touched = false;
-        let State::Running(replica) = &mut slot.state else { return };
+        let State::Running(replica) = &mut slot.state else {
+            self.close_if_idle(index);
+            return;
+        };
         let closing = slot.closing.is_some();
         let mut events = std::mem::take(&mut slot.events);
         let fx = replica.step(events.drain(..), now);
@@ -866,11 +913,9 @@ impl<M: Machine> Shard<M> {
                 .expect("every shard has the stripes of its partitions");
             if let Some((number, state)) = hard_state {
                 stripe.put(key, number, replica, state);
-                slot.hard_state = Some(state);
             }
             if let Some(state) = flushed {
                 stripe.mark(replica, state, Instant::now());
-                slot.hard_state = Some(state);
             }
         }
         if let Some(order) = flush {
@@ -1025,9 +1070,9 @@ impl<M: Machine> Shard<M> {
         let ended = Instant::now();
         self.note_flush_time(ended - began);
         self.report(key, Event::Flushed(done));
-        self.step_touched();
+        // How far the log is flushed is written before anybody is told that it is.
+        self.settle(ended);
         self.send_answers();
-        self.write_hard_states(ended);
     }
 
     fn send_answers(&mut self) {
@@ -1038,20 +1083,24 @@ impl<M: Machine> Shard<M> {
 
     fn write_hard_states(&mut self, now: Instant) {
         let mut failed = Vec::new();
+        let mut durable = Vec::new();
         for (&number, stripe) in &mut self.stripes {
             let flush_marks = stripe.marked_since().is_some_and(|since| since + MARKS_FLUSHED_WITHIN <= now);
             match stripe.write(flush_marks) {
-                Ok(None) => {}
-                Ok(Some(job)) => {
-                    let port = Arc::clone(&self.port);
-                    self.pools.flush.submit(Box::new(move || {
-                        let _guard = StopTheProcess;
-                        drop(port.inbox.report(Message::HardStatesFlushed { stripe: number, done: job.run() }));
-                    }));
+                Ok(Written { flush, durable: mut waited }) => {
+                    durable.append(&mut waited);
+                    if let Some(job) = flush {
+                        let port = Arc::clone(&self.port);
+                        self.pools.flush.submit(Box::new(move || {
+                            let _guard = StopTheProcess;
+                            drop(port.inbox.report(Message::HardStatesFlushed { stripe: number, done: job.run() }));
+                        }));
+                    }
                 }
                 Err(error) => failed.push((number, error.to_string())),
             }
         }
+        self.tell_durable(durable);
         for (number, why) in failed {
             self.fail_stripe(number, &why);
         }
@@ -1060,18 +1109,20 @@ impl<M: Machine> Shard<M> {
     fn on_hard_states_flushed(&mut self, number: u32, done: HardStateFlushDone) {
         let Some(stripe) = self.stripes.get_mut(&number) else { return };
         match stripe.flushed(done) {
-            Ok(waited) => {
-                for (key, state) in waited {
-                    let Some(slot) = self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life) else {
-                        continue;
-                    };
-                    if matches!(slot.state, State::Running(_)) {
-                        slot.events.push(Event::HardStateFlushed(state));
-                        self.touch(key.index);
-                    }
-                }
-            }
+            Ok(waited) => self.tell_durable(waited),
             Err(error) => self.fail_stripe(number, &error.to_string()),
+        }
+    }
+
+    fn tell_durable(&mut self, waited: Vec<Waiter>) {
+        for (key, number) in waited {
+            let Some(slot) = self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life) else {
+                continue;
+            };
+            if matches!(slot.state, State::Running(_)) {
+                slot.events.push(Event::HardStateFlushed(number));
+                self.touch(key.index);
+            }
         }
     }
 
@@ -1194,14 +1245,6 @@ impl<M: Machine> Shard<M> {
                 self.timers.reopen.push(index);
                 continue;
             }
-            let number = self.data_dir.stripe_of(slot.spec.tp);
-            if let Err(message) = self.reopen_stripe(number) {
-                let slot = &mut self.slots[index as usize];
-                if let State::Failed { machine, .. } = std::mem::replace(&mut slot.state, State::Ending) {
-                    self.set_failed(index, machine, message);
-                }
-                continue;
-            }
             let slot = &mut self.slots[index as usize];
             if let State::Failed { machine, .. } = std::mem::replace(&mut slot.state, State::Opening) {
                 self.show(index);
@@ -1218,13 +1261,7 @@ impl<M: Machine> Shard<M> {
         if stripe.has_flush_in_flight() {
             return Err("a flush of the hard states is still in flight".to_owned());
         }
-        let known: Vec<_> = self
-            .slots
-            .iter()
-            .filter(|slot| !matches!(slot.state, State::Free) && self.data_dir.stripe_of(slot.spec.tp) == number)
-            .filter_map(|slot| Some((slot.spec.replica, slot.hard_state?)))
-            .collect();
-        stripe.reopen(&self.disk, &self.hard_state_dir, &known)
+        stripe.reopen(&self.disk, &self.hard_state_dir)
     }
 
     // ---- the end ---------------------------------------------------------------------------------------------------

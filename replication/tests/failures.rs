@@ -31,6 +31,12 @@ fn start(disk: &SimDisk) -> Broker {
 
 impl Broker {
     fn lead(&self, partition: i32) -> ReplicaHandle<Ledger> {
+        let handle = self.open(partition);
+        until(|| handle.status().is_ready());
+        handle
+    }
+
+    fn open(&self, partition: i32) -> ReplicaHandle<Ledger> {
         let tp = TopicPartition::new(TopicId::new(5), PartitionId::new(partition));
         let spec = ReplicaSpec {
             tp,
@@ -42,9 +48,7 @@ impl Broker {
             internal: false,
             max_message_bytes: 1 << 20,
         };
-        let handle = wait(ask(|opened| self.shards.open(spec, Ledger::default(), opened))).unwrap();
-        until(|| handle.status().is_ready());
-        handle
+        wait(ask(|opened| self.shards.open(spec, Ledger::default(), opened))).unwrap()
     }
 }
 
@@ -179,5 +183,51 @@ fn a_crash_of_the_power_keeps_what_was_acknowledged() {
         let _ = produce(&handles[0], 99_999);
         drop(broker);
         disk.restart(Crash::Power);
+    }
+}
+
+/// The first segment's file of a partition.
+fn segment(broker: &Broker, partition: i32) -> std::path::PathBuf {
+    let tp = TopicPartition::new(TopicId::new(5), PartitionId::new(partition));
+    let dir = broker.data_dir.replica_dir(tp);
+    let names = broker.data_dir.disk().read_dir(&dir).unwrap();
+    dir.join(names.iter().find(|name| name.ends_with(".log")).expect("there is a segment"))
+}
+
+#[test]
+fn a_replica_closed_after_it_failed_still_answers_for_what_it_acknowledged() {
+    let disk = SimDisk::new(8);
+    let broker = start(&disk);
+    let handle = broker.lead(1);
+    for sequence in 0..3 {
+        produce(&handle, sequence).unwrap();
+    }
+    disk.set_read_only(true);
+    produce(&handle, 3).unwrap_err();
+    wait(ask(|closed| broker.shards.close(handle.tp(), false, closed)));
+    disk.set_read_only(false);
+    // The last acknowledged batch is damaged: it is flushed, so this is no torn end that may be cut.
+    let path = segment(&broker, 1);
+    let bytes = disk.bytes(&path).unwrap();
+    let end = bytes.iter().rposition(|byte| *byte != 0).unwrap();
+    disk.flip_bit(&path, end as u64 - 20, 0);
+    let again = broker.open(1);
+    until(|| again.status().health != Health::Ok || again.status().is_ready());
+    assert!(matches!(again.status().health, Health::Quarantined { .. }), "{:?}", again.status());
+}
+
+#[test]
+fn a_failed_replica_with_a_job_in_flight_can_be_closed() {
+    let disk = SimDisk::new(9);
+    let broker = start(&disk);
+    let handle = broker.lead(1);
+    // Ended, and closed at once: whatever it had handed out comes home to a replica that is gone.
+    for round in 0..20 {
+        disk.fail(Operation::Write, round % 3);
+        let (first, header) = batch(1, round as i32, 1, 1_000);
+        handle.produce(first, header, Acks::None, Permit::unbounded(), Reply::nowhere());
+        wait(ask(|closed| broker.shards.close(handle.tp(), false, closed)));
+        disk.cancel_faults();
+        let _ = broker.lead(1);
     }
 }

@@ -7,7 +7,7 @@ mod ledger;
 mod shell;
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use flowstone_protocol::batch::split_batches;
@@ -71,7 +71,7 @@ struct Group {
     seen: Seen,
 }
 
-fn open(disk: &SimDisk, dir: &PathBuf, id: u64, hard_state: Option<HardState>, random: &mut Random) -> Shell<Ledger> {
+fn open(disk: &SimDisk, dir: &Path, id: u64, hard_state: Option<HardState>, random: &mut Random) -> Shell<Ledger> {
     let mut config = config(id);
     config.seed = random.next();
     let log = LogConfig { segment_bytes: 1 << 20, zero_ahead_bytes: 4 << 10, ..LogConfig::default() };
@@ -266,11 +266,7 @@ fn run(seed: u64, stormy: bool) -> Seen {
                 let node = &mut group.nodes[at];
                 node.cut_off = !node.cut_off && count == 0;
             }
-            96 => {
-                if group.random.one_in(3) {
-                    group.crash(at);
-                }
-            }
+            96 if group.random.one_in(3) => group.crash(at),
             97 => group.step(at, Event::CheckpointNow),
             _ => {}
         }
@@ -328,7 +324,6 @@ fn a_group_of_three_goes_through_the_same_step() {
         all.crashes += seen.crashes;
         all.truncations += seen.truncations;
     }
-    println!("{all:?}");
     assert!(all.acknowledged > 1_000 && all.leaders > 50 && all.crashes > 200 && all.truncations > 10, "{all:?}");
 }
 
@@ -337,7 +332,6 @@ fn votes_survive_whatever_comes_right_after_them() {
     let seen: Vec<_> = (0..25).map(|seed| run(seed, true)).collect();
     let leaders: u64 = seen.iter().map(|seen| seen.leaders).sum();
     let crashes: u64 = seen.iter().map(|seen| seen.crashes).sum();
-    println!("{leaders} leaders, {crashes} crashes");
     assert!(leaders > 300 && crashes > 2_000, "{leaders} leaders, {crashes} crashes");
 }
 

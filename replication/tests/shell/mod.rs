@@ -3,7 +3,7 @@
 // Each test program uses its own part of this.
 #![allow(dead_code, missing_docs, unreachable_pub)]
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -37,7 +37,7 @@ pub fn config(replica: u64) -> ReplicaConfig {
 }
 
 /// Makes the replica's folder, with these voters.
-pub fn create(disk: &Arc<dyn Disk>, dir: &PathBuf, replica: u64, voters: &[u64]) {
+pub fn create(disk: &Arc<dyn Disk>, dir: &Path, replica: u64, voters: &[u64]) {
     let identity = ReplicaIdentity { replica: ReplicaId::new(replica), topic_partition: TP, feature_level: 1 };
     let membership = Membership { voters: voters.iter().copied().map(ReplicaId::new).collect(), learners: Vec::new() };
     Log::create(disk, dir, identity, membership.encode()).expect("a new replica is made");
@@ -64,7 +64,7 @@ pub struct Shell<M: Machine> {
 impl<M: Machine> Shell<M> {
     pub fn open(
         disk: &Arc<dyn Disk>,
-        dir: &PathBuf,
+        dir: &Path,
         log: LogConfig,
         hard_state: Option<HardState>,
         machine: M,
