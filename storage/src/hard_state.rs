@@ -6,7 +6,7 @@
 //!                   | sector | sector | ... 8 of 512 bytes |
 //! sector: | magic "FHS1" | entries: u16 | 0: u16 | sector number: u64 | durable sectors: u64 | 0: u32 | crc: u32 | 15 entries, 32 bytes each |
 //!          0              4              6        8                    16                     24       28         32                       512
-//! entry:  | replica: u64 | term: u64 | vote: u64, 0 = none | flushed: u64 |
+//! entry:  | replica: u64 | term: u64 | vote: u64, 0 = none | flushed: u64 |    all zeros but the replica: it is gone
 //! ```
 //! A sector is written whole, and while it is not flushed it may be written again with more in it; a flush closes the
 //! block, and what follows begins a new one (the closed block's unused sectors are written empty), so that flushed bytes
@@ -48,6 +48,9 @@ const FILE_BYTES_MIN: u64 = 256 << 10;
 const FILE_GROWTH: u64 = 16;
 /// A file longer than this is none of ours.
 const FILE_BYTES_MAX: u64 = 256 << 20;
+
+/// What stands for a replica that is gone: no replica has term 0, its creation is of term 1.
+const FORGOTTEN: HardState = HardState { term: Term::new(0), vote: None, flushed: RaftIndex::new(0) };
 
 /// What a replica must never forget.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,6 +98,8 @@ pub struct HardStateFile {
     in_flight_to: u64,
     /// The newest state of every replica: what a new file begins with.
     states: HashMap<ReplicaId, HardState>,
+    /// Replicas to be written as forgotten with the next append.
+    forgotten: Vec<ReplicaId>,
     /// The first failed write or flush, or the rot that was found.
     poison: Option<String>,
 }
@@ -178,9 +183,13 @@ impl HardStateFile {
             flush_in_flight: false,
             in_flight_to: 0,
             states: found.states.clone(),
+            forgotten: Vec::new(),
             poison: found.rot.as_ref().map(|rot| format!("unreadable at byte {}: {}", rot.position, rot.detail)),
         };
         if found.rot.is_none() {
+            // The life before may have renamed this file over a full one and failed to flush the folder: what is told
+            // to be durable from here on must not vanish with its name.
+            opened.disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
             opened.write_again(&bytes).map_err(OpenError::io("write again", &opened.path))?;
         }
         Ok((opened, found.states, found.rot))
@@ -212,8 +221,12 @@ impl HardStateFile {
     pub fn append(&mut self, states: &[(ReplicaId, HardState)]) -> Result<(), StorageError> {
         let file = self.writable()?;
         let mut first_changed = usize::MAX;
-        for &(replica, state) in states {
-            self.states.insert(replica, state);
+        let forgotten = std::mem::take(&mut self.forgotten);
+        let forgotten = forgotten.into_iter().map(|replica| (replica, FORGOTTEN));
+        for (replica, state) in forgotten.chain(states.iter().copied()) {
+            if state != FORGOTTEN {
+                self.states.insert(replica, state);
+            }
             let (sector, place) = match self.open_at.get(&replica) {
                 Some(&(sector, place)) => {
                     self.open[sector][place].1 = state;
@@ -256,9 +269,12 @@ impl HardStateFile {
         self.states.iter().map(|(replica, state)| (*replica, *state))
     }
 
-    /// Forgets a replica that is gone; its id is never used again.
+    /// Forgets a replica that is gone; its id is never used again. Written with the next append, so that a crash before
+    /// that brings it back: nothing depends on its being gone.
     pub fn forget(&mut self, replica: ReplicaId) {
-        self.states.remove(&replica);
+        if self.states.remove(&replica).is_some() {
+            self.forgotten.push(replica);
+        }
     }
 
     /// A flush of all that was appended; `None` when all of it is durable, or a flush is in flight.
@@ -438,7 +454,13 @@ pub(crate) fn read_sectors(stripe: u32, bytes: &[u8]) -> Result<Found, FrameErro
         match decode_sector(number, sector) {
             Some((durable, entries)) => {
                 found.durable = found.durable.max(durable);
-                found.states.extend(entries);
+                for (replica, state) in entries {
+                    if state == FORGOTTEN {
+                        found.states.remove(&replica);
+                    } else {
+                        found.states.insert(replica, state);
+                    }
+                }
             }
             None if found.rot.is_none() => {
                 let detail = "a sector is neither zeros nor valid".to_owned();
@@ -470,12 +492,17 @@ fn replace_file(
     // The same states make the same bytes.
     entries.sort_unstable_by_key(|(replica, _)| *replica);
     let used = (entries.len().div_ceil(SECTOR_ENTRIES) as u64).next_multiple_of(BLOCK_SECTORS);
-    let room = (used * FILE_GROWTH).max(FILE_BYTES_MIN / SECTOR_BYTES as u64 - BLOCK_SECTORS);
+    let room_max = FILE_BYTES_MAX / SECTOR_BYTES as u64 - BLOCK_SECTORS;
+    let room = (used * FILE_GROWTH).max(FILE_BYTES_MIN / SECTOR_BYTES as u64 - BLOCK_SECTORS).min(room_max).max(used);
     let mut body = BytesMut::with_capacity(20);
     body.put_u32_le(stripe);
     body.put_u64_le(room);
     body.put_u64_le(used);
     let header = small_file::frame(FILE_MAGIC, HARD_STATE_FORMAT_VERSION, &body);
+    if sector_position(room) > FILE_BYTES_MAX {
+        let problem = format!("{} replicas are more than a file may hold ({FILE_BYTES_MAX} bytes)", states.len());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, problem));
+    }
     let mut bytes = vec![0; sector_position(room) as usize];
     bytes[..header.len()].copy_from_slice(&header);
     let mut chunks = entries.chunks(SECTOR_ENTRIES);

@@ -20,8 +20,8 @@ use crate::disk::{Disk, DiskFile, OpenMode};
 const HEAD_BYTES: usize = 16;
 /// What follows it.
 const CRC_BYTES: usize = 4;
-/// Above this a length is a lie: the largest checkpoint is far smaller.
-const BODY_BYTES_MAX: usize = 1 << 30;
+/// Above this a length is a lie: the largest checkpoint is far smaller. Not written, and not read.
+pub(crate) const FILE_BYTES_MAX: usize = 1 << 30;
 
 /// Why the bytes are no such file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,7 +82,7 @@ pub(crate) fn framed_bytes(bytes: &[u8]) -> Result<usize, FrameError> {
 pub(crate) fn read_file(disk: &Arc<dyn Disk>, path: &Path) -> io::Result<Bytes> {
     let file = disk.open(path, OpenMode::Read)?;
     let len = usize::try_from(file.len()?).map_err(io::Error::other)?;
-    if len > BODY_BYTES_MAX {
+    if len > FILE_BYTES_MAX {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{len} bytes are too many for this file")));
     }
     let mut bytes = vec![0; len];
@@ -93,6 +93,10 @@ pub(crate) fn read_file(disk: &Arc<dyn Disk>, path: &Path) -> io::Result<Bytes> 
 /// Replaces the file at `path`: after a crash it has the old bytes or the new ones. Durable when this returns.
 /// Returns the new file.
 pub(crate) fn replace_file(disk: &Arc<dyn Disk>, path: &Path, bytes: &[u8]) -> io::Result<Arc<dyn DiskFile>> {
+    if bytes.len() > FILE_BYTES_MAX {
+        // The reader would refuse it, and what it replaces would be gone.
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{} bytes are too many", bytes.len())));
+    }
     let new = temporary_path(path);
     match disk.remove_file(&new) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),

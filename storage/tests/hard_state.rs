@@ -231,3 +231,39 @@ fn a_failed_flush_poisons() {
     let (_, after) = open(&disk);
     assert_eq!(found, after);
 }
+
+#[test]
+fn a_renamed_file_whose_folder_was_not_flushed_is_flushed_by_opening_it() {
+    for seed in 0..40 {
+        let (sim, disk) = disk_with_file(seed);
+        let (mut file, _) = open(&disk);
+        file.append(&[(ReplicaId::new(1), state(1, 1, 1))]).expect("written");
+        file.flush().expect("flushed");
+        // The file that takes the full one's place is renamed, and the flush of its folder fails.
+        sim.fail(Operation::SyncDir, 0);
+        let replaced = (2..2_000).find(|number| {
+            let written = file.append(&[(ReplicaId::new(1), state(*number, 1, *number))]);
+            written.is_err() || file.flush().is_err()
+        });
+        assert!(replaced.is_some(), "the file was never full");
+        let (mut file, _) = open(&disk);
+        file.append(&[(ReplicaId::new(1), state(5_000, 9, 5_000))]).expect("written");
+        file.flush().expect("flushed: the vote is given");
+        drop(file);
+        sim.restart(Crash::Power);
+        let (file, _) = open(&disk);
+        assert_eq!(file.state(ReplicaId::new(1)), Some(state(5_000, 9, 5_000)), "seed {seed}: a vote is forgotten");
+    }
+}
+
+#[test]
+fn a_forgotten_replica_stays_forgotten() {
+    let (_, disk) = flushed_file();
+    let (mut file, _) = open(&disk);
+    file.forget(ReplicaId::new(1));
+    file.append(&[(ReplicaId::new(2), state(9, 1, 9))]).expect("written");
+    file.flush().expect("flushed");
+    drop(file);
+    let (file, states) = open(&disk);
+    assert_eq!((states.len(), file.state(ReplicaId::new(1))), (1, None));
+}
