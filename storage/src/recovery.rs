@@ -51,18 +51,19 @@ pub fn decide_checkpoint(found: &[CheckpointFact], log_first: Option<RaftIndex>)
 pub struct IndexFacts {
     /// Slots in its leading whole blocks.
     pub valid: usize,
-    /// How many of the segment's entries are durable.
-    pub durable: usize,
+    /// How many of the segment's entries are in the checkpoint.
+    pub applied: usize,
     /// How many of those slots lie within the log file's length.
     pub within_file: usize,
 }
 
 /// How many slots of an index file to believe; the walk through the log begins at the last of them.
 ///
-/// Slots above `durable` are not believed: an index block may have reached the disk where its batches did not. Slots
-/// past the file's end are not: the walk will find what is missing.
+/// Slots above the checkpoint are not believed, though they may be durable: what lies there is replayed into the state
+/// machine, and this walk is the only one that checks its CRCs. (Above what is durable an index block may also have
+/// reached the disk where its batches did not.) Slots past the file's end are not: the walk will find what is missing.
 pub fn believed_slots(facts: IndexFacts) -> usize {
-    facts.valid.min(facts.durable).min(facts.within_file)
+    facts.valid.min(facts.applied).min(facts.within_file)
 }
 
 /// How the walk through a segment ended.
@@ -165,12 +166,12 @@ mod tests {
     #[test]
     fn index_files() {
         #[track_caller]
-        fn check(valid: usize, durable: usize, within_file: usize, expected: usize) {
-            assert_eq!(believed_slots(IndexFacts { valid, durable, within_file }), expected);
+        fn check(valid: usize, applied: usize, within_file: usize, expected: usize) {
+            assert_eq!(believed_slots(IndexFacts { valid, applied, within_file }), expected);
         }
         check(0, 500, 0, 0); // missing, or of another segment
         check(127, 500, 127, 127); // the active segment's: full blocks only
-        check(254, 200, 254, 200); // blocks that outran the flush
+        check(254, 200, 254, 200); // the rest is replayed, or outran the flush
         check(254, 500, 100, 100); // the log is shorter than its index says
         check(254, 0, 254, 0);
     }
