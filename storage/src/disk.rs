@@ -131,6 +131,7 @@ impl RealDisk {
             open_files: Arc::new(OpenFiles {
                 open_files_max: open_files_max.max(8),
                 open: AtomicUsize::new(0),
+                make_room_at: AtomicUsize::new(open_files_max.max(8)),
                 clock: AtomicU64::new(0),
                 files: Mutex::new(Vec::new()),
             }),
@@ -161,6 +162,8 @@ struct OpenFiles {
     open_files_max: usize,
     /// Files with a descriptor.
     open: AtomicUsize,
+    /// How many must be open before files are closed the next time: the cap, or more where little could be closed.
+    make_room_at: AtomicUsize,
     /// Counts uses; a file's last reading of it orders the files by age.
     clock: AtomicU64,
     /// All files handed out and not yet dropped. Held only while files are registered or closed; nothing in it waits.
@@ -179,21 +182,54 @@ impl OpenFiles {
 
     /// Closes the files used longest ago, an eighth of the cap at once so that this is rare.
     fn make_room(&self) {
-        if self.open.load(Ordering::Relaxed) < self.open_files_max {
+        let open = self.open.load(Ordering::Relaxed);
+        if open < self.make_room_at.load(Ordering::Relaxed) {
             return;
         }
-        let mut candidates: Vec<Arc<RealFile>> = lock(&self.files).iter().filter_map(Weak::upgrade).collect();
-        candidates.retain(|file| !file.dirty.load(Ordering::Acquire));
-        candidates.sort_by_key(|file| file.last_use.load(Ordering::Relaxed));
-        let excess = self.open.load(Ordering::Relaxed).saturating_sub(self.open_files_max * 7 / 8);
+        let step = self.open_files_max.div_ceil(8);
+        self.close_oldest((open + step).saturating_sub(self.open_files_max).max(1));
+        // Where most files are dirty little can be closed, and looking at all of them at each opening would find no more.
+        let open = self.open.load(Ordering::Relaxed);
+        self.make_room_at.store(self.open_files_max.max(open + step / 2), Ordering::Relaxed);
+    }
+
+    /// Closes `count` files that can be closed, those used longest ago.
+    fn close_oldest(&self, count: usize) {
+        let files: Vec<Arc<RealFile>> = lock(&self.files).iter().filter_map(Weak::upgrade).collect();
+        let mut candidates: Vec<(u64, Arc<RealFile>)> = files
+            .into_iter()
+            .filter(|file| !file.dirty.load(Ordering::Acquire) && lock(&file.descriptor).is_some())
+            .map(|file| (file.last_use.load(Ordering::Relaxed), file))
+            .collect();
+        if count < candidates.len() {
+            candidates.select_nth_unstable_by_key(count, |(last_use, _)| *last_use);
+        }
+        // Some are in use: then newer ones go.
         let mut closed = 0;
-        for file in candidates {
-            if closed >= excess {
+        for (_, file) in candidates {
+            if closed >= count {
                 break;
             }
             closed += usize::from(file.close_if_clean());
         }
     }
+
+    /// Opens something; where the process has no descriptors left, a few of our own are closed for it: a flush has just
+    /// made some closable, and a flush that fails for want of a number would end a replica.
+    fn open(&self, open: impl Fn() -> io::Result<File>) -> io::Result<File> {
+        self.make_room();
+        match open() {
+            Err(error) if is_out_of_descriptors(&error) => {
+                self.close_oldest(self.open_files_max.div_ceil(8));
+                open()
+            }
+            opened => opened,
+        }
+    }
+}
+
+fn is_out_of_descriptors(error: &io::Error) -> bool {
+    [Errno::MFILE, Errno::NFILE].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }
 
 /// A file that is opened when used, and may be closed in between.
@@ -216,15 +252,27 @@ impl RealFile {
         if let Some(file) = lock(&self.descriptor).as_ref() {
             return Ok(Arc::clone(file));
         }
-        self.open_files.make_room();
+        let opened = self.open_files.open(|| OpenOptions::new().read(true).write(self.writable).open(&self.path))?;
         let mut descriptor = lock(&self.descriptor);
         if let Some(file) = descriptor.as_ref() {
+            // Another use of it was faster.
             return Ok(Arc::clone(file));
         }
-        let file = Arc::new(OpenOptions::new().read(true).write(self.writable).open(&self.path)?);
+        let file = Arc::new(opened);
         self.open_files.open.fetch_add(1, Ordering::Relaxed);
         *descriptor = Some(Arc::clone(&file));
         Ok(file)
+    }
+
+    /// Changes the file.
+    fn change(&self, change: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+        let file = self.file()?;
+        self.dirty.store(true, Ordering::Release);
+        let changed = change(&file);
+        // Again: a flush that began in the middle of it has cleared this, and may not cover it. Before the descriptor
+        // is given back, so that nobody finds it idle and clean.
+        self.dirty.store(true, Ordering::Release);
+        changed
     }
 
     fn close_if_clean(&self) -> bool {
@@ -253,33 +301,7 @@ const PARTS_MAX: usize = 1024;
 
 impl DiskFile for RealFile {
     fn write_vectored_at(&self, parts: &[IoSlice<'_>], position: u64) -> io::Result<()> {
-        let file = self.file()?;
-        self.dirty.store(true, Ordering::Release);
-        let mut position = position;
-        for parts in parts.chunks(PARTS_MAX) {
-            let whole: usize = parts.iter().map(|part| part.len()).sum();
-            let mut written = retry_interrupted(|| rustix::io::pwritev(&*file, parts, position))?;
-            // A short write is rare (2 GiB, a signal, a disk filling up): the rest goes part by part.
-            if written < whole {
-                let mut skip = written;
-                for part in parts {
-                    let mut rest = &part[skip.min(part.len())..];
-                    skip = skip.saturating_sub(part.len());
-                    while !rest.is_empty() {
-                        let at = position + written as u64;
-                        match retry_interrupted(|| rustix::io::pwrite(&*file, rest, at))? {
-                            0 => return Err(io::Error::from(io::ErrorKind::WriteZero)),
-                            count => {
-                                written += count;
-                                rest = &rest[count..];
-                            }
-                        }
-                    }
-                }
-            }
-            position += whole as u64;
-        }
-        Ok(())
+        self.change(|file| write_parts(file, parts, position))
     }
 
     fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
@@ -317,18 +339,16 @@ impl DiskFile for RealFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        let file = self.file()?;
-        self.dirty.store(true, Ordering::Release);
-        file.set_len(len)
+        self.change(|file| file.set_len(len))
     }
 
     fn allocate(&self, position: u64, len: u64) -> io::Result<bool> {
         if len == 0 {
             return Ok(true);
         }
-        let file = self.file()?;
-        self.dirty.store(true, Ordering::Release);
-        match retry_interrupted(|| rustix::fs::fallocate(&*file, FallocateFlags::KEEP_SIZE, position, len)) {
+        let allocate =
+            |file: &File| retry_interrupted(|| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, position, len));
+        match self.change(allocate) {
             Ok(()) => Ok(true),
             Err(error) if error.raw_os_error() == Some(Errno::NOTSUP.raw_os_error()) => Ok(false),
             Err(error) => Err(error),
@@ -357,9 +377,10 @@ impl DiskFile for RealFile {
 
 impl Disk for RealDisk {
     fn open(&self, path: &Path, mode: OpenMode) -> io::Result<Arc<dyn DiskFile>> {
-        self.open_files.make_room();
         let writable = mode != OpenMode::Read;
-        let file = OpenOptions::new().read(true).write(writable).create_new(mode == OpenMode::CreateNew).open(path)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(writable).create_new(mode == OpenMode::CreateNew);
+        let file = self.open_files.open(|| options.open(path))?;
         let file = Arc::new(RealFile {
             path: path.to_owned(),
             writable,
@@ -401,8 +422,7 @@ impl Disk for RealDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.open_files.make_room();
-        File::open(path)?.sync_all()
+        self.open_files.open(|| File::open(path))?.sync_all()
     }
 
     fn exists(&self, path: &Path) -> io::Result<bool> {
@@ -426,6 +446,35 @@ impl Disk for RealDisk {
             Err(fs::TryLockError::Error(error)) => Err(error),
         }
     }
+}
+
+/// Writes all parts, one after another.
+fn write_parts(file: &File, parts: &[IoSlice<'_>], position: u64) -> io::Result<()> {
+    let mut position = position;
+    for parts in parts.chunks(PARTS_MAX) {
+        let whole: usize = parts.iter().map(|part| part.len()).sum();
+        let mut written = retry_interrupted(|| rustix::io::pwritev(file, parts, position))?;
+        // A short write is rare (2 GiB, a signal, a disk filling up): the rest goes part by part.
+        if written < whole {
+            let mut skip = written;
+            for part in parts {
+                let mut rest = &part[skip.min(part.len())..];
+                skip = skip.saturating_sub(part.len());
+                while !rest.is_empty() {
+                    let at = position + written as u64;
+                    match retry_interrupted(|| rustix::io::pwrite(file, rest, at))? {
+                        0 => return Err(io::Error::from(io::ErrorKind::WriteZero)),
+                        count => {
+                            written += count;
+                            rest = &rest[count..];
+                        }
+                    }
+                }
+            }
+        }
+        position += whole as u64;
+    }
+    Ok(())
 }
 
 fn retry_interrupted<T>(mut call: impl FnMut() -> rustix::io::Result<T>) -> io::Result<T> {

@@ -3,9 +3,8 @@
 //! ```text
 //!                 checkpoint.applied    flushed          last whole batch
 //!  | segments ... |---------------------|----------------|--------- garbage, zeros -|
-//!  |<- index believed, not read ------->|<-- walked ---->|<-- cut if not all zeros  |
-//!                                       |<- written ---->|
-//!                                       again, flushed
+//!  |<- index believed, not read ------->|<-- walked, CRCs checked ->|<-- cut if not all zeros
+//!                                                        |<- written again, flushed
 //! ```
 
 use std::collections::VecDeque;
@@ -126,6 +125,7 @@ impl Log {
             flush_in_flight: false,
             cut_during_flush: None,
             reserved_bytes: 0,
+            is_roll_overdue: false,
             poison: None,
             checkpoint,
             disk,
@@ -419,14 +419,10 @@ impl LogWalk<'_> {
         Ok(false)
     }
 
-    /// A durable segment with another behind it, if its index's last block and its length agree with that: nothing else
-    /// of it is read now.
-    fn sealed_by_its_index(
-        &mut self,
-        name: SegmentName,
-        next: SegmentName,
-    ) -> Result<Option<WalkedSegment>, OpenError> {
-        if next.first_index > self.durable.next() || next.first_index <= name.first_index {
+    /// A segment that is all in the checkpoint with another behind it, if its index's last block and its length agree
+    /// with that: nothing else of it is read now.
+    fn sealed_by_its_index(&self, name: SegmentName, next: SegmentName) -> Result<Option<WalkedSegment>, OpenError> {
+        if next.first_index > self.checkpoint.applied.next() || next.first_index <= name.first_index {
             return Ok(None);
         }
         let batches = (next.first_index.get() - name.first_index.get()) as usize;
@@ -442,9 +438,6 @@ impl LogWalk<'_> {
         if !agrees {
             return Ok(None);
         }
-        if next.first_index > self.checkpoint.applied.next() && !self.add_epochs_of_index(&*index, name, batches) {
-            return Ok(None);
-        }
         Ok(Some(WalkedSegment {
             name,
             log: None,
@@ -457,44 +450,6 @@ impl LogWalk<'_> {
             index_slots: batches,
             index_blocks: blocks_of(batches),
         }))
-    }
-
-    /// Adds the epochs that begin above the checkpoint in a segment: epochs ascend, so each is found by halving. `false`
-    /// where a block cannot be read.
-    fn add_epochs_of_index(&mut self, index: &dyn DiskFile, name: SegmentName, batches: usize) -> bool {
-        let slot = |number: usize| -> Option<Slot> {
-            read_block(index, name, number / BLOCK_SLOTS)?.get(number % BLOCK_SLOTS).copied()
-        };
-        let known = self.epochs.len();
-        let mut from = self.checkpoint.applied.next().get().saturating_sub(name.first_index.get()) as usize;
-        loop {
-            let last = self.epochs.last().map(|start| start.epoch);
-            let mut to = batches;
-            while from < to {
-                let middle = from + (to - from) / 2;
-                let Some(slot) = slot(middle) else {
-                    self.epochs.truncate(known);
-                    return false;
-                };
-                if last.is_some_and(|last| slot.epoch <= last) {
-                    from = middle + 1;
-                } else {
-                    to = middle;
-                }
-            }
-            if from == batches {
-                return true;
-            }
-            let Some(first) = slot(from) else {
-                self.epochs.truncate(known);
-                return false;
-            };
-            self.epochs.push(EpochStart {
-                epoch: first.epoch,
-                index: name.first_index.plus(from as u64),
-                offset: first.base_offset(name.base_offset),
-            });
-        }
     }
 
     /// The epoch of the entry before a segment.
@@ -521,7 +476,7 @@ impl LogWalk<'_> {
         let durable = up_to(next.map_or(self.durable.next(), |next| next.first_index.min(self.durable.next())));
         let believed = believed_slots(IndexFacts {
             valid: index_slots.len(),
-            durable,
+            applied: up_to(self.checkpoint.applied.next()),
             within_file: index_slots.partition_point(|slot| slot.end_position() <= file_bytes),
         });
         let known_epochs = self.epochs.len();

@@ -12,8 +12,8 @@ use flowstone_protocol::{
 use flowstone_storage::inspect::{InspectedEnd, SegmentInspector};
 use flowstone_storage::sim_disk::{Crash, Operation};
 use flowstone_storage::{
-    DataDir, DataDirError, Disk, EntryBody, Log, LogConfig, LogEntry, OpenError, Read, ReadBytes, ReadError, RealDisk,
-    ReplicaIdentity, RetentionConfig, SimDisk, StorageError,
+    DataDir, DataDirError, Disk, EntryBody, FoundRecord, Log, LogConfig, LogEntry, Lookup, OpenError, Read, ReadBytes,
+    ReadError, RealDisk, ReplicaIdentity, RetentionConfig, SimDisk, StorageError,
 };
 
 const DIR: &str = "/data/replica";
@@ -59,6 +59,16 @@ fn filled(disk: &Arc<dyn Disk>, batches: u8) -> Log {
     log.flush().expect("flushed");
     log.commit_to(log.last_index());
     log
+}
+
+/// The same, all of it in a checkpoint: nothing of it is read when it is opened.
+fn checkpointed(batches: u8) -> (SimDisk, Arc<dyn Disk>, u64) {
+    let (sim, disk, last) = simulated(batches);
+    let mut log = open(&disk, last).expect("opens");
+    log.commit_to(log.last_index());
+    let checkpoint = log.new_checkpoint(log.last_index(), Bytes::new(), Bytes::new());
+    log.write_checkpoint(checkpoint).expect("written");
+    (sim, disk, last)
 }
 
 fn simulated(batches: u8) -> (SimDisk, Arc<dyn Disk>, u64) {
@@ -230,7 +240,7 @@ fn an_index_that_is_spoilt_while_the_log_is_open_is_rebuilt() {
 
 #[test]
 fn a_flipped_bit_in_a_sealed_segment_is_told_by_the_read_and_the_rest_goes_on() {
-    let (sim, disk, last) = simulated(40);
+    let (sim, disk, last) = checkpointed(40);
     let sealed = files(&disk, ".log")[1].clone();
     let name = sealed.file_name().and_then(|name| name.to_str()).expect("a name").to_owned();
     let base: i64 = name[..20].parse().expect("an offset");
@@ -255,7 +265,7 @@ fn a_flipped_bit_in_a_sealed_segment_is_told_by_the_read_and_the_rest_goes_on() 
 
 #[test]
 fn flipped_offset_and_epoch_bits_are_outside_the_crc_and_found() {
-    let (sim, disk, last) = simulated(40);
+    let (sim, disk, last) = checkpointed(40);
     let sealed = files(&disk, ".log")[1].clone();
     let whole = sim.bytes(&sealed).expect("there");
     for position in (0..8).chain(12..16) {
@@ -731,4 +741,98 @@ fn a_clean_close_cuts_the_zeros() {
     assert!(std::fs::metadata(&segment).expect("there").len() > bytes, "zeros are written ahead");
     log.close().expect("closes");
     assert_eq!(std::fs::metadata(&segment).expect("there").len(), bytes);
+}
+
+// ---- what only a hostile disk shows ----
+
+#[test]
+fn every_entry_above_the_checkpoint_is_checked_when_opened() {
+    // In an earlier segment and in the last: both are replayed, and nobody else looks at a CRC of what is replayed.
+    for batches in [4, 150] {
+        let sim = SimDisk::new(7);
+        let disk = sim.shared();
+        let config = LogConfig { segment_bytes: 1 << 20, segment_batches_max: 140, ..small_segments() };
+        Log::create(&disk, Path::new(DIR), identity(), Bytes::new()).expect("a new log");
+        let open = |flushed| Log::open(Arc::clone(&disk), Path::new(DIR), config.clone(), RaftIndex::new(flushed), NOW);
+        let mut log = open(1).expect("opens");
+        let no_op = EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() };
+        log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], NOW).expect("appended");
+        for value in 1..=batches {
+            let entry = entry(&log, value);
+            log.append(&[entry], NOW).expect("appended");
+        }
+        log.flush().expect("flushed");
+        let last = log.last_index().get();
+        log.close().expect("closed");
+        open(last).expect("opens");
+        // The producer's id of the second batch.
+        let first = files(&disk, ".log").remove(0);
+        let position = SegmentInspector::open(&disk, &first).expect("a segment").nth(1).expect("there").expect("there");
+        sim.flip_bit(&first, position.position + 50, 3);
+        let (offset, _) = quarantined(open(last));
+        assert_eq!(offset, Offset::new(1), "{batches} batches");
+    }
+}
+
+#[test]
+fn descriptors_stay_below_their_cap_however_often_a_log_rolls() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let real = RealDisk::new(16);
+    let disk: Arc<dyn Disk> = Arc::new(real.clone());
+    let dir = folder.path().join("replica");
+    Log::create(&disk, &dir, identity(), Bytes::new()).expect("a new log");
+    let mut log = Log::open(Arc::clone(&disk), &dir, small_segments(), RaftIndex::new(1), NOW).expect("opens");
+    let no_op = EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() };
+    log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], NOW).expect("appended");
+    for value in 1..=250 {
+        let entry = entry(&log, value);
+        log.append(&[entry], NOW).expect("appended");
+        log.flush().expect("flushed");
+        log.commit_to(log.last_index());
+    }
+    // Every segment's index is looked at.
+    for back in 1..=250 {
+        found(log.find_records_from_end(back));
+    }
+    assert!(real.open_files() <= 16, "{} files are open", real.open_files());
+}
+
+fn found(lookup: Result<Lookup, ReadError>) -> Option<FoundRecord> {
+    match lookup.expect("looked up") {
+        Lookup::Found(found) => found,
+        Lookup::Ticket(ticket) => ticket.run().expect("looked up"),
+    }
+}
+
+#[test]
+fn a_roll_that_nobody_needs_may_fail() {
+    let sim = SimDisk::new(7);
+    let disk = sim.shared();
+    drop(filled(&disk, 2));
+    let config =
+        LogConfig { segment_age: Some(std::time::Duration::from_secs(10)), segment_bytes: 1 << 20, ..small_segments() };
+    let mut log = Log::open(disk, Path::new(DIR), config, RaftIndex::new(4), NOW).expect("opens");
+    let later = NOW.after(std::time::Duration::from_secs(60));
+    sim.fail(Operation::Create, 0);
+    let entry = entry(&log, 9);
+    log.append(&[entry], later).expect("the old segment takes it");
+    assert!(!log.is_poisoned());
+    assert_eq!(files(&sim.shared(), ".log").len(), 1);
+    sim.fail(Operation::Create, 0);
+    assert_eq!(log.roll_if_due(later).ok(), Some(false));
+    assert_eq!(log.roll_if_due(later).ok(), Some(true), "tried again");
+}
+
+#[test]
+fn a_clock_that_was_ahead_does_not_keep_a_segment_open() {
+    let disk = SimDisk::new(7).shared();
+    Log::create(&disk, Path::new(DIR), identity(), Bytes::new()).expect("a new log");
+    let age = std::time::Duration::from_secs(10);
+    let config = LogConfig { segment_age: Some(age), segment_bytes: 1 << 20, ..small_segments() };
+    let mut log = Log::open(disk, Path::new(DIR), config, RaftIndex::new(1), NOW).expect("opens");
+    let no_op = EntryBody::Control { ctype: ControlType::NoOp, payload: Bytes::new() };
+    let ahead = NOW.after(std::time::Duration::from_secs(1_000_000));
+    log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], ahead).expect("appended");
+    assert_eq!(log.roll_if_due(NOW).ok(), Some(false), "the clock was corrected: it is young from now on");
+    assert_eq!(log.roll_if_due(NOW.after(age)).ok(), Some(true));
 }
