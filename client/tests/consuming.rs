@@ -107,6 +107,9 @@ async fn a_paused_partition_is_silent_and_goes_on_where_it_was() {
     while next(&mut consumer).await % 2 != 0 {}
     let at = consumer.position("t", 0).unwrap();
     consumer.pause("t", 0).unwrap();
+    // What happens to the other does not wake it.
+    consumer.pause("t", 1).unwrap();
+    consumer.resume("t", 1).unwrap();
     let mut others = 20 - consumer.position("t", 1).unwrap();
     while others > 0 {
         assert_eq!(next(&mut consumer).await % 2, 1);
