@@ -25,6 +25,10 @@ pub(crate) struct DevArgs {
     #[arg(long, value_name = "PORT", env = "FLOWSTONE_DEV_PORT", default_value_t = 7070,
           value_parser = clap::value_parser!(u16).range(..=65533))]
     port: u16,
+
+    /// What the broker says on stderr: error, warn, info, debug, trace, or per module
+    #[arg(long, value_name = "LEVEL", env = "FLOWSTONE_DEV_LOG", default_value = "warn")]
+    log: String,
 }
 
 pub(crate) async fn run(args: DevArgs) -> Outcome {
@@ -50,7 +54,7 @@ pub(crate) async fn run(args: DevArgs) -> Outcome {
         }
     };
     let mut config = Config::dev(&data_dir, args.port);
-    config.log.level = std::env::var("FLOWSTONE_LOG").unwrap_or_else(|_| "warn".to_owned());
+    config.log.level = args.log;
     init_log(&config)?;
     let broker = Broker::start(config).await.map_err(|error| match error {
         // The daemon's remedy names a key of a configuration that there is not.

@@ -2,6 +2,8 @@
 
 use crate::daemon::Daemon;
 use crate::running::{FLOWSTONE, Running, flowstone};
+use rustix::process::Signal;
+use std::io::{BufRead, BufReader};
 use std::process::Command;
 
 #[test]
@@ -71,6 +73,21 @@ fn nobody_there() {
     let silent = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let server = silent.local_addr().expect("its address").to_string();
     flowstone(&["topic", "list", "--server", &server, "--timeout", "500ms"]).fails(4, &[&server]);
+}
+
+#[test]
+fn a_broker_that_stops_answering_in_the_middle() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let broker = Daemon::start(&folder.path().join("data"));
+    broker.run(&["topic", "create", "t"]).ok();
+    // More than the reader is sent ahead.
+    broker.feed(&["produce", "t"], &b"a line of thirty-two bytes, or so\n".repeat(1_000_000)).ok();
+    let mut consume = broker.begin(&["consume", "t", "-e", "--timeout", "3s"]);
+    let mut lines = BufReader::new(consume.child.stdout.take().expect("stdout is piped")).lines();
+    lines.next().expect("a line").expect("text");
+    broker.signal(Signal::STOP);
+    lines.map_while(Result::ok).for_each(drop);
+    consume.end().fails(4, &[&broker.server, "--timeout"]);
 }
 
 #[test]

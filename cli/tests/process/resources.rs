@@ -222,7 +222,7 @@ fn no_file_descriptors_left() {
     // More partitions than it has descriptors: told or served, but it does not end.
     let ended = broker.run(&["topic", "create", "many", "-p", "500", "--timeout", "60s"]);
     let code = ended.status.code();
-    assert!(matches!(code, Some(0 | 1)), "{code:?}: {}", ended.stderr);
+    assert!(matches!(code, Some(0 | 1 | 4)), "{code:?}: {}", ended.stderr);
     assert_eq!(broker.run(&["consume", "t", "-e", "--timeout", "60s"]).text(), "before\nafter\n");
     drop(broker);
     // And with descriptors, all is there.
