@@ -22,13 +22,14 @@ use flowstone_protocol::{
     BatchHeader, ControlType, Error, ErrorCode, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term, Timestamp,
     TimestampType, TopicPartition,
 };
+use flowstone_storage::read::Lookup;
 use flowstone_storage::{
     Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RetentionConfig, StorageError,
 };
 use raft::eraftpb::Entry;
 use raft::{Ready, StateRole};
 
-use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, HardStateNumber, ReadOrder};
+use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, ReadOrder};
 use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 use crate::membership::{Membership, MembershipChange};
 use crate::parked::{Parked, ParkedReads, Waiting};
@@ -41,12 +42,15 @@ use crate::request::{
     ReplicaStatus, Role, TrimTo,
 };
 
-/// What a probe asks for when the disk was full: less would let writes in for a moment only.
-const PROBE_BYTES: usize = 1 << 20;
 /// More than a control batch takes beside its payload.
 const CONTROL_BYTES: usize = 256;
 /// A checkpoint that waits for a quiet moment holds requests back once it is overdue by this factor.
 const CHECKPOINT_OVERDUE: u64 = 4;
+/// Requests and messages that are held back at a time; then requests are refused with `OVERLOADED`, and peers' messages
+/// dropped, as Raft repeats them.
+const HELD_MAX: usize = 4_096;
+/// Answers to commands that wait for their entry; then `OVERLOADED`. Batches of clients are bounded by their bytes.
+const PARKED_MAX: usize = 1 << 16;
 
 /// How one replica is run.
 #[derive(Debug, Clone)]
@@ -73,21 +77,11 @@ pub struct ReplicaConfig {
     pub seed: u64,
 }
 
-/// Why a replica could not be made from its log.
+/// Why a replica could not be made from its log: what that or its checkpoint holds can not be understood. Final: an
+/// operator has to look.
 #[derive(Debug, thiserror::Error)]
-pub enum CannotOpen<M: Machine> {
-    /// What the log or its checkpoint holds can not be understood. Final: an operator has to look.
-    #[error("{0}")]
-    Unusable(String),
-    /// The file system failed; it may go better the next time.
-    #[error("{message}")]
-    Failed {
-        /// For the next time.
-        machine: M,
-        /// What failed.
-        message: String,
-    },
-}
+#[error("{0}")]
+pub struct CannotOpen(pub String);
 
 /// One replica. See the module's documentation.
 #[derive(Debug)]
@@ -181,27 +175,27 @@ impl<M: Machine> Replica<M> {
     /// A replica from its opened log and from what its stripe's file says about it; nothing if it was never written.
     ///
     /// # Errors
-    /// When what the checkpoint holds can not be understood, or a file can not be read.
+    /// When what the checkpoint holds can not be understood.
     pub fn open(
         log: Log,
         hard_state: Option<HardState>,
         mut machine: M,
         config: ReplicaConfig,
-    ) -> Result<Self, CannotOpen<M>> {
+    ) -> Result<Self, CannotOpen> {
         let mut log = log;
         let identity = *log.identity();
         if identity.replica != config.replica || identity.topic_partition != config.tp {
-            return Err(CannotOpen::Unusable(format!(
+            return Err(CannotOpen(format!(
                 "the folder belongs to replica {} of {}, not to replica {} of {}",
                 identity.replica, identity.topic_partition, config.replica, config.tp
             )));
         }
         let checkpoint = log.checkpoint();
         let membership = Membership::decode(&checkpoint.membership).map_err(|error| {
-            CannotOpen::Unusable(format!("the checkpoint at index {}: {error}", checkpoint.applied))
+            CannotOpen(format!("the checkpoint at index {}: {error}", checkpoint.applied))
         })?;
         machine.restore(&checkpoint.machine).map_err(|error| {
-            CannotOpen::Unusable(format!(
+            CannotOpen(format!(
                 "the checkpoint at index {} holds no state of this machine: {error}",
                 checkpoint.applied
             ))
@@ -214,13 +208,11 @@ impl<M: Machine> Replica<M> {
         if hard_state.term < log.last_term() {
             hard_state = HardState { term: log.last_term(), vote: None, flushed };
         }
-        let records = match count_records(&mut log) {
-            Ok(records) => records,
-            Err(error) => return Err(CannotOpen::Failed { machine, message: error.to_string() }),
-        };
+        let records = count_records(&mut log);
+        delete_trimmed(&mut log);
         let next_offset = log.end_offset();
         let raft = RaftAdapter::open(config.replica, log, hard_state, membership.clone(), config.seed)
-            .map_err(|Panicked(message)| CannotOpen::Unusable(message))?;
+            .map_err(|Panicked(message)| CannotOpen(message))?;
         Ok(Self {
             parked: Parked::default(),
             reads: ParkedReads::new(config.parked_reads_max),
@@ -267,6 +259,11 @@ impl<M: Machine> Replica<M> {
         if !self.ended
             && let Err(ended) = outcome.and_then(|()| self.settle(now, &mut fx))
         {
+            // What the Raft crate could not read is the reason, rather than that it can not do without.
+            let ended = match (ended, self.raft.unreadable()) {
+                (Ended::Panicked(_), Some(error)) => Ended::Storage(error),
+                (ended, _) => ended,
+            };
             self.end(ended, &mut fx);
         }
         self.settle_mark(&mut fx);
@@ -316,6 +313,11 @@ impl<M: Machine> Replica<M> {
     /// Applied and not yet in a checkpoint.
     pub fn entries_since_checkpoint(&self) -> u64 {
         self.checkpoint.entries
+    }
+
+    /// Changes after how many entries a checkpoint is due: its part of what a restart may replay in all.
+    pub fn checkpoint_after(&mut self, entries: u64) {
+        self.config.checkpoint_entries = entries;
     }
 
     /// Whether a flush or a checkpoint that it ordered is not reported back yet.
@@ -392,28 +394,30 @@ impl<M: Machine> Replica<M> {
         let report = matches!(event, Event::Flushed(_) | Event::HardStateFlushed(_) | Event::CheckpointWritten(_));
         let request = matches!(event, Event::Produce(_) | Event::Command { .. } | Event::Trim { .. });
         if (self.truncation.is_some() && !report) || (request && self.holds_back()) {
-            self.held.push(event);
+            // Settings are few, and never lost.
+            if self.held.len() < HELD_MAX || matches!(event, Event::Reconfigure(_)) {
+                self.held.push(event);
+            } else {
+                fx.answers.extend(event.refused(self.overloaded("too many requests wait for this partition's disk")));
+            }
             return Ok(());
         }
         match event {
             Event::Produce(produce) => self.produce(produce, now, fx),
             Event::Command { command, reply } => self.command(command, reply, now, fx)?,
             Event::Read { request, reply } => self.read(request, reply, fx),
-            Event::ListOffset { query, reply } => {
-                let result = self.list_offset(query);
-                fx.answers.push(Answer::ListOffset { reply, result });
-            }
+            Event::ListOffset { query, reply } => self.list_offset(query, reply, fx),
             Event::Trim { to, reply } => self.trim(to, reply, fx),
             Event::ChangeMembership { change, reply } => self.propose_membership(change, reply, fx),
             Event::Reconfigure(change) => self.reconfigure(change),
             Event::Retain => {
                 self.raft.log_mut().roll_if_due(now)?;
                 self.retain(now);
+                delete_trimmed(self.raft.log_mut());
             }
-            Event::ProbeRoom => {
-                if self.disk_full.is_some() && self.raft.log_mut().reserve(PROBE_BYTES).is_ok() {
-                    tracing::info!(tp = %self.config.tp, "the disk has room again: writes are taken");
-                    self.disk_full = None;
+            Event::RoomAgain => {
+                if self.disk_full.take().is_some() {
+                    tracing::info!(tp = %self.config.tp, "the disk has room again: writes are tried");
                 }
             }
             Event::FlushNow => self.flush_wanted = true,
@@ -433,12 +437,7 @@ impl<M: Machine> Replica<M> {
             Event::CheckpointWritten(done) => {
                 self.checkpoint.in_flight = false;
                 match self.raft.log_mut().checkpoint_done(done) {
-                    Ok(()) => {
-                        let deleted = self.raft.log_mut().delete_segments_below_checkpoint();
-                        if let Err(error) = deleted {
-                            tracing::warn!(tp = %self.config.tp, %error, "cannot delete what retention let go; trying again");
-                        }
-                    }
+                    Ok(()) => delete_trimmed(self.raft.log_mut()),
                     // The log is whole without it, only longer to replay; tried again when the next is due.
                     Err(error) => tracing::warn!(tp = %self.config.tp, %error, "cannot write a checkpoint"),
                 }
@@ -458,7 +457,7 @@ impl<M: Machine> Replica<M> {
             Event::Peer(message) => {
                 self.propose_all()?;
                 // Only for this very replica, and only in a term that a log can hold.
-                if message.to == self.config.replica && LeaderEpoch::from_term(message.term).is_some() {
+                if message.to == self.config.replica && self.check_term_below(message.term).is_ok() {
                     self.raft.step(message)?;
                 }
             }
@@ -493,10 +492,10 @@ impl<M: Machine> Replica<M> {
 
     fn produce(&mut self, produce: Produce, now: Timestamp, fx: &mut Effects<M>) {
         match self.try_produce(&produce, now) {
-            Ok((index, base_offset)) => {
+            Ok((index, base_offset, timestamp)) => {
                 let header = &produce.header;
-                let log_append_time = (header.attributes.timestamp_type() == TimestampType::LogAppendTime)
-                    .then_some(header.max_timestamp);
+                let log_append_time =
+                    (header.attributes.timestamp_type() == TimestampType::LogAppendTime).then_some(timestamp);
                 let produced = Produced { base_offset, log_append_time };
                 let Produce { acks, permit, reply, .. } = produce;
                 let answered = acks == Acks::None || index <= self.applied;
@@ -514,10 +513,16 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// Where the batch is, or goes.
-    fn try_produce(&mut self, produce: &Produce, now: Timestamp) -> Result<(RaftIndex, Offset), Error> {
+    /// Where the batch is, or goes, and its latest timestamp there.
+    fn try_produce(&mut self, produce: &Produce, now: Timestamp) -> Result<(RaftIndex, Offset, Timestamp), Error> {
         if let Some(error) = self.unavailable() {
             return Err(error);
+        }
+        // What is in the log already is told so, whatever the topic's settings have become since.
+        match self.machine.admit(&produce.header, now) {
+            Admission::Append => {}
+            Admission::Duplicate { base_offset, index, timestamp } => return Ok((index, base_offset, timestamp)),
+            Admission::Refuse(error) => return Err(error),
         }
         let bytes = produce.batch.len();
         if bytes > self.config.max_message_bytes {
@@ -530,12 +535,8 @@ impl<M: Machine> Replica<M> {
             )
             .with_partition(self.config.tp.partition));
         }
-        match self.machine.admit(&produce.header, now) {
-            Admission::Append => {}
-            Admission::Duplicate { base_offset, index } => return Ok((index, base_offset)),
-            Admission::Refuse(error) => return Err(error),
-        }
-        self.accept(produce.batch.clone(), &produce.header)
+        let (index, base_offset) = self.accept(produce.batch.clone(), &produce.header)?;
+        Ok((index, base_offset, produce.header.max_timestamp))
     }
 
     /// Takes a batch into this step's proposals, if there is room on the disk.
@@ -606,6 +607,9 @@ impl<M: Machine> Replica<M> {
         let refusal = self.unavailable().or_else(|| {
             (!self.raft.takes_proposals())
                 .then(|| Error::new(ErrorCode::NotLeader, "leadership is being handed over; ask for the leader"))
+        });
+        let refusal = refusal.or_else(|| {
+            (self.parked.len() >= PARKED_MAX).then(|| self.overloaded("too many commands wait for their entries"))
         });
         if let Some(error) = refusal {
             fx.answers.push(Answer::Command { reply, result: Err(error) });
@@ -702,6 +706,17 @@ impl<M: Machine> Replica<M> {
             return;
         }
         let (high_watermark, end) = (self.log().high_watermark(), self.log().end_offset());
+        let newest_epoch = self.log().epochs().last().map(|start| start.epoch);
+        if let Some(epoch) = request.last_epoch.filter(|&epoch| Some(epoch) > newest_epoch) {
+            // Another leader wrote what was read; its log is not known to have diverged, only this one to be behind.
+            let result = Err(Error::new(
+                ErrorCode::NotLeader,
+                format!("what was read is of leader epoch {epoch}, which this log does not know yet; ask for the leader and try again"),
+            )
+            .with_partition(self.config.tp.partition));
+            fx.answers.push(Answer::Read { reply, result });
+            return;
+        }
         if let Some(epoch) = request.last_epoch
             && let Some(epoch_end) = self.epoch_end(epoch)
             && epoch_end < request.from
@@ -757,24 +772,41 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn list_offset(&mut self, query: OffsetQuery) -> Result<Option<FoundOffset>, Error> {
+    fn list_offset(
+        &mut self,
+        query: OffsetQuery,
+        reply: Reply<Result<Option<FoundOffset>, Error>>,
+        fx: &mut Effects<M>,
+    ) {
         if let Some(error) = self.unavailable() {
-            return Err(error);
+            fx.answers.push(Answer::ListOffset { reply, result: Err(error) });
+            return;
         }
         let leader_epoch = LeaderEpoch::from_term(self.raft.term()).unwrap_or(LeaderEpoch::NONE);
-        let at = |offset| Some(FoundOffset { offset, timestamp: Timestamp::NONE, leader_epoch });
-        let partition = self.config.tp.partition;
-        let failed = |error: ReadError| read_error(&error).with_partition(partition);
+        let at = |offset| FoundOffset { offset, timestamp: Timestamp::NONE, leader_epoch };
         let log = self.raft.log_mut();
-        Ok(match query {
-            OffsetQuery::Start => at(log.log_start()),
-            OffsetQuery::End => at(log.high_watermark()),
-            OffsetQuery::RecordsFromEnd(records) => at(log.offset_records_from_end(records).map_err(failed)?),
-            OffsetQuery::Timestamp(timestamp) => log
-                .offset_for_timestamp(timestamp)
-                .map_err(failed)?
-                .map(|(offset, timestamp)| FoundOffset { offset, timestamp, leader_epoch }),
-        })
+        let found = match query {
+            OffsetQuery::Start => Ok(Some(at(log.log_start()))),
+            OffsetQuery::End => Ok(Some(at(log.high_watermark()))),
+            OffsetQuery::RecordsFromEnd(_) | OffsetQuery::Timestamp(_) => {
+                let lookup = match query {
+                    OffsetQuery::Timestamp(timestamp) => log.find_timestamp(timestamp),
+                    OffsetQuery::RecordsFromEnd(records) => log.find_records_from_end(records),
+                    OffsetQuery::Start | OffsetQuery::End => unreachable!("answered above"),
+                };
+                match lookup {
+                    Ok(Lookup::Found(found)) => {
+                        Ok(found.map(|found| FoundOffset { timestamp: found.timestamp, ..at(found.offset) }))
+                    }
+                    Ok(Lookup::Ticket(ticket)) => {
+                        fx.lookups.push(LookupOrder { ticket, reply, leader_epoch });
+                        return;
+                    }
+                    Err(error) => Err(read_error(&error).with_partition(self.config.tp.partition)),
+                }
+            }
+        };
+        fx.answers.push(Answer::ListOffset { reply, result: found });
     }
 
     // ---- from accepted to answered ---------------------------------------------------------------------------------
@@ -801,8 +833,13 @@ impl<M: Machine> Replica<M> {
             if self.held.is_empty() || self.holds_back() {
                 break;
             }
-            for event in std::mem::take(&mut self.held) {
-                self.on_event(event, now, fx)?;
+            let mut held = std::mem::take(&mut self.held).into_iter();
+            while let Some(event) = held.next() {
+                if let Err(ended) = self.on_event(event, now, fx) {
+                    // Told with the others.
+                    self.held.extend(held);
+                    return Err(ended);
+                }
             }
         }
         self.order(fx);
@@ -1062,9 +1099,8 @@ impl<M: Machine> Replica<M> {
             log.set_log_start(log_start.min(log.high_watermark()));
             // Files go only below a checkpoint that knows the new log start.
             self.checkpoint.wanted = true;
-            self.records = count_records(log).map_err(|error| Ended::Panicked(error.to_string()))?;
+            self.records = count_records(log);
         }
-        fx.committed = Some(last);
         let log_start = self.log().log_start();
         self.parked.answer_applied(last, log_start, &mut fx.answers);
         if self.serving {
@@ -1151,6 +1187,10 @@ impl<M: Machine> Replica<M> {
         Ok(())
     }
 
+    fn overloaded(&self, what: &str) -> Error {
+        Error::new(ErrorCode::Overloaded, format!("{what}; try again in a moment")).with_partition(self.config.tp.partition)
+    }
+
     fn ended_error(&self, why: &str) -> Error {
         Error::new(
             ErrorCode::StorageFailed,
@@ -1208,10 +1248,22 @@ impl From<StorageError> for Ended {
     }
 }
 
-/// Data records that can be read.
-fn count_records(log: &mut Log) -> Result<u64, ReadError> {
+/// Data records that can be read. Only told to people: where an index can not be read the offsets have to do, which count
+/// control batches, too.
+fn count_records(log: &mut Log) -> u64 {
     let (from, to) = (log.log_start(), log.high_watermark());
-    log.records_between(from, to)
+    log.records_between(from, to).unwrap_or_else(|error| {
+        tracing::warn!(dir = %log.dir().display(), %error, "cannot count the records of a log: its offsets are taken instead");
+        u64::try_from(to.get() - from.get()).unwrap_or(0)
+    })
+}
+
+/// Deletes what lies below both the log start and a durable checkpoint. What fails is tried again at the next look of
+/// retention, and when the replica is opened.
+fn delete_trimmed(log: &mut Log) {
+    if let Err(error) = log.delete_segments_below_checkpoint() {
+        tracing::warn!(dir = %log.dir().display(), %error, "cannot delete what retention let go; trying again later");
+    }
 }
 
 /// A read's failure as its caller is told.

@@ -24,9 +24,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flowstone_protocol::{Error, ErrorCode, Offset, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
-use flowstone_storage::{CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError, RetentionConfig};
+use flowstone_storage::{CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError, RetentionConfig, StorageError};
 
-use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, ReadOrder};
+use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, LookupOrder, ReadOrder};
 use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
 use crate::inbox::Inbox;
 use crate::machine::Machine;
@@ -34,7 +34,7 @@ use crate::metrics::{Counters, ShardMetrics};
 use crate::opening::{OpenJob, Opened, close_log, mark_running, mark_stopped};
 use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
-use crate::request::{FlushMode, Health, ReadAnswer, ReplicaSpec, ReplicaStatus, Role};
+use crate::request::{FlushMode, Health, ReadAnswer, Reconfigure, ReplicaSpec, ReplicaStatus, Role};
 use crate::stripe::{Stripe, Waiter, Written};
 
 /// The leader's clock.
@@ -56,8 +56,12 @@ const REOPEN_AFTER_MAX: Duration = Duration::from_secs(10);
 const RECOVERED_AFTER: Duration = Duration::from_secs(60);
 /// How far a log is flushed is itself flushed at most this much later.
 const MARKS_FLUSHED_WITHIN: Duration = Duration::from_millis(900);
+/// However many replicas a shard has, each replays this many entries before a checkpoint is worth its flushes.
+const REPLAY_ENTRIES_MIN: u64 = 1_000;
 /// Full disks are probed this often.
 const PROBE_EVERY: Duration = Duration::from_millis(500);
+/// A disk has room again when there is this much beside what is kept: less would let writes in for a moment only.
+const PROBE_BYTES: u64 = 1 << 20;
 /// Reads of those who left are dropped this often.
 const DROP_ABANDONED_EVERY: Duration = Duration::from_secs(5);
 /// Retention looks at one slice of the replicas at a time.
@@ -88,8 +92,11 @@ pub struct ShardsConfig {
     pub disk_reads_max: usize,
     /// A checkpoint after this many bytes of a log...
     pub checkpoint_bytes: u64,
-    /// ...or this many entries: bounds what a restart replays.
+    /// ...or this many entries...
     pub checkpoint_entries: u64,
+    /// ...or the share of its replica in this many entries of a shard, whichever comes first: bounds what a restart
+    /// replays before all lead, however many replicas there are.
+    pub replay_entries_max: u64,
     /// Every replica's retention is looked at this often.
     pub retention_every: Duration,
     /// [`FlushMode::Relaxed`]: what is written is flushed within this time.
@@ -120,6 +127,7 @@ impl Default for ShardsConfig {
             disk_reads_max: 1 << 10,
             checkpoint_bytes: 256 << 20,
             checkpoint_entries: 50_000,
+            replay_entries_max: 400_000,
             retention_every: Duration::from_secs(30),
             relaxed_flush_within: Duration::from_secs(1),
             inline_flush_bytes_max: 256 << 10,
@@ -527,6 +535,18 @@ impl<M: Machine> Shard<M> {
     }
 
     fn on_request(&mut self, key: SlotKey, event: Event<M>) {
+        if let Event::Reconfigure(change) = &event
+            && let Some(slot) = self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life)
+        {
+            // Whatever state it is in: its next life begins with them.
+            slot.spec.log = change.log.clone();
+            slot.spec.retention = change.retention;
+            slot.spec.flush = change.flush;
+            slot.spec.max_message_bytes = change.max_message_bytes;
+            if change.retention != RetentionConfig::default() {
+                self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
+            }
+        }
         let partition = self.slots.get(key.index as usize).map(|slot| slot.spec.tp.partition);
         let refusal = if self.stopping.is_some() {
             shutting_down()
@@ -536,16 +556,6 @@ impl<M: Machine> Shard<M> {
                 Some(slot) if slot.closing.is_some() => gone(),
                 Some(slot) => match &slot.state {
                     State::Running(_) => {
-                        if let Event::Reconfigure(change) = &event {
-                            // Kept for its next life, too.
-                            slot.spec.log = change.log.clone();
-                            slot.spec.retention = change.retention;
-                            slot.spec.flush = change.flush;
-                            slot.spec.max_message_bytes = change.max_message_bytes;
-                            if change.retention != RetentionConfig::default() {
-                                self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
-                            }
-                        }
                         slot.events.push(event);
                         self.touch(key.index);
                         return;
@@ -698,12 +708,20 @@ impl<M: Machine> Shard<M> {
                 slot.state = State::Running(replica);
                 slot.running_since = Instant::now();
                 slot.events.clear();
+                // They may have changed while it was opened.
+                slot.events.push(Event::Reconfigure(Reconfigure {
+                    log: slot.spec.log.clone(),
+                    retention: slot.spec.retention,
+                    flush: slot.spec.flush,
+                    max_message_bytes: slot.spec.max_message_bytes,
+                }));
                 if slot.spec.retention != RetentionConfig::default() {
                     self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
                 }
                 if alone {
                     slot.events.push(Event::Campaign);
                 } else {
+                    self.timers.ticking.retain(|&other| other != key.index);
                     self.timers.ticking.push(key.index);
                     self.timers.tick_at.get_or_insert(Instant::now() + self.config.tick);
                 }
@@ -774,9 +792,12 @@ impl<M: Machine> Shard<M> {
             return;
         }
         let state = std::mem::replace(&mut slot.state, State::Ending);
+        let delete_files = closing.delete_files;
         slot.jobs += 1;
+        self.show(index);
+        let slot = &self.slots[index as usize];
         let port = Arc::clone(&self.port);
-        if closing.delete_files {
+        if delete_files {
             drop(state);
             let (data_dir, tp) = (Arc::clone(&self.data_dir), slot.spec.tp);
             self.pools.work.submit(Box::new(move || {
@@ -876,6 +897,8 @@ impl<M: Machine> Shard<M> {
         };
         let closing = slot.closing.is_some();
         let mut events = std::mem::take(&mut slot.events);
+        let share = self.config.replay_entries_max / self.by_partition.len().max(1) as u64;
+        replica.checkpoint_after(share.max(REPLAY_ENTRIES_MIN).min(self.config.checkpoint_entries));
         let fx = replica.step(events.drain(..), now);
         self.port.counters.steps.fetch_add(1, Ordering::Relaxed);
         slot.events = events;
@@ -897,11 +920,13 @@ impl<M: Machine> Shard<M> {
             checkpoint,
             mut answers,
             tickets,
-            committed: _,
+            lookups,
             ended,
         } = fx;
         // Nobody to send to before there is a transport: a group of one sends nothing.
-        debug_assert!(send_now.is_empty() && send_flushed.is_empty());
+        if !(send_now.is_empty() && send_flushed.is_empty()) {
+            tracing::error!(tp = %slot.spec.tp, "messages to other replicas are dropped: there is no way to send them");
+        }
         self.answers.append(&mut answers);
 
         let tp = slot.spec.tp;
@@ -933,6 +958,9 @@ impl<M: Machine> Shard<M> {
         for order in tickets {
             self.read_from_disk(order);
         }
+        for order in lookups {
+            self.look_up_on_disk(order);
+        }
         if let Some(ended) = ended {
             self.on_ended(index, &ended);
             return;
@@ -963,12 +991,21 @@ impl<M: Machine> Shard<M> {
     fn on_ended(&mut self, index: u32, ended: &Ended) {
         let slot = &mut self.slots[index as usize];
         let message = ended.to_string();
-        tracing::error!(tp = %slot.spec.tp, %message, "a replica ended; it is opened anew");
         self.port.counters.replicas_ended.fetch_add(1, Ordering::Relaxed);
         let State::Running(replica) = std::mem::replace(&mut slot.state, State::Ending) else {
             unreachable!("only a running replica is stepped");
         };
         slot.events.clear();
+        if matches!(ended, Ended::Storage(StorageError::Corrupt { .. })) {
+            // Opened again it would find the same bytes.
+            let message =
+                format!("{message}; put the replica's files back from a backup, or trim or delete what is damaged");
+            tracing::error!(tp = %slot.spec.tp, %message, "a replica is quarantined");
+            slot.state = State::Quarantined { message };
+            self.show(index);
+            return;
+        }
+        tracing::error!(tp = %slot.spec.tp, %message, "a replica ended; it is opened anew");
         let machine = replica.into_machine();
         self.set_failed(index, machine, message);
     }
@@ -1001,17 +1038,35 @@ impl<M: Machine> Shard<M> {
         slot.shown = now;
     }
 
-    fn read_from_disk(&mut self, order: ReadOrder) {
+    /// Counts one more who waits for the disk, if there is room for one.
+    fn wait_for_disk(&self) -> Result<Arc<AtomicUsize>, Error> {
         let waiting = &self.pools.disk_reads;
         if waiting.fetch_add(1, Ordering::Relaxed) >= self.config.disk_reads_max {
             waiting.fetch_sub(1, Ordering::Relaxed);
-            order.reply.send(Err(Error::new(
+            return Err(Error::new(
                 ErrorCode::Overloaded,
                 "too many readers wait for the disk; try again in a moment",
-            )));
-            return;
+            ));
         }
-        let waiting = Arc::clone(waiting);
+        Ok(Arc::clone(waiting))
+    }
+
+    fn look_up_on_disk(&mut self, order: LookupOrder) {
+        match self.wait_for_disk() {
+            Err(error) => order.reply.send(Err(error)),
+            Ok(waiting) => self.pools.read.submit(Box::new(move || {
+                let _guard = StopTheProcess;
+                order.run();
+                waiting.fetch_sub(1, Ordering::Relaxed);
+            })),
+        }
+    }
+
+    fn read_from_disk(&mut self, order: ReadOrder) {
+        let waiting = match self.wait_for_disk() {
+            Err(error) => return order.reply.send(Err(error)),
+            Ok(waiting) => waiting,
+        };
         self.pools.read.submit(Box::new(move || {
             let _guard = StopTheProcess;
             let ReadOrder { ticket, reply, log_start, high_watermark } = order;
@@ -1186,10 +1241,22 @@ impl<M: Machine> Shard<M> {
             }
         }
         if take_due(&mut self.timers.probe_at, now) {
-            // Those that are still full come back with their step.
+            // Asked once for all of them, and nothing is taken: a probe must not use up what it looks for.
+            let available = self.disk.available_bytes(self.data_dir.path()).unwrap_or(0);
             for index in std::mem::take(&mut self.timers.full) {
-                self.slots[index as usize].awaits_room = false;
-                self.event(index, Event::ProbeRoom);
+                let slot = &mut self.slots[index as usize];
+                if available >= slot.spec.log.room_kept_bytes.saturating_add(PROBE_BYTES) {
+                    // Found full again, it comes back with its step.
+                    slot.awaits_room = false;
+                    self.event(index, Event::RoomAgain);
+                } else if matches!(slot.state, State::Running(_)) {
+                    self.timers.full.push(index);
+                } else {
+                    slot.awaits_room = false;
+                }
+            }
+            if !self.timers.full.is_empty() {
+                self.timers.probe_at = Some(now + PROBE_EVERY);
             }
         }
         if take_due(&mut self.timers.abandoned_at, now) {
@@ -1303,7 +1370,10 @@ impl<M: Machine> Shard<M> {
         let failed = |slot: &Slot<M>| matches!(slot.state, State::Failed { .. });
         let mut clean = !self.unclean && !self.slots.iter().any(failed);
         for stripe in self.stripes.values_mut() {
-            if let Err(error) = stripe.finish() {
+            if let Some(error) = stripe.failed() {
+                tracing::error!(error, "the hard states could not be written at the end");
+                clean = false;
+            } else if let Err(error) = stripe.finish() {
                 tracing::error!(%error, "cannot flush the hard states at the end");
                 clean = false;
             }

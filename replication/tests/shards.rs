@@ -12,7 +12,7 @@ use flowstone_replication::{
     Acks, FlushMode, Health, LogConfig, Permit, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle,
     ReplicaSpec, Reply, RetentionConfig, Role, Shards, ShardsConfig, TrimTo, system_clock,
 };
-use flowstone_storage::{DataDir, Disk, HardStateFile, RealDisk};
+use flowstone_storage::{Checkpoint, DataDir, Disk, HardStateFile, RealDisk};
 use ledger::{Counter, Ledger, batch};
 use tokio::sync::oneshot;
 
@@ -178,6 +178,27 @@ fn a_thousand_replicas_lead_in_well_under_a_second_each_restart() {
         assert!(terms.iter().all(|term| *term == terms[0]), "one election each");
         // Group commit of votes: far fewer flushes of hard states than replicas. The time itself is the bench's matter.
         broker.shards.shutdown();
+    }
+}
+
+#[test]
+fn many_replicas_share_what_a_restart_may_replay() {
+    let temporary = tempfile::tempdir().unwrap();
+    // Two replicas of one shard: 1 000 entries each, though one alone might have 1 500.
+    let config = ShardsConfig { shards: 1, replay_entries_max: 1_500, ..ShardsConfig::default() };
+    let broker = start(temporary.path(), config);
+    let handles = [broker.lead(1), broker.lead(2)];
+    let checkpoints = |partition| {
+        let dir = broker.data_dir.replica_dir(tp(partition));
+        let names = broker.data_dir.disk().read_dir(&dir).unwrap();
+        names.iter().filter_map(|name| Checkpoint::index_of_name(name)).max().map(|index| index.get())
+    };
+    for (partition, handle) in (1..).zip(&handles) {
+        let answers: Vec<_> = (0..1_200).map(|sequence| produce(handle, 1, sequence, Acks::Quorum)).collect();
+        for answer in answers {
+            wait(answer).unwrap();
+        }
+        until(|| checkpoints(partition) > Some(1_000));
     }
 }
 

@@ -56,7 +56,9 @@ impl Machine for Ledger {
 
     fn admit(&mut self, batch: &BatchHeader, _now: Timestamp) -> Admission {
         match self.in_flight.get(&key(batch)).or_else(|| self.committed.get(&key(batch))) {
-            Some(&(base_offset, index)) if batch.has_producer() => Admission::Duplicate { base_offset, index },
+            Some(&(base_offset, index)) if batch.has_producer() => {
+                Admission::Duplicate { base_offset, index, timestamp: Timestamp::new(1_000) }
+            }
             _ => Admission::Append,
         }
     }

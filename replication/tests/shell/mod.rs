@@ -139,7 +139,7 @@ impl<M: Machine> Shell<M> {
             checkpoint,
             answers,
             tickets,
-            committed: _,
+            lookups,
             ended,
         } = effects;
         self.sent.extend(send_now);
@@ -167,6 +167,9 @@ impl<M: Machine> Shell<M> {
             order
                 .reply
                 .send(answer.map_err(|error| Error::new(flowstone_protocol::ErrorCode::Internal, error.to_string())));
+        }
+        for order in lookups {
+            order.run();
         }
         if ended.is_some() {
             self.ended = ended;
