@@ -131,3 +131,70 @@ fn the_room_that_is_kept_is_kept() {
     assert!(reserved > 100 && available + index_bytes >= kept, "{reserved} reserved, {available} left");
     log.reserve_privileged(20_000).expect("this may use it");
 }
+
+/// The names of newer segments may be lost where the removal of older ones is not: then nothing would be left.
+#[test]
+fn segments_are_deleted_only_once_those_that_stay_are_durable() {
+    for seed in 0..100 {
+        let sim = SimDisk::new(seed);
+        let disk = sim.shared();
+        let mut log = create(&disk);
+        for value in 0..10 {
+            append(&mut log, value).expect("appended");
+        }
+        log.flush().expect("flushed");
+        let flushed = log.last_index();
+        log.commit_to(flushed);
+        let end = log.high_watermark();
+        log.set_log_start(end);
+        let checkpoint = log.new_checkpoint(flushed, Bytes::new(), Bytes::new());
+        log.write_checkpoint(checkpoint).expect("written");
+        // The next batch begins a segment of its own, whose name nobody has flushed.
+        log.set_config(LogConfig { segment_bytes: 1, ..config() });
+        append(&mut log, 50).expect("appended");
+        let job = log.flush_job().expect("something to flush");
+        assert!(log.delete_segments_below_checkpoint().expect("deleted") > 0);
+        drop(job);
+        drop(log);
+        sim.restart(Crash::Power);
+        let log = open(&disk, flushed.get()).unwrap_or_else(|error| panic!("seed {seed}: {error}"));
+        assert_eq!((log.log_start(), log.high_watermark()), (end, end));
+    }
+}
+
+/// A block of an earlier life of the file is whole, right as far as it goes, and too short.
+#[test]
+fn a_sealed_segments_index_that_ends_too_early_is_rebuilt() {
+    let sim = SimDisk::new(1);
+    let disk = sim.shared();
+    let mut log = create(&disk);
+    append(&mut log, 1).expect("appended");
+    let last = log.close().expect("closes").get();
+    let path = Path::new(DIR).join("00000000000000000000-00000000000000000002.index");
+    let short = sim.bytes(&path).expect("written at the close");
+    let mut log = open(&disk, last).expect("opens");
+    for value in 2..12 {
+        append(&mut log, value).expect("appended");
+    }
+    let expected = stored(&mut log);
+    log.flush().expect("flushed");
+    let last = log.last_index();
+    drop(log);
+    let mut log = open(&disk, last.get()).expect("opens");
+    sim.set_bytes(&path, short);
+    assert_eq!(stored(&mut log), expected);
+}
+
+#[test]
+fn one_flush_is_in_flight_and_the_next_covers_what_came_meanwhile() {
+    let disk = SimDisk::new(1).shared();
+    let mut log = create(&disk);
+    let first = log.flush_job().expect("something to flush");
+    append(&mut log, 1).expect("appended");
+    assert!(log.flush_job().is_none(), "one at a time");
+    assert_eq!(log.flush_done(first.run()).expect("flushed").get(), 2);
+    let second = log.flush_job().expect("what came meanwhile");
+    assert_eq!(second.covers().get(), 3);
+    assert_eq!(log.flush_done(second.run()).expect("flushed").get(), 3);
+    assert!(log.flush_job().is_none(), "nothing to flush");
+}
