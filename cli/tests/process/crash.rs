@@ -67,7 +67,7 @@ fn killed_in_the_middle_of_producing_nothing_acknowledged_is_missing_and_nothing
             let told: serde_json::Value = serde_json::from_str(told).expect("json");
             assert_eq!(told["offset"].to_string(), **at, "round {round}");
         }
-        println!(
+        eprintln!(
             "round {round}: {} acknowledged, {} there, ready again after {:?}",
             told.len(),
             lines - from,
@@ -120,7 +120,7 @@ fn a_restart_after_kill_nine_is_ready_soon() {
     broker.feed(&["produce", "lines"], &b"line\n".repeat(200_000)).ok();
     broker.kill();
     let broker = Daemon::start(&data);
-    println!("ready after {:?}", broker.ready_after);
+    eprintln!("ready after {:?}", broker.ready_after);
     // Far above what it takes, for machines that do other things meanwhile; the figure is `tests/kill-nine`'s.
     assert!(broker.ready_after < Duration::from_secs(30));
     assert_eq!(broker.run(&["consume", "lines", "-e"]).text().lines().count(), 200_000);
