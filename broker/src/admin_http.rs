@@ -8,20 +8,31 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
+use flowstone_replication::Health;
 use parking_lot::RwLock;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::metrics::Metrics;
+use crate::partition::{LocalReplicas, Slot};
 
 /// Why the broker is not ready; empty once it is.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(crate) struct Readiness {
     /// Reasons by what they concern. Held for a look or a change; nothing waits inside.
     reasons: Arc<RwLock<Vec<(&'static str, String)>>>,
+    /// Looked through at each probe.
+    replicas: LocalReplicas,
 }
 
+/// Partitions that a probe names; of more it says how many there are.
+const SICK_NAMED_MAX: usize = 10;
+
 impl Readiness {
+    pub(crate) fn new(replicas: LocalReplicas) -> Self {
+        Self { reasons: Arc::default(), replicas }
+    }
+
     /// `concern` keeps the broker from being ready, for `reason`.
     pub(crate) fn hold(&self, concern: &'static str, reason: impl Into<String>) {
         let mut reasons = self.reasons.write();
@@ -37,6 +48,45 @@ impl Readiness {
     fn reasons(&self) -> Vec<String> {
         self.reasons.read().iter().map(|(concern, reason)| format!("{concern}: {reason}")).collect()
     }
+
+    /// What is wrong with which replica: of those that are being recovered, and of those that no waiting will help.
+    fn sick(&self) -> (Vec<String>, Vec<String>) {
+        let (mut recovering, mut lost) = (Vec::new(), Vec::new());
+        for (tp, slot) in self.replicas.all() {
+            match slot {
+                Slot::Open(partition) => {
+                    let name = format!("{}-{}", partition.topic, tp.partition);
+                    let status = partition.replica.status();
+                    match status.health {
+                        Health::Failed { message } => recovering.push(format!("partition {name}: {message}")),
+                        // Served again by an operator alone; the metadata's is what all else depends on.
+                        Health::Quarantined { message } if partition.internal => {
+                            recovering.push(format!("partition {name}: {message}"));
+                        }
+                        Health::Quarantined { message } => lost.push(format!("partition {name}: {message}")),
+                        Health::Ok | Health::DiskFull if !status.is_ready() => {
+                            recovering.push(format!("partition {name}: nobody leads it yet"));
+                        }
+                        Health::Ok | Health::DiskFull => {}
+                    }
+                }
+                Slot::Opening => recovering.push(format!("partition {tp}: it is being opened")),
+                Slot::Failed(error) | Slot::Refused(error) => lost.push(format!("partition {tp}: {error}")),
+            }
+        }
+        (named(recovering), named(lost))
+    }
+}
+
+/// The first few, in the same order every time.
+fn named(mut sick: Vec<String>) -> Vec<String> {
+    sick.sort();
+    let more = sick.len().saturating_sub(SICK_NAMED_MAX);
+    sick.truncate(SICK_NAMED_MAX);
+    if more > 0 {
+        sick.push(format!("and {more} more"));
+    }
+    sick
 }
 
 /// Time that a probe or a scraper may take for one request.
@@ -69,10 +119,15 @@ pub(crate) async fn serve(
 }
 
 async fn readyz(State(served): State<Served>) -> impl IntoResponse {
-    let reasons = served.readiness.reasons();
+    let mut reasons = served.readiness.reasons();
+    let (recovering, lost) = served.readiness.sick();
+    reasons.extend(recovering);
     if reasons.is_empty() {
-        return (StatusCode::OK, "ready\n".to_owned());
+        // What only an operator can bring back does not make a broker unready for ever, but is named.
+        let lost: String = lost.iter().map(|lost| format!("lost: {lost}\n")).collect();
+        return (StatusCode::OK, format!("ready\n{lost}"));
     }
+    reasons.extend(lost);
     (StatusCode::SERVICE_UNAVAILABLE, format!("not ready\n{}\n", reasons.join("\n")))
 }
 

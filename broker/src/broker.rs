@@ -12,7 +12,7 @@ use flowstone_replication::{
 use flowstone_storage::{DataDir, Disk, RealDisk};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin_http::{self, Readiness};
@@ -36,6 +36,8 @@ const METADATA_BATCH_BYTES_MAX: usize = 64 << 20;
 const METADATA_LOG_BYTES: u64 = 128 << 20;
 /// Size at which a segment of it is closed.
 const METADATA_SEGMENT_BYTES: u64 = 64 << 20;
+/// Reads that may wait at the end of one log: for every call that there may be.
+const PARKED_READS_MAX: usize = 1 << 16;
 /// Time that connections are given to end after they were cut.
 const CUT_MAX: Duration = Duration::from_secs(2);
 
@@ -132,7 +134,8 @@ impl Broker {
         let peer_address = if config.advertise.peer.is_empty() { &config.listen.peer } else { &config.advertise.peer };
 
         let metrics = Arc::new(Metrics::new());
-        let readiness = Readiness::default();
+        let replicas = LocalReplicas::default();
+        let readiness = Readiness::new(replicas.clone());
         readiness.hold("metadata", "the broker is starting");
         let (stop_admin, admin_stops) = watch::channel(false);
         let (fail, failed) = watch::channel(None);
@@ -181,7 +184,6 @@ impl Broker {
 
         readiness.hold("replicas", "local replicas are being recovered");
         readiness.release("metadata");
-        let replicas = LocalReplicas::default();
         let own = TopicConfig::resolve(&TopicOverrides::new(), &TopicOverrides::new()).map_err(StartError::Metadata)?;
         let own = OpenPartition::new(METADATA_PARTITION, METADATA_TOPIC, true, metadata.clone(), own);
         replicas.set(METADATA_PARTITION, Slot::Open(Arc::new(own)));
@@ -214,6 +216,7 @@ impl Broker {
             drain: drains.clone(),
             metrics,
             room,
+            checks: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
             ready_since: Instant::now(),
             config,
         });
@@ -371,6 +374,7 @@ async fn start_shards(config: &Config, data_dir: Arc<DataDir>) -> Result<Arc<Sha
         flush_threads: config.storage.flush_threads,
         read_threads: config.storage.read_threads,
         inbox_bytes_max: (config.storage.in_flight_bytes_max / shards).max(1),
+        parked_reads_max: PARKED_READS_MAX,
         seed: rand::random(),
         ..ShardsConfig::default()
     };

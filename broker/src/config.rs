@@ -107,10 +107,14 @@ pub struct LimitsConfig {
     pub connections_per_address: usize,
     /// Open calls of one connection.
     pub streams_per_connection: u32,
-    /// Largest message of a client.
+    /// Largest message of Produce.
     pub request_bytes: usize,
-    /// Largest message of the `Admin` service's callers.
+    /// Largest message of any other call than Produce.
     pub admin_request_bytes: usize,
+    /// Bytes of all clients' messages that are being received, or wait to be taken.
+    pub receiving_bytes: usize,
+    /// Time that a client may be silent in the middle of a message.
+    pub message_timeout: Duration,
     /// Headers of one call.
     pub header_bytes: u32,
     /// Time in which a connection must have sent its HTTP/2 preface.
@@ -131,8 +135,6 @@ pub struct LimitsConfig {
     pub pending_reset_streams: usize,
     /// Aim for one fetch response; one batch may be larger.
     pub fetch_response_bytes: usize,
-    /// Credit that one fetch stream may hold.
-    pub fetch_credit_bytes: u64,
     /// Partitions of one fetch stream.
     pub fetch_partitions: usize,
     /// Queries of one ListOffsets call and names of one Metadata call.
@@ -299,7 +301,14 @@ pub const KEYS: &[Key] = &[
     key!("node.data_dir", "data", node.data_dir, path, shown_path, "Folder of everything that the broker keeps."),
     key!("node.rack", "", node.rack, text, shown, "Failure domain of this broker."),
     key!("listen.client", "127.0.0.1:7070", listen.client, address, shown, "Where clients connect (gRPC)."),
-    key!("listen.peer", "127.0.0.1:7071", listen.peer, address, shown, "Where other brokers connect."),
+    key!(
+        "listen.peer",
+        "127.0.0.1:7071",
+        listen.peer,
+        address,
+        shown,
+        "Where other brokers connect; a cluster of one does not listen there."
+    ),
     key!("listen.admin", "127.0.0.1:7072", listen.admin, address, shown, "`/livez`, `/readyz`, `/metrics` (HTTP)."),
     key!("advertise.client", "", advertise.client, advertised, shown, "What clients are told, if not `listen.client`."),
     key!("advertise.peer", "", advertise.peer, advertised, shown, "What brokers are told, if not `listen.peer`."),
@@ -328,7 +337,7 @@ pub const KEYS: &[Key] = &[
         shown,
         "Threads that run partitions; 0: by the machine's cores."
     ),
-    key!("storage.flush_threads", "8", storage.flush_threads, positive, shown, "Flushes that run side by side."),
+    key!("storage.flush_threads", "16", storage.flush_threads, positive, shown, "Flushes that run side by side."),
     key!("storage.read_threads", "4", storage.read_threads, positive, shown, "Reads from disk that run side by side."),
     key!(
         "storage.free_bytes_min",
@@ -346,10 +355,10 @@ pub const KEYS: &[Key] = &[
         size_usize,
         "Bytes of clients' batches received and not yet answered; producers wait above it."
     ),
-    key!("limits.connections", "4096", limits.connections, positive, shown, "Client connections."),
+    key!("limits.connections", "1024", limits.connections, positive, shown, "Client connections."),
     key!(
         "limits.connections_per_address",
-        "1024",
+        "256",
         limits.connections_per_address,
         positive,
         shown,
@@ -357,7 +366,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "limits.streams_per_connection",
-        "256",
+        "64",
         limits.streams_per_connection,
         positive32,
         shown,
@@ -369,7 +378,7 @@ pub const KEYS: &[Key] = &[
         limits.request_bytes,
         size,
         size_usize,
-        "Largest message of a client; a topic's `max.message.bytes` stays 1 KiB below."
+        "Largest message of `Produce`; a topic's `max.message.bytes` stays 1 KiB below."
     ),
     key!(
         "limits.admin_request_bytes",
@@ -377,7 +386,23 @@ pub const KEYS: &[Key] = &[
         limits.admin_request_bytes,
         size,
         size_usize,
-        "Largest message to the `Admin` service."
+        "Largest message of any other call than `Produce`."
+    ),
+    key!(
+        "limits.receiving_bytes",
+        "256 MiB",
+        limits.receiving_bytes,
+        size,
+        size_usize,
+        "Bytes of all clients' messages that are being received or wait to be taken; clients wait above it. At least twice `limits.request_bytes`."
+    ),
+    key!(
+        "limits.message_timeout",
+        "30s",
+        limits.message_timeout,
+        positive_duration,
+        shown_duration,
+        "Time that a client may be silent in the middle of a message."
     ),
     key!("limits.header_bytes", "16 KiB", limits.header_bytes, size32, size_u32, "Headers of one call."),
     key!(
@@ -422,7 +447,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "limits.stream_window_bytes",
-        "8 MiB",
+        "4 MiB",
         limits.stream_window_bytes,
         window,
         size_u32,
@@ -430,7 +455,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "limits.connection_window_bytes",
-        "16 MiB",
+        "8 MiB",
         limits.connection_window_bytes,
         window,
         size_u32,
@@ -451,14 +476,6 @@ pub const KEYS: &[Key] = &[
         size,
         size_usize,
         "Aim for one fetch response; a larger batch goes alone."
-    ),
-    key!(
-        "limits.fetch_credit_bytes",
-        "64 MiB",
-        limits.fetch_credit_bytes,
-        size64,
-        size_u64,
-        "Credit that a fetch stream may hold; more is cut to this."
     ),
     key!(
         "limits.fetch_partitions",
@@ -642,6 +659,13 @@ impl Config {
         if self.batch_bytes_max() == 0 {
             return conflict(format!("limits.request_bytes must be above {REQUEST_OVERHEAD_BYTES} bytes"));
         }
+        if self.limits.receiving_bytes < 2 * self.limits.request_bytes {
+            return conflict(format!(
+                "limits.receiving_bytes ({}) is below twice limits.request_bytes ({}): large messages would wait for each \
+                 other; raise the one or lower the other",
+                self.limits.receiving_bytes, self.limits.request_bytes
+            ));
+        }
         if self.limits.connection_window_bytes < self.limits.stream_window_bytes {
             return conflict(format!(
                 "limits.connection_window_bytes ({}) is below limits.stream_window_bytes ({}); raise the one or lower \
@@ -702,7 +726,8 @@ impl Config {
                 connection_window_bytes: 0,
                 pending_reset_streams: 0,
                 fetch_response_bytes: 0,
-                fetch_credit_bytes: 0,
+                receiving_bytes: 0,
+                message_timeout: Duration::ZERO,
                 fetch_partitions: 0,
                 queries_per_request: 0,
                 decompressed_bytes: 0,
@@ -1005,7 +1030,7 @@ mod tests {
         check("node.rack", "b", "--set");
         check("node.data_dir", "data/1", "file");
         check("limits.request_bytes", "8 MiB", "file");
-        check("limits.connections", "4096", "default");
+        check("limits.connections", "1024", "default");
         check("topic.retention.ms", "604800000", "file");
         check("topic.retention.bytes", "1073741824", "env");
         check("topic.segment.bytes", "67108864", "file");

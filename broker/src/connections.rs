@@ -30,6 +30,9 @@ const PREFACE_BYTES: usize = 24 + 9;
 /// system's queue, and trying at once again would only burn the processor.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// Refusals are logged this often at most.
+const LOG_EVERY_MS: u64 = 1_000;
+
 /// Connections that are open, by address.
 #[derive(Debug)]
 pub(crate) struct Connections {
@@ -38,11 +41,21 @@ pub(crate) struct Connections {
     /// Held for a look and a change; nothing waits inside.
     by_address: Mutex<HashMap<IpAddr, usize>>,
     open: AtomicUsize,
+    /// When a refusal was logged last, in milliseconds after `since`: whoever floods the broker does not flood its log.
+    refusal_logged_ms: AtomicU64,
+    since: Instant,
 }
 
 impl Connections {
     pub(crate) fn new(limits: LimitsConfig, metrics: Arc<Metrics>) -> Arc<Self> {
-        Arc::new(Self { limits, metrics, by_address: Mutex::new(HashMap::new()), open: AtomicUsize::new(0) })
+        Arc::new(Self {
+            limits,
+            metrics,
+            by_address: Mutex::new(HashMap::new()),
+            open: AtomicUsize::new(0),
+            refusal_logged_ms: AtomicU64::new(0),
+            since: Instant::now(),
+        })
     }
 
     /// A place for one more from `address`, if the limits leave one.
@@ -59,6 +72,18 @@ impl Connections {
         self.open.fetch_add(1, Ordering::Relaxed);
         self.metrics.connections.inc();
         Ok(Place { connections: Arc::clone(self), address })
+    }
+}
+
+impl Connections {
+    fn refused(&self, address: SocketAddr, limit: &str) {
+        self.metrics.connections_refused.inc();
+        let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
+        let last = self.refusal_logged_ms.load(Ordering::Relaxed);
+        if last == 0 || now - last >= LOG_EVERY_MS {
+            self.refusal_logged_ms.store(now, Ordering::Relaxed);
+            tracing::warn!(%address, limit, "connections are turned away");
+        }
     }
 }
 
@@ -123,8 +148,7 @@ impl Stream for Incoming {
                         return Poll::Ready(Some(Ok(guarded)));
                     }
                     Err(limit) => {
-                        self.connections.metrics.connections_refused.inc();
-                        tracing::warn!(%address, limit, "a connection was turned away");
+                        self.connections.refused(address, limit);
                     }
                 },
                 // The client went before it was accepted.

@@ -47,6 +47,9 @@ pub(crate) trait StateMachine: Clone + Debug + Send + Sync + 'static {
     /// When the record cannot follow this state, or a newer release wrote it: the machine refuses to go on.
     fn apply(&mut self, record: Self::Record, at: Offset) -> Result<(), Error>;
 
+    /// Offset of the last record taken in, -1 for none.
+    fn applied(&self) -> Offset;
+
     /// The whole state.
     fn checkpoint(&self) -> Bytes;
 
@@ -95,6 +98,9 @@ pub(crate) struct Coordinator<S: StateMachine> {
     committed: Published<S>,
     /// Committed state and what is in flight; on the leader only.
     live: Option<S>,
+    /// After the replica was opened anew: the committed state as far as it was replayed, until it has caught up with what
+    /// was published before. Readers never see it go back.
+    replayed: Option<S>,
     /// Why this machine goes no further: a record that it could not take in. Nothing is answered any more.
     broken: Option<Error>,
 }
@@ -103,7 +109,7 @@ impl<S: StateMachine> Coordinator<S> {
     /// A machine that has seen nothing, and the view on what it commits.
     pub(crate) fn new(empty: S) -> (Self, Published<S>) {
         let committed = Published::new(empty);
-        (Self { committed: committed.clone(), live: None, broken: None }, committed)
+        (Self { committed: committed.clone(), live: None, replayed: None, broken: None }, committed)
     }
 
     /// Only the coordinator writes to its own log.
@@ -125,14 +131,29 @@ impl<S: StateMachine> Coordinator<S> {
 
     pub(crate) fn committed(&mut self, entry: &MachineEntry<'_>) {
         if self.broken.is_none() {
-            let applied = apply_entry(&mut *self.committed.state.write(), entry);
+            let applied = match &mut self.replayed {
+                Some(replayed) => apply_entry(replayed, entry),
+                None => apply_entry(&mut *self.committed.state.write(), entry),
+            };
             if let Err(error) = applied {
                 tracing::error!(offset = entry.base_offset.get(), %error, "a committed record cannot be taken in");
                 self.broken = Some(error);
             }
         }
-        let after = Offset::new(entry.base_offset.get() + i64::from(entry.header.last_offset_delta) + 1);
-        self.committed.version.send_replace(after);
+        let published = self.committed.with(S::applied);
+        if self.replayed.as_ref().is_some_and(|replayed| replayed.applied() >= published) {
+            self.publish();
+        }
+        if self.replayed.is_none() {
+            self.committed.version.send_replace(entry.header.next_offset().max(entry.base_offset));
+        }
+    }
+
+    /// What was replayed is what readers see from now on.
+    fn publish(&mut self) {
+        if let Some(replayed) = self.replayed.take() {
+            *self.committed.state.write() = replayed;
+        }
     }
 
     pub(crate) fn command(&mut self, command: S::Command, now: Timestamp) -> Commanded<Result<S::Reply, Error>> {
@@ -158,6 +179,8 @@ impl<S: StateMachine> Coordinator<S> {
     }
 
     pub(crate) fn lead(&mut self, _term: Term) {
+        // Everything before this term is committed and applied.
+        self.publish();
         self.live = Some(self.committed.with(S::clone));
     }
 
@@ -166,13 +189,23 @@ impl<S: StateMachine> Coordinator<S> {
     }
 
     pub(crate) fn checkpoint(&self) -> Bytes {
-        self.committed.with(S::checkpoint)
+        match &self.replayed {
+            Some(replayed) => replayed.checkpoint(),
+            None => self.committed.with(S::checkpoint),
+        }
     }
 
     pub(crate) fn restore(&mut self, checkpoint: &[u8]) -> Result<(), Error> {
         self.live = None;
         self.broken = None;
-        self.committed.state.write().restore(checkpoint)
+        let mut restored = self.committed.with(S::clone);
+        restored.restore(checkpoint)?;
+        let behind = restored.applied() < self.committed.with(S::applied);
+        self.replayed = Some(restored);
+        if !behind {
+            self.publish();
+        }
+        Ok(())
     }
 }
 

@@ -20,6 +20,7 @@ mod metrics;
 mod node;
 mod partition;
 mod producers;
+mod receiving;
 mod room;
 mod server;
 mod service;

@@ -33,7 +33,13 @@ const LATENCY_BUCKETS: [f64; 18] = [
 pub(crate) enum Api {
     Produce,
     Fetch,
-    Other,
+    Metadata,
+    ListOffsets,
+    Admin,
+}
+
+impl Api {
+    const ALL: [Api; 5] = [Api::Produce, Api::Fetch, Api::Metadata, Api::ListOffsets, Api::Admin];
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -73,23 +79,8 @@ pub(crate) struct Metrics {
     pub(crate) accept_errors: Counter,
 }
 
-/// One metric per call, looked up without a lock.
-#[derive(Clone)]
-struct PerApi<M> {
-    produce: M,
-    fetch: M,
-    other: M,
-}
-
-impl<M> PerApi<M> {
-    fn get(&self, api: Api) -> &M {
-        match api {
-            Api::Produce => &self.produce,
-            Api::Fetch => &self.fetch,
-            Api::Other => &self.other,
-        }
-    }
-}
+/// One metric per call, in the order of [`Api::ALL`], looked up without a lock.
+type PerApi<M> = [M; Api::ALL.len()];
 
 impl fmt::Debug for Metrics {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -155,20 +146,23 @@ impl Metrics {
     }
 
     pub(crate) fn received(&self, api: Api, bytes: usize) {
-        self.requests.get(api).inc();
-        self.received_bytes.get(api).inc_by(bytes as u64);
+        self.requests[api as usize].inc();
+        self.received_bytes[api as usize].inc_by(bytes as u64);
     }
 
     pub(crate) fn answered(&self, api: Api, received: Instant, error: Option<&Error>) {
-        self.latency.get(api).observe(received.elapsed().as_secs_f64());
+        self.latency[api as usize].observe(received.elapsed().as_secs_f64());
         if let Some(error) = error {
             self.refused(api, error);
         }
     }
 
-    pub(crate) fn sent(&self, api: Api, since: Instant, bytes: usize) {
-        self.sent_bytes.get(api).inc_by(bytes as u64);
-        self.latency.get(api).observe(since.elapsed().as_secs_f64());
+    /// `since`: when that was asked for; `None` where it was waited for on purpose.
+    pub(crate) fn sent(&self, api: Api, since: Option<Instant>, bytes: usize) {
+        self.sent_bytes[api as usize].inc_by(bytes as u64);
+        if let Some(since) = since {
+            self.latency[api as usize].observe(since.elapsed().as_secs_f64());
+        }
     }
 
     pub(crate) fn refused(&self, api: Api, error: &Error) {
@@ -184,7 +178,7 @@ impl Metrics {
 }
 
 fn per_api<M>(metric: impl Fn(Api) -> M) -> PerApi<M> {
-    PerApi { produce: metric(Api::Produce), fetch: metric(Api::Fetch), other: metric(Api::Other) }
+    Api::ALL.map(metric)
 }
 
 /// A family of one series per partition: its name, help, unit, and how it is read off a replica.

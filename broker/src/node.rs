@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use flowstone_protocol::{BrokerId, ClusterId, Error, ErrorCode};
 use flowstone_replication::Reply;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 use crate::config::Config;
 use crate::controller::commands::{MetadataCommand, MetadataReply};
@@ -31,6 +31,8 @@ pub(crate) struct Node {
     pub(crate) metrics: Arc<Metrics>,
     /// Whether the disk has room.
     pub(crate) room: Room,
+    /// Turns of checks that decompress or compress much.
+    pub(crate) checks: Arc<Semaphore>,
     pub(crate) ready_since: Instant,
 }
 

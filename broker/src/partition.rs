@@ -161,7 +161,7 @@ pub(crate) enum Slot {
     Open(Arc<OpenPartition>),
     /// It is being opened.
     Opening,
-    /// It could not be opened.
+    /// It could not even be tried to open it.
     Failed(Error),
     /// It was not opened: its topic's settings contradict this broker's. Other settings open it.
     Refused(Error),
@@ -200,7 +200,12 @@ impl LocalReplicas {
         slot
     }
 
-    /// Told whenever a replica came, went or failed to open.
+    /// A replica leads, or does not any more.
+    pub(crate) fn touch(&self) {
+        self.changes.send_modify(|count| *count += 1);
+    }
+
+    /// Told whenever a replica came, went, failed to open, or its leadership or health changed.
     pub(crate) fn changes(&self) -> watch::Receiver<u64> {
         self.changes.subscribe()
     }

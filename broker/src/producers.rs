@@ -43,25 +43,23 @@ struct Producer {
 }
 
 impl Producer {
-    /// What this producer has become with `batch`.
-    fn with(known: Option<&Producer>, epoch: ProducerEpoch, batch: Batch) -> Producer {
-        let mut batches = match known {
-            Some(known) if known.epoch == epoch => known.batches.clone(),
-            // A new epoch begins anew.
-            _ => VecDeque::with_capacity(BATCHES_MAX),
-        };
-        while batches.len() >= BATCHES_MAX {
-            batches.pop_front();
-        }
-        batches.push_back(batch);
-        Producer { epoch, batches }
+    fn new(epoch: ProducerEpoch) -> Self {
+        Self { epoch, batches: VecDeque::with_capacity(BATCHES_MAX) }
     }
 
     fn push(&mut self, batch: Batch) {
-        while self.batches.len() >= BATCHES_MAX {
+        if self.batches.len() == BATCHES_MAX {
             self.batches.pop_front();
         }
         self.batches.push_back(batch);
+    }
+
+    /// Takes a batch in; a new epoch begins anew.
+    fn take(&mut self, epoch: ProducerEpoch, batch: Batch) {
+        if self.epoch != epoch {
+            *self = Self::new(epoch);
+        }
+        self.push(batch);
     }
 
     fn last(&self) -> Option<&Batch> {
@@ -119,9 +117,10 @@ impl Producers {
                 ),
             );
         }
-        let (first, last) = (batch.base_sequence, last_sequence(batch));
+        let (first, last) = (batch.base_sequence, batch.last_sequence());
         if let Some(original) = known.batches.iter().find(|seen| seen.first == first && seen.last == last) {
-            return Admission::Duplicate { base_offset: original.base_offset, index: original.index };
+            let Batch { base_offset, index, timestamp, .. } = *original;
+            return Admission::Duplicate { base_offset, index, timestamp };
         }
         let Some(newest) = known.last() else {
             return Admission::Append;
@@ -153,9 +152,9 @@ impl Producers {
     /// Leader: the batch is in the log and in flight.
     pub(crate) fn appended(&mut self, entry: &MachineEntry<'_>) {
         if let Some((id, epoch, batch)) = producer_batch(entry) {
-            let known = self.overlay.get(&id).or_else(|| self.committed.get(&id));
-            let now = Producer::with(known, epoch, batch);
-            self.overlay.insert(id, now);
+            let committed = &self.committed;
+            let known = || committed.get(&id).cloned().unwrap_or_else(|| Producer::new(epoch));
+            self.overlay.entry(id).or_insert_with(known).take(epoch, batch);
         }
     }
 
@@ -164,13 +163,7 @@ impl Producers {
         let Some((id, epoch, batch)) = producer_batch(entry) else {
             return;
         };
-        match self.committed.get_mut(&id) {
-            Some(known) if known.epoch == epoch => known.push(batch),
-            known => {
-                let now = Producer::with(known.as_deref(), epoch, batch);
-                self.committed.insert(id, now);
-            }
-        }
+        self.committed.entry(id).or_insert_with(|| Producer::new(epoch)).take(epoch, batch);
         // Nothing of it is in flight any more: both would say the same.
         if self.overlay.get(&id).and_then(Producer::last).is_some_and(|newest| newest.index <= batch.index) {
             self.overlay.remove(&id);
@@ -241,16 +234,12 @@ fn producer_batch(entry: &MachineEntry<'_>) -> Option<(ProducerId, ProducerEpoch
     }
     let batch = Batch {
         first: header.base_sequence,
-        last: last_sequence(header),
+        last: header.last_sequence(),
         base_offset: entry.base_offset,
         index: entry.index,
         timestamp: header.max_timestamp,
     };
     Some((header.producer_id, header.producer_epoch, batch))
-}
-
-fn last_sequence(header: &BatchHeader) -> Sequence {
-    header.base_sequence.plus(header.last_offset_delta)
 }
 
 /// Whether `a` comes after `b` on the circle of 2^31 sequence numbers: the shorter way decides.

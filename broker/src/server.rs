@@ -18,6 +18,7 @@ use tonic::transport::Server;
 use crate::config::LimitsConfig;
 use crate::connections::{CallGuard, ConnectionCalls, Connections, Incoming};
 use crate::node::Node;
+use crate::receiving::Receiving;
 use crate::service::{AdminService, LogCalls, LogService};
 
 /// Largest HTTP/2 frame that clients are asked to send: large frames mean fewer of them for a large batch.
@@ -35,7 +36,8 @@ pub(crate) async fn serve(
     cut: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error> {
     let limits = node.config.limits.clone();
-    let routes = CountedCalls { inner: routes(&node, &limits) };
+    let receiving = Receiving::new(limits.receiving_bytes, limits.message_timeout);
+    let routes = GuardedCalls { inner: routes(&node, &limits), receiving };
     let incoming = Incoming::new(listener, connections, cut);
     Server::builder()
         .initial_stream_window_size(limits.stream_window_bytes)
@@ -58,10 +60,12 @@ pub(crate) async fn serve(
 }
 
 fn routes(node: &Arc<Node>, limits: &LimitsConfig) -> Routes {
-    let log = LogServer::new(LogService::new(Arc::clone(node)))
-        .max_decoding_message_size(limits.request_bytes)
-        .max_encoding_message_size(RESPONSE_BYTES_MAX);
-    let log = LogCalls::new(Arc::clone(node), log);
+    let log = |request_bytes| {
+        LogServer::new(LogService::new(Arc::clone(node)))
+            .max_decoding_message_size(request_bytes)
+            .max_encoding_message_size(RESPONSE_BYTES_MAX)
+    };
+    let log = LogCalls::new(Arc::clone(node), log(limits.request_bytes), log(limits.admin_request_bytes));
     let admin =
         AdminServer::new(AdminService::new(Arc::clone(node))).max_decoding_message_size(limits.admin_request_bytes);
     let (health, health_service) = tonic_health::server::health_reporter();
@@ -87,13 +91,14 @@ fn routes(node: &Arc<Node>, limits: &LimitsConfig) -> Routes {
     routes.prepare()
 }
 
-/// Tells a connection's guard of its calls, so that one that is used is not idle.
+/// Tells a connection's guard of its calls, so that one that is used is not idle, and meters what they receive.
 #[derive(Clone, Debug)]
-struct CountedCalls<S> {
+struct GuardedCalls<S> {
     inner: S,
+    receiving: Receiving,
 }
 
-impl<S> Service<http::Request<Body>> for CountedCalls<S>
+impl<S> Service<http::Request<Body>> for GuardedCalls<S>
 where
     S: Service<http::Request<Body>, Response = http::Response<Body>>,
     S::Future: Send + 'static,
@@ -108,6 +113,10 @@ where
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let guard = request.extensions().get::<ConnectionCalls>().map(ConnectionCalls::begin);
+        let (parts, body) = request.into_parts();
+        let (body, held) = self.receiving.meter(body);
+        let mut request = http::Request::from_parts(parts, body);
+        request.extensions_mut().insert(held);
         let response = self.inner.call(request);
         Box::pin(async move { Ok(response.await?.map(|inner| CountedBody { inner, _guard: guard })) })
     }

@@ -11,10 +11,15 @@ use flowstone_protocol::{Compression, Error, ErrorCode};
 
 use crate::units;
 
-/// Kafka's overhead of a batch in its log: base offset and length. `segment.bytes` must hold a whole batch.
+/// Below this a log would be more files than records.
 const SEGMENT_BYTES_MIN: u64 = 1 << 16;
+/// So would it be if a segment were closed more often than this.
+const SEGMENT_MS_MIN: u64 = 100;
 /// A segment's positions are 32 bits wide.
 const SEGMENT_BYTES_MAX: u64 = 2 << 30;
+
+/// No key or value is longer; what is would only be quoted in an error.
+const QUOTED_BYTES_MAX: usize = 200;
 
 /// When a partition acknowledges: after its majority flushed, or as soon as a majority has it in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,7 +164,7 @@ pub const TOPIC_KEYS: &[TopicKey] = &[
         name: "segment.ms",
         default: "604800000",
         doc: "Age at which a segment file is closed.",
-        canonical: milliseconds,
+        canonical: segment_ms,
     },
 ];
 
@@ -176,6 +181,11 @@ pub fn topic_key(name: &str) -> Option<&'static TopicKey> {
 /// # Errors
 /// `INVALID_CONFIG` for an unknown key (with the nearest known one) or a value that the key does not take.
 pub fn canonical_value(key: &str, value: &str) -> Result<String, Error> {
+    let value = value.trim();
+    if key.len() > QUOTED_BYTES_MAX || value.len() > QUOTED_BYTES_MAX {
+        let why = format!("a topic config whose key or value is longer than {QUOTED_BYTES_MAX} bytes; no config is");
+        return Err(Error::new(ErrorCode::InvalidConfig, why));
+    }
     let Some(known) = topic_key(key) else {
         let hint = match units::did_you_mean(key, TOPIC_KEYS.iter().map(|key| key.name)) {
             Some(near) => format!("did you mean `{near}`?"),
@@ -183,7 +193,7 @@ pub fn canonical_value(key: &str, value: &str) -> Result<String, Error> {
         };
         return Err(Error::new(ErrorCode::InvalidConfig, format!("unknown topic config `{key}`; {hint}")));
     };
-    (known.canonical)(value.trim())
+    (known.canonical)(value)
         .map_err(|why| Error::new(ErrorCode::InvalidConfig, format!("topic config {key} = `{value}`: {why}")))
 }
 
@@ -205,7 +215,7 @@ impl TopicConfig {
             retention: unlimited_duration("retention.ms", value("retention.ms"))?,
             retention_bytes: unlimited_number("retention.bytes", value("retention.bytes"))?,
             segment_bytes: number("segment.bytes", value("segment.bytes"))?,
-            segment_age: unlimited_duration("segment.ms", value("segment.ms"))?,
+            segment_age: Some(Duration::from_millis(number("segment.ms", value("segment.ms"))?)),
             max_message_bytes: number("max.message.bytes", value("max.message.bytes"))?,
             timestamp_ahead_max: Duration::from_millis(number(
                 "message.timestamp.after.max.ms",
@@ -293,6 +303,14 @@ fn milliseconds(value: &str) -> Result<String, String> {
         return Err("too long".to_owned());
     }
     Ok(ms.to_string())
+}
+
+fn segment_ms(value: &str) -> Result<String, String> {
+    let ms = milliseconds(value)?;
+    if ms.parse().is_ok_and(|ms: u64| ms < SEGMENT_MS_MIN) {
+        return Err(format!("at least {SEGMENT_MS_MIN} ms, or there would be a file for every batch"));
+    }
+    Ok(ms)
 }
 
 fn milliseconds_or_unlimited(value: &str) -> Result<String, String> {
@@ -400,6 +418,9 @@ mod tests {
         check("max.message.bytes", "0", "above 0");
         check("max.message.bytes", "3 GiB", "at most");
         check("segment.bytes", "1", "between");
+        check("segment.ms", "1", "at least 100 ms");
+        check("segment.ms", "-1", "no duration");
+        check("retention.ms", &"9".repeat(10_000), "longer than");
         check("cleanup.policy", "compact", "not available yet");
         check("compression.type", "rar", "one of");
         check("min.insync.replicas", "0", "1 to 1000");

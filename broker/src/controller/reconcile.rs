@@ -3,19 +3,23 @@
 //! The metadata alone decides which replicas exist, never a request and never a folder that is found: a replica's id is
 //! in the record that made it, together with the data directory that may hold it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
+use std::time::Duration;
 
 use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition};
 use flowstone_replication::{FlushMode, Health, LogConfig, Reconfigure, ReplicaSpec, Reply, RetentionConfig, Shards};
 use flowstone_storage::DataDir;
 use tokio::sync::oneshot;
-use tokio::task::JoinSet;
+use tokio::task::{AbortHandle, JoinError, JoinSet};
 
 use super::table::{METADATA_TOPIC_ID, MetadataTable, Topic};
 use crate::coordinator::Published;
 use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Replica, Slot};
 use crate::topic_config::{FlushPolicy, TopicConfig, TopicOverrides};
+
+/// Time that all openings of a start are given before the broker serves without those that are left.
+const START_OPENINGS_MAX: Duration = Duration::from_secs(120);
 
 /// Follows the metadata.
 #[derive(Debug)]
@@ -29,8 +33,12 @@ pub(crate) struct Reconciler {
     pub(crate) topic_defaults: TopicOverrides,
     /// Metadata up to here is done; `None` before the first pass.
     done: Option<Offset>,
-    /// Openings under way; each ends with its slot filled.
-    openings: JoinSet<()>,
+    /// Openings under way; each ends with its slot filled, and is compared with the metadata then: what was altered
+    /// meanwhile would else reach nobody.
+    openings: JoinSet<TopicPartition>,
+    /// One for each open replica: tells of its leadership and health.
+    watches: JoinSet<()>,
+    watched: HashMap<TopicPartition, AbortHandle>,
 }
 
 /// What the metadata wants of this broker.
@@ -49,7 +57,6 @@ impl Reconciler {
         topic_defaults: TopicOverrides,
     ) -> Self {
         let directory = data_dir.id();
-        let openings = JoinSet::new();
         Self {
             shards: Arc::downgrade(shards),
             data_dir,
@@ -58,33 +65,50 @@ impl Reconciler {
             directory,
             topic_defaults,
             done: None,
-            openings,
+            openings: JoinSet::new(),
+            watches: JoinSet::new(),
+            watched: HashMap::new(),
         }
     }
 
-    /// The first pass, and its openings: returns when every local replica is open or has said why not.
+    /// The first pass, and its openings: returns when every local replica leads or has said why not, and at the latest
+    /// after [`START_OPENINGS_MAX`]: one sick folder must not keep all others from being served.
     pub(crate) async fn catch_up(&mut self) {
         self.remove_strangers().await;
-        self.pass().await;
-        while self.openings.join_next().await.is_some() {}
+        self.pass();
+        let openings = async {
+            while let Some(opened) = self.openings.join_next().await {
+                self.on_opened(opened);
+            }
+        };
+        if tokio::time::timeout(START_OPENINGS_MAX, openings).await.is_err() {
+            tracing::error!(
+                left = self.openings.len(),
+                "replicas are still being opened: the broker starts without them"
+            );
+        }
     }
 
     /// Follows the metadata until aborted.
     pub(crate) async fn run(mut self) {
         let mut changes = self.table.changes();
+        // What changed before it was listened.
+        self.pass();
         loop {
-            changes.borrow_and_update();
-            self.pass().await;
             tokio::select! {
-                changed = changes.changed() => if changed.is_err() { return },
-                // Only taken off the list: each fills its own slot.
-                Some(_) = self.openings.join_next() => {}
+                changed = changes.changed() => match changed {
+                    Ok(()) => self.pass(),
+                    Err(_) => return,
+                },
+                Some(opened) = self.openings.join_next() => self.on_opened(opened),
+                // Only taken off the list.
+                Some(_) = self.watches.join_next() => {}
             }
         }
     }
 
     /// One look at what changed since the last.
-    async fn pass(&mut self) {
+    fn pass(&mut self) {
         let (applied, wanted, gone) = self.look();
         let Some(shards) = self.shards.upgrade() else { return };
         for tp in gone {
@@ -96,33 +120,50 @@ impl Reconciler {
         self.done = Some(applied);
     }
 
+    /// An opening has ended: its replica is made what the metadata wants by now.
+    fn on_opened(&mut self, opened: Result<TopicPartition, JoinError>) {
+        let Ok(tp) = opened else { return };
+        let Some(shards) = self.shards.upgrade() else { return };
+        let Some(Slot::Open(partition)) = self.replicas.get(tp) else { return };
+        let wanted = self.table.with(|table| table.topic(tp.topic).map(|topic| self.wanted(topic)));
+        if let Some(Wanted { topic, mut replicas }) = wanted {
+            replicas.retain(|(wanted, _)| *wanted == tp);
+            self.make_so(&shards, &Wanted { topic, replicas });
+        }
+        let watch = self.watches.spawn(watch(partition.replica.clone(), self.replicas.clone()));
+        if let Some(earlier) = self.watched.insert(tp, watch) {
+            earlier.abort();
+        }
+    }
+
+    /// What this broker has of a topic.
+    fn wanted(&self, topic: &Arc<Topic>) -> Wanted {
+        let replicas = topic.partitions.iter().enumerate().filter_map(|(partition, places)| {
+            let place = places.iter().find(|place| place.directory == self.directory)?;
+            let partition = PartitionId::new(partition as i32);
+            Some((TopicPartition { topic: topic.id, partition }, place.replica))
+        });
+        Wanted { topic: Arc::clone(topic), replicas: replicas.collect() }
+    }
+
     /// What is wanted of the topics that changed, and replicas here whose topic is gone.
     fn look(&self) -> (Offset, Vec<Wanted>, Vec<TopicPartition>) {
         let since = self.done.unwrap_or(Offset::new(-1));
-        let here = |topic: &Arc<Topic>| {
-            let replicas = topic.partitions.iter().enumerate().filter_map(|(partition, places)| {
-                let place = places.iter().find(|place| place.directory == self.directory)?;
-                let partition = PartitionId::new(partition as i32);
-                Some((TopicPartition { topic: topic.id, partition }, place.replica))
-            });
-            Wanted { topic: Arc::clone(topic), replicas: replicas.collect() }
-        };
         self.table.with(|table| {
             let changed = table
                 .topics()
                 // The metadata's own replica is opened before there is any metadata.
                 .filter(|topic| topic.id != METADATA_TOPIC_ID)
                 .filter(|topic| self.done.is_none() || topic.changed_at > since);
-            let wanted = changed.map(here).collect();
-            let open = self.replicas.all();
-            let gone: Box<dyn Fn(TopicId) -> bool> = match table.deleted_since(since) {
-                Some(deleted) => {
-                    let deleted: HashSet<TopicId> = deleted.into_iter().collect();
-                    Box::new(move |topic| deleted.contains(&topic))
-                }
-                None => Box::new(|topic| table.topic(topic).is_none()),
+            let wanted = changed.map(|topic| self.wanted(topic)).collect();
+            let deleted: Option<HashSet<TopicId>> =
+                table.deleted_since(since).map(|topics| topics.into_iter().collect());
+            let is_gone = |topic: TopicId| match &deleted {
+                Some(deleted) => deleted.contains(&topic),
+                // Too many were deleted to be remembered.
+                None => table.topic(topic).is_none(),
             };
-            let gone = open.into_iter().map(|(tp, _)| tp).filter(|tp| gone(tp.topic)).collect();
+            let gone = self.replicas.all().into_iter().map(|(tp, _)| tp).filter(|tp| is_gone(tp.topic)).collect();
             (table.applied(), wanted, gone)
         })
     }
@@ -141,15 +182,12 @@ impl Reconciler {
                 }
             };
             match self.replicas.get(*tp) {
-                Some(Slot::Open(partition)) => {
-                    if *partition.config() != *config {
-                        partition.replica.reconfigure(reconfigure(config));
-                        partition.set_config(config.clone());
-                    }
+                Some(Slot::Open(partition)) => bring_up(&partition, config),
+                // Looked at again when its opening ends.
+                Some(Slot::Opening) => {}
+                None | Some(Slot::Failed(_) | Slot::Refused(_)) => {
+                    self.open(shards, topic, *tp, *replica, config.clone())
                 }
-                // Its opening looks at the settings of this moment; a change in between comes with the next pass.
-                Some(Slot::Opening) | Some(Slot::Failed(_)) => {}
-                None | Some(Slot::Refused(_)) => self.open(shards, topic, *tp, *replica, config.clone()),
             }
         }
     }
@@ -173,11 +211,16 @@ impl Reconciler {
             internal: topic.internal,
             max_message_bytes: config.max_message_bytes,
         };
-        let opened = open_replica(shards, spec, PartitionMachine::records());
+        let (sender, receiver) = oneshot::channel();
+        shards.open(spec, PartitionMachine::records(), Reply::from(sender));
         let (replicas, topic) = (self.replicas.clone(), Arc::clone(topic));
         self.openings.spawn(async move {
-            let slot = match opened.await {
+            let slot = match receiver.await.unwrap_or_else(|_| Err(shutting_down())) {
                 Ok(replica) => {
+                    // One that failed is opened again by its shard, and says meanwhile what is wrong with it.
+                    if let Err(error) = settled(&replica).await {
+                        tracing::error!(topic = topic.name, partition = tp.partition.get(), %error, "cannot open a replica");
+                    }
                     let partition = OpenPartition::new(tp, &topic.name, topic.internal, replica, config);
                     Slot::Open(Arc::new(partition))
                 }
@@ -188,12 +231,16 @@ impl Reconciler {
             };
             // Deleted meanwhile: the slot is gone, and so is the replica.
             replicas.fill(tp, slot);
+            tp
         });
     }
 
     fn delete(&mut self, shards: &Arc<Shards<PartitionMachine>>, tp: TopicPartition) {
         if self.replicas.remove(tp).is_none() {
             return;
+        }
+        if let Some(watch) = self.watched.remove(&tp) {
+            watch.abort();
         }
         let data_dir = Arc::clone(&self.data_dir);
         shards.close(
@@ -227,27 +274,54 @@ impl Reconciler {
     }
 }
 
-/// Opens a replica and waits until it leads, or until it is known that it cannot.
-pub(crate) fn open_replica(
+/// Opens a replica and waits until it leads.
+///
+/// # Errors
+/// The first thing that kept it from that.
+pub(crate) async fn open_replica(
     shards: &Shards<PartitionMachine>,
     spec: ReplicaSpec,
     machine: PartitionMachine,
-) -> impl Future<Output = Result<Replica, Error>> + Send + use<> {
+) -> Result<Replica, Error> {
     let (sender, receiver) = oneshot::channel();
     shards.open(spec, machine, Reply::from(sender));
-    async move {
-        let stopped = |_| Error::new(ErrorCode::ShuttingDown, "the broker is shutting down");
-        let replica: Replica = receiver.await.map_err(stopped)??;
-        loop {
-            match replica.ready().await {
-                Ok(()) => return Ok(replica),
-                Err(error) => match replica.status().health {
-                    Health::Quarantined { .. } => return Err(error),
-                    // Opened anew by itself; the next call waits for that.
-                    _ => tracing::warn!(%error, "a replica is not ready yet"),
-                },
-            }
+    let replica: Replica = receiver.await.map_err(|_| shutting_down())??;
+    settled(&replica).await?;
+    Ok(replica)
+}
+
+/// Waits until a replica leads, or until it is known what keeps it from that.
+async fn settled(replica: &Replica) -> Result<(), Error> {
+    let mut status = replica.status();
+    loop {
+        match &status.health {
+            _ if status.is_ready() => return Ok(()),
+            Health::Failed { message } => return Err(Error::new(ErrorCode::StorageFailed, message.clone())),
+            Health::Quarantined { message } => return Err(Error::new(ErrorCode::Quarantined, message.clone())),
+            Health::Ok | Health::DiskFull => status = replica.changed(&status).await,
         }
+    }
+}
+
+/// Tells whenever a replica's leadership or health changes, until aborted: the metadata says nothing of these, and
+/// whoever watches it learns of them in no other way.
+async fn watch(replica: Replica, replicas: LocalReplicas) {
+    let mut seen = replica.status();
+    loop {
+        replicas.touch();
+        seen = replica.changed(&seen).await;
+    }
+}
+
+fn shutting_down() -> Error {
+    Error::new(ErrorCode::ShuttingDown, "the broker is shutting down")
+}
+
+/// Gives a replica its topic's settings, where they are others than it has.
+fn bring_up(partition: &OpenPartition, config: &TopicConfig) {
+    if *partition.config() != *config {
+        partition.replica.reconfigure(reconfigure(config));
+        partition.set_config(config.clone());
     }
 }
 
@@ -272,5 +346,178 @@ fn flush_mode(policy: FlushPolicy) -> FlushMode {
     match policy {
         FlushPolicy::Quorum => FlushMode::Quorum,
         FlushPolicy::Relaxed => FlushMode::Relaxed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use flowstone_protocol::{BatchHeader, BrokerId, ClusterId, Compression, RecordBatchBuilder, Timestamp};
+    use flowstone_replication::{Acks, ShardsConfig};
+    use flowstone_storage::SimDisk;
+    use flowstone_storage::sim_disk::Operation;
+
+    use super::*;
+    use crate::controller::commands::{AlterTopic, CreateTopic, MetadataCommand, MetadataReply, MetadataRules};
+    use crate::controller::table::{BrokerEntry, METADATA_PARTITION, Place};
+    use crate::node::command_to;
+
+    /// Nothing here takes this long; what does has hung.
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// A broker without its services.
+    struct World {
+        disk: SimDisk,
+        shards: Arc<Shards<PartitionMachine>>,
+        metadata: Replica,
+        replicas: LocalReplicas,
+        reconciler: Reconciler,
+    }
+
+    impl World {
+        async fn new() -> Self {
+            let disk = SimDisk::new(1);
+            let path = Path::new("/data");
+            let data_dir = DataDir::open_or_create(disk.shared(), path, DirectoryId::new(7), 1).expect("an empty disk");
+            let data_dir = Arc::new(data_dir);
+            let config = ShardsConfig { shards: 1, inline_flush_bytes_max: 0, ..ShardsConfig::default() };
+            let shards = Shards::start(config, Arc::clone(&data_dir), Arc::new(|| Timestamp::new(1))).expect("started");
+            let shards = Arc::new(shards);
+            let rules = MetadataRules {
+                topics_max: 10,
+                partitions_per_topic_max: 10,
+                partitions_max: 10,
+                batch_bytes_max: 8 << 20,
+                topic_defaults: TopicOverrides::new(),
+            };
+            let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules));
+            let spec = ReplicaSpec {
+                tp: METADATA_PARTITION,
+                replica: ReplicaId::new(1),
+                dir: data_dir.replica_dir(METADATA_PARTITION),
+                log: LogConfig::default(),
+                flush: FlushMode::Quorum,
+                retention: RetentionConfig::default(),
+                internal: true,
+                max_message_bytes: 1 << 20,
+            };
+            let metadata = open_replica(&shards, spec, machine).await.expect("opened");
+            let voter = Place { broker: BrokerId::new(1), directory: data_dir.id(), replica: ReplicaId::new(1) };
+            let broker = BrokerEntry {
+                id: BrokerId::new(1),
+                directory: data_dir.id(),
+                client_address: "127.0.0.1:1".to_owned(),
+                peer_address: "127.0.0.1:2".to_owned(),
+                rack: String::new(),
+                version: String::new(),
+            };
+            let found = MetadataCommand::Found { cluster: ClusterId::new(3), voters: vec![voter] };
+            for command in [found, MetadataCommand::RegisterBroker(broker)] {
+                command_to(&metadata, command).await.expect("done");
+            }
+            let replicas = LocalReplicas::default();
+            let reconciler = Reconciler::new(&shards, data_dir, table, replicas.clone(), TopicOverrides::new());
+            World { disk, shards, metadata, replicas, reconciler }
+        }
+
+        async fn create(&self, name: &str) -> Arc<Topic> {
+            let command = CreateTopic {
+                name: name.to_owned(),
+                partitions: 1,
+                replication_factor: 1,
+                configs: Vec::new(),
+                topic_id: TopicId::new(11),
+                seed: 0,
+                validate_only: false,
+            };
+            self.topic(MetadataCommand::CreateTopic(command)).await
+        }
+
+        async fn alter(&self, name: &str, key: &str, value: &str) -> Arc<Topic> {
+            let command = AlterTopic {
+                name: name.to_owned(),
+                set: vec![(key.to_owned(), value.to_owned())],
+                unset: Vec::new(),
+                partitions: 0,
+                seed: 0,
+                validate_only: false,
+            };
+            self.topic(MetadataCommand::AlterTopic(command)).await
+        }
+
+        async fn topic(&self, command: MetadataCommand) -> Arc<Topic> {
+            match command_to(&self.metadata, command).await.expect("done") {
+                MetadataReply::Topic(topic) => topic,
+                other => panic!("{other:?}"),
+            }
+        }
+
+        fn open(&self, topic: &Topic) -> Arc<OpenPartition> {
+            let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(0) };
+            match self.replicas.get(tp) {
+                Some(Slot::Open(partition)) => partition,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    async fn produce(partition: &OpenPartition) -> Result<(), Error> {
+        let mut batch = RecordBatchBuilder::new(Compression::None);
+        batch.append(Timestamp::new(1), None, Some(b"x"), []).expect("fits");
+        let batch = batch.build();
+        let header = BatchHeader::parse(&batch).expect("built here");
+        let permit = partition.replica.reserve(batch.len()).await;
+        let (sender, receiver) = oneshot::channel();
+        partition.replica.produce(batch, header, Acks::Quorum, permit, Reply::from(sender));
+        receiver.await.expect("answered").map(|_| ())
+    }
+
+    #[tokio::test]
+    async fn what_is_altered_while_a_replica_opens_holds_once_it_is_open() {
+        let mut world = World::new().await;
+        let before = world.create("orders").await;
+        let after = world.alter("orders", "flowstone.flush", "relaxed").await;
+        assert_ne!(before.overrides, after.overrides);
+        // The opening began with the settings of before, and the metadata's change was looked at while it ran.
+        let config = TopicConfig::resolve(&TopicOverrides::new(), &before.overrides).expect("valid");
+        let Wanted { replicas, .. } = world.reconciler.wanted(&before);
+        let (tp, replica) = replicas[0];
+        let shards = Arc::clone(&world.shards);
+        world.reconciler.open(&shards, &before, tp, replica, config);
+        world.reconciler.pass();
+        assert!(matches!(world.replicas.get(tp), Some(Slot::Opening)));
+        tokio::time::timeout(PATIENCE, world.reconciler.catch_up()).await.expect("in time");
+        let wanted = TopicConfig::resolve(&TopicOverrides::new(), &after.overrides).expect("valid");
+        assert_eq!(*world.open(&after).config(), wanted);
+    }
+
+    #[tokio::test]
+    async fn who_watches_is_told_when_a_replica_leads_again() {
+        let mut world = World::new().await;
+        let topic = world.create("orders").await;
+        tokio::time::timeout(PATIENCE, world.reconciler.catch_up()).await.expect("in time");
+        let partition = world.open(&topic);
+        produce(&partition).await.expect("stored");
+        let World { disk, shards, metadata: _metadata, replicas, reconciler } = world;
+        let running = tokio::spawn(reconciler.run());
+        let mut changes = replicas.changes();
+        disk.fail(Operation::Sync, 0);
+        let error = produce(&partition).await.expect_err("the flush fails");
+        assert_eq!(error.code, ErrorCode::StorageFailed, "{error:?}");
+        let told = tokio::time::timeout(PATIENCE, async {
+            loop {
+                changes.changed().await.expect("it runs");
+                if partition.replica.status().is_ready() {
+                    return;
+                }
+            }
+        });
+        told.await.expect("told that it leads again");
+        // Its leader epoch was told as well: it is a new one.
+        produce(&partition).await.expect("stored");
+        running.abort();
+        drop(running.await);
+        drop(shards);
     }
 }

@@ -305,6 +305,10 @@ impl StateMachine for MetadataTable {
         Ok(())
     }
 
+    fn applied(&self) -> Offset {
+        Self::applied(self)
+    }
+
     fn checkpoint(&self) -> Bytes {
         let founding = self.founding.iter().map(|founding| {
             Kind::ClusterFounded(ClusterFounded {

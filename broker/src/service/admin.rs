@@ -13,11 +13,12 @@ use tonic::{Request, Response, Status};
 
 use super::metadata::{brokers, controller, leader};
 use super::produce::in_partition;
-use super::{answer, find, repeated};
+use super::{counted, find, repeated};
 use crate::controller::commands::{
     AlterTopic, CreateTopic, MetadataCommand, MetadataReply, internal_topic, unknown_topic,
 };
 use crate::controller::table::Topic;
+use crate::metrics::Api;
 use crate::node::Node;
 use crate::partition::Slot;
 use crate::topic_config::TOPIC_KEYS;
@@ -256,49 +257,52 @@ impl Admin for AdminService {
         &self,
         request: Request<pb::CreateTopicRequest>,
     ) -> Result<Response<pb::CreateTopicResponse>, Status> {
-        answer(self.create(request.into_inner()).await)
+        counted(&self.node, Api::Admin, self.create(request.into_inner())).await
     }
 
     async fn list_topics(
         &self,
         request: Request<pb::ListTopicsRequest>,
     ) -> Result<Response<pb::ListTopicsResponse>, Status> {
-        answer(Ok(self.list(request.get_ref().include_internal)))
+        counted(&self.node, Api::Admin, async { Ok(self.list(request.get_ref().include_internal)) }).await
     }
 
     async fn describe_topic(
         &self,
         request: Request<pb::DescribeTopicRequest>,
     ) -> Result<Response<pb::DescribeTopicResponse>, Status> {
-        let topic = self.named(&request.get_ref().name);
-        answer(topic.map(|topic| pb::DescribeTopicResponse { topic: Some(self.describe(&topic)) }))
+        let call = async {
+            let topic = self.named(&request.get_ref().name)?;
+            Ok(pb::DescribeTopicResponse { topic: Some(self.describe(&topic)) })
+        };
+        counted(&self.node, Api::Admin, call).await
     }
 
     async fn alter_topic(
         &self,
         request: Request<pb::AlterTopicRequest>,
     ) -> Result<Response<pb::AlterTopicResponse>, Status> {
-        answer(self.alter(request.into_inner()).await)
+        counted(&self.node, Api::Admin, self.alter(request.into_inner())).await
     }
 
     async fn delete_topic(
         &self,
         request: Request<pb::DeleteTopicRequest>,
     ) -> Result<Response<pb::DeleteTopicResponse>, Status> {
-        answer(self.delete(request.into_inner()).await)
+        counted(&self.node, Api::Admin, self.delete(request.into_inner())).await
     }
 
     async fn trim_partition(
         &self,
         request: Request<pb::TrimPartitionRequest>,
     ) -> Result<Response<pb::TrimPartitionResponse>, Status> {
-        answer(self.trim(request.into_inner()).await)
+        counted(&self.node, Api::Admin, self.trim(request.into_inner())).await
     }
 
     async fn describe_cluster(
         &self,
         _request: Request<pb::DescribeClusterRequest>,
     ) -> Result<Response<pb::DescribeClusterResponse>, Status> {
-        answer(Ok(self.cluster()))
+        counted(&self.node, Api::Admin, async { Ok(self.cluster()) }).await
     }
 }

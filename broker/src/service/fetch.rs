@@ -7,9 +7,10 @@
 //! ```
 //!
 //! A partition is in one of two places: with its shard (a read under way, or parked until something is committed), or in
-//! the line of those that want to read and wait for room. A session holds [`READY_BYTES_MAX`] of answers and reads under
-//! way, and what parked reads bring on top: those bring the newest bytes, which are the page cache's, not ours. So a
-//! client that stops reading costs that much and no more.
+//! the line of those that want to read and wait for room. Reads that find something at once are started only while
+//! [`READY_BYTES_MAX`] is not used up; reads that were parked may bring more than that all at once, and what they bring
+//! past [`ARRIVED_BYTES_MAX`] is dropped and read again later. So a client that stops reading costs that much, one batch
+//! and some bytes per partition, whatever the number of its partitions.
 //!
 //! Nothing is spawned: the response stream itself is the session, and it is polled only while HTTP/2 has room for it.
 
@@ -20,7 +21,7 @@ use std::task::{Context, Poll};
 use std::time::Instant;
 
 use bytes::Bytes;
-use flowstone_protocol::{Error, ErrorCode, LeaderEpoch, Offset, pb};
+use flowstone_protocol::{Error, ErrorCode, LeaderEpoch, Offset, TopicPartition, pb};
 use flowstone_replication::{ReadAnswer, ReadRequest, Reply};
 use flowstone_storage::ReadError;
 use futures::Stream;
@@ -33,36 +34,53 @@ use super::{find, parse_tp, shutting_down, unreadable};
 use crate::metrics::Api;
 use crate::node::Node;
 use crate::partition::OpenPartition;
+use crate::receiving::Held;
 
 /// Bytes of one session's answers that wait for credit and of its reads under way: enough that the next answer is there
 /// when the last one has left.
 const READY_BYTES_MAX: usize = 1 << 20;
+/// Bytes of answers that wait, those of reads that were parked included.
+const ARRIVED_BYTES_MAX: usize = 4 << 20;
 /// Requests taken at one go before answers get their turn.
 const REQUESTS_PER_TURN: usize = 64;
+/// Stale entries that a line may hold besides one for each partition, before it is swept.
+const STALE_MAX: usize = 64;
 
 /// One fetch stream: reads positions and credit, yields batches.
 pub(crate) struct FetchSession {
     node: Arc<Node>,
     requests: Streaming<pb::FetchRequest>,
+    /// What was received of a request; given back with each that was taken.
+    held: Held,
     drain: Pin<Box<dyn Future<Output = ()> + Send>>,
-    /// By the client's fetch id.
-    partitions: HashMap<u32, Position>,
-    /// Fetch ids that want to read, the one that waits longest first; an id may be stale.
-    waiting: VecDeque<u32>,
+    /// By the client's fetch id. Together with `failed` never more than `limits.fetch_partitions`.
+    positions: HashMap<u32, Position>,
+    /// Which fetch id reads a partition: one per stream.
+    readers: HashMap<TopicPartition, u32>,
+    /// Positions that ended in an error which was not sent yet, by fetch id.
+    failed: HashMap<u32, Generation>,
+    /// Positions that want to read, the one that waits longest first; some may be stale.
+    waiting: VecDeque<(u32, Generation)>,
     arrivals: Arc<Arrivals>,
-    /// Checked, in order of arrival, waiting for credit.
-    ready: VecDeque<Fetched>,
+    /// Checked, in order of arrival, waiting for credit; some may be stale.
+    ready: VecDeque<Ready>,
     ready_bytes: usize,
+    /// Errors of positions that have nothing in `ready`: they wait for nothing. Some may be stale.
+    errors: VecDeque<Ready>,
     /// Upper bound of what reads under way will bring, parked ones aside.
     reading_bytes: usize,
     /// May go below zero by one answer.
     credit: i64,
-    /// Names a read, so that what was asked for an older position is told apart.
-    reads: u64,
+    /// Counts positions and reads, so that what belongs to an older one is told apart.
+    count: u64,
     /// Set: the client sends no more requests, or must not.
     ending: Option<Result<(), Error>>,
     ended: bool,
 }
+
+/// One position that was set; a later one for the same fetch id is another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Generation(u64);
 
 /// One response: `flowstone.v1.FetchResponse` with its batches still in the pieces in which they were read.
 #[derive(Debug)]
@@ -78,14 +96,23 @@ pub(crate) struct Fetched {
     pub(crate) error: Option<pb::ErrorDetail>,
 }
 
+/// A response that waits.
+struct Ready {
+    generation: Generation,
+    fetched: Fetched,
+}
+
 /// Where a partition's reader is.
 struct Position {
+    generation: Generation,
     session: u32,
     partition: Arc<OpenPartition>,
     next: Offset,
     /// What the client saw last, until the first read: from then on, it follows this log.
     last_epoch: Option<LeaderEpoch>,
     read: Option<ReadUnderWay>,
+    /// Responses of it in `ready`.
+    in_line: usize,
     /// Dropped with the position: a read that is parked for it is then nobody's, and its shard forgets it.
     alive: Arc<()>,
     /// After damage was found: one batch at a time, so that all before it is still delivered.
@@ -95,7 +122,7 @@ struct Position {
 #[derive(Clone, Copy)]
 struct ReadUnderWay {
     number: u64,
-    /// Counted in `reading_bytes`.
+    /// Counted in `reading_bytes`; 0 for one that is parked.
     bytes: usize,
     since: Instant,
 }
@@ -117,25 +144,29 @@ struct Arrival {
 
 impl std::fmt::Debug for FetchSession {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FetchSession").field("partitions", &self.partitions.len()).finish_non_exhaustive()
+        f.debug_struct("FetchSession").field("positions", &self.positions.len()).finish_non_exhaustive()
     }
 }
 
 impl FetchSession {
-    pub(crate) fn new(node: Arc<Node>, requests: Streaming<pb::FetchRequest>) -> Self {
+    pub(crate) fn new(node: Arc<Node>, requests: Streaming<pb::FetchRequest>, held: Held) -> Self {
         let drain = drained(node.drain.clone());
         Self {
             node,
             requests,
+            held,
             drain,
-            partitions: HashMap::new(),
+            positions: HashMap::new(),
+            readers: HashMap::new(),
+            failed: HashMap::new(),
             waiting: VecDeque::new(),
             arrivals: Arc::default(),
             ready: VecDeque::new(),
             ready_bytes: 0,
+            errors: VecDeque::new(),
             reading_bytes: 0,
             credit: 0,
-            reads: 0,
+            count: 0,
             ending: None,
             ended: false,
         }
@@ -152,10 +183,12 @@ impl FetchSession {
                     if let Err(error) = self.take(request) {
                         self.ending = Some(Err(error));
                     }
+                    self.held.release();
                 }
                 Poll::Ready(Some(Err(status))) => {
-                    let bytes_max = self.node.config.limits.request_bytes;
-                    self.ending = Some(unreadable(&status, "FetchRequest", bytes_max).map_or(Ok(()), Err));
+                    let bytes_max = self.node.config.limits.admin_request_bytes;
+                    let error = unreadable(&status, "FetchRequest", "limits.admin_request_bytes", bytes_max);
+                    self.ending = Some(error.map_or(Ok(()), Err));
                 }
                 // It only closed its own half: credit that is left is still used up.
                 Poll::Ready(None) => self.ending = Some(Ok(())),
@@ -165,65 +198,99 @@ impl FetchSession {
     }
 
     fn take(&mut self, request: pb::FetchRequest) -> Result<(), Error> {
+        let partitions_max = self.node.config.limits.fetch_partitions;
+        let too_many = || {
+            Error::new(
+                ErrorCode::InvalidRequest,
+                format!(
+                    "more than {partitions_max} partitions on one fetch stream (limits.fetch_partitions); open a second \
+                     stream for the rest"
+                ),
+            )
+        };
+        if request.set.len().max(request.remove.len()) > partitions_max {
+            return Err(too_many());
+        }
         for fetch_id in request.remove {
             self.forget(fetch_id);
         }
         for wanted in request.set {
             self.forget(wanted.fetch_id);
-            let partitions_max = self.node.config.limits.fetch_partitions;
-            if self.partitions.len() >= partitions_max {
-                return Err(Error::new(
-                    ErrorCode::InvalidRequest,
-                    format!(
-                        "more than {partitions_max} partitions on one fetch stream (limits.fetch_partitions); open a \
-                         second stream for the rest"
-                    ),
-                ));
+            if self.positions.len() + self.failed.len() >= partitions_max {
+                return Err(too_many());
             }
-            match self.position(&wanted) {
+            let generation = self.next_generation();
+            match self.position(&wanted, generation) {
                 Ok(position) => {
-                    self.partitions.insert(wanted.fetch_id, position);
-                    self.waiting.push_back(wanted.fetch_id);
+                    self.readers.insert(position.partition.tp, wanted.fetch_id);
+                    self.positions.insert(wanted.fetch_id, position);
+                    self.wait(wanted.fetch_id, generation);
                 }
-                Err(error) => self.fail(wanted.fetch_id, wanted.session, error),
+                Err(error) => self.fail(wanted.fetch_id, wanted.session, generation, 0, error),
             }
         }
-        // What a client may have under way is bounded here, whatever it asks for.
-        let credit_max = i64::try_from(self.node.config.limits.fetch_credit_bytes).unwrap_or(i64::MAX);
+        // Credit is the client's own bound; what a session holds is bounded without it.
         let more = i64::try_from(request.credit_bytes).unwrap_or(i64::MAX);
-        self.credit = self.credit.saturating_add(more).min(credit_max);
+        self.credit = self.credit.saturating_add(more);
         Ok(())
     }
 
-    fn position(&self, wanted: &pb::FetchPartition) -> Result<Position, Error> {
+    fn next_generation(&mut self) -> Generation {
+        self.count += 1;
+        Generation(self.count)
+    }
+
+    fn position(&self, wanted: &pb::FetchPartition, generation: Generation) -> Result<Position, Error> {
         let partition = find(&self.node, parse_tp(&wanted.topic_id, wanted.partition)?)?;
+        if let Some(reader) = self.readers.get(&partition.tp) {
+            let error = Error::new(
+                ErrorCode::InvalidRequest,
+                format!(
+                    "fetch_id {reader} reads this partition on the same stream; set that one, or open a second stream"
+                ),
+            );
+            return Err(in_partition(error, &partition));
+        }
         Ok(Position {
+            generation,
             session: wanted.session,
             partition,
             next: Offset::new(wanted.offset),
             last_epoch: (wanted.last_epoch >= 0).then(|| LeaderEpoch::new(wanted.last_epoch)),
             read: None,
+            in_line: 0,
             alive: Arc::default(),
             one_by_one: false,
         })
     }
 
-    /// Drops a position, if there is one, with what was read for it.
-    fn forget(&mut self, fetch_id: u32) {
-        let known = self.partitions.remove(&fetch_id);
-        self.reading_bytes -= known.as_ref().and_then(|old| old.read).map_or(0, |read| read.bytes);
-        // One that failed is not known any more, and may still have answers in the line.
-        if known.is_some() || self.ready.iter().any(|response| response.error.is_some()) {
-            self.ready.retain(|response| response.fetch_id != fetch_id);
-            self.ready_bytes = self.ready.iter().map(|response| response.bytes).sum();
+    /// Drops a position, if there is one. What was read for it is stale from now on.
+    fn forget(&mut self, fetch_id: u32) -> Option<Position> {
+        self.failed.remove(&fetch_id);
+        let old = self.positions.remove(&fetch_id)?;
+        self.reading_bytes -= old.read.map_or(0, |read| read.bytes);
+        self.readers.remove(&old.partition.tp);
+        Some(old)
+    }
+
+    /// Puts a position into the line of those that want to read.
+    fn wait(&mut self, fetch_id: u32, generation: Generation) {
+        if self.waiting.len() > 2 * self.positions.len() + STALE_MAX {
+            let positions = &self.positions;
+            let stays = |id: &u32, generation: &Generation| {
+                positions.get(id).is_some_and(|position| position.generation == *generation && position.read.is_none())
+            };
+            self.waiting.retain(|(id, generation)| stays(id, generation));
         }
+        self.waiting.push_back((fetch_id, generation));
     }
 
     /// Tells the client, behind what was read before, and stops sending this partition.
-    fn fail(&mut self, fetch_id: u32, session: u32, error: Error) {
+    fn fail(&mut self, fetch_id: u32, session: u32, generation: Generation, in_line: usize, error: Error) {
         self.node.metrics.refused(Api::Fetch, &error);
-        self.partitions.remove(&fetch_id);
-        self.ready.push_back(Fetched {
+        self.forget(fetch_id);
+        self.failed.insert(fetch_id, generation);
+        let fetched = Fetched {
             fetch_id,
             session,
             chunks: Vec::new(),
@@ -231,33 +298,47 @@ impl FetchSession {
             high_watermark: -1,
             log_start: -1,
             error: Some(error.to_detail()),
-        });
+        };
+        let error = Ready { generation, fetched };
+        if in_line > 0 {
+            self.ready.push_back(error);
+            return;
+        }
+        if self.errors.len() > 2 * self.failed.len() + STALE_MAX {
+            let failed = &self.failed;
+            self.errors.retain(|error| failed.get(&error.fetched.fetch_id) == Some(&error.generation));
+        }
+        self.errors.push_back(error);
     }
 
     fn take_arrivals(&mut self) {
         let arrived = std::mem::take(&mut *self.arrivals.queue.lock());
         for Arrival { fetch_id, number, read } in arrived {
-            let Some(position) = self.partitions.get_mut(&fetch_id) else { continue };
+            let Some(position) = self.positions.get_mut(&fetch_id) else { continue };
             let Some(under_way) = position.read.filter(|read| read.number == number) else { continue };
             position.read = None;
             self.reading_bytes -= under_way.bytes;
-            let session = position.session;
-            let in_this = |error: Error| in_partition(error, &position.partition);
+            let (session, generation, in_line) = (position.session, position.generation, position.in_line);
             let answer = match read {
                 Ok(answer) => answer,
                 Err(error) => {
-                    let error = in_this(error);
-                    self.fail(fetch_id, session, error);
+                    let error = in_partition(error, &position.partition);
+                    self.fail(fetch_id, session, generation, in_line, error);
                     continue;
                 }
             };
+            if self.ready_bytes > ARRIVED_BYTES_MAX {
+                // Many that were parked came at once: it is read again when there is room.
+                self.wait(fetch_id, generation);
+                continue;
+            }
             if let Err(damage) = answer.bytes.verify() {
                 if position.one_by_one {
-                    let error = in_this(corrupt(&damage));
-                    self.fail(fetch_id, session, error);
+                    let error = in_partition(corrupt(&damage), &position.partition);
+                    self.fail(fetch_id, session, generation, in_line, error);
                 } else {
                     position.one_by_one = true;
-                    self.waiting.push_back(fetch_id);
+                    self.wait(fetch_id, generation);
                 }
                 continue;
             }
@@ -267,21 +348,24 @@ impl FetchSession {
                 // It told of what the client had read before; the records now on their way are this log's own.
                 position.last_epoch = None;
             }
-            self.waiting.push_back(fetch_id);
-            if bytes == 0 {
-                continue;
+            if bytes > 0 {
+                position.in_line += 1;
+                // Waiting for something to be written is no latency.
+                let since = (under_way.bytes > 0).then_some(under_way.since);
+                self.node.metrics.sent(Api::Fetch, since, bytes);
+                self.ready_bytes += bytes;
+                let fetched = Fetched {
+                    fetch_id,
+                    session,
+                    chunks: answer.bytes.chunks,
+                    bytes,
+                    high_watermark: answer.high_watermark.get(),
+                    log_start: answer.log_start.get(),
+                    error: None,
+                };
+                self.ready.push_back(Ready { generation, fetched });
             }
-            self.node.metrics.sent(Api::Fetch, under_way.since, bytes);
-            self.ready_bytes += bytes;
-            self.ready.push_back(Fetched {
-                fetch_id,
-                session,
-                chunks: answer.bytes.chunks,
-                bytes,
-                high_watermark: answer.high_watermark.get(),
-                log_start: answer.log_start.get(),
-                error: None,
-            });
+            self.wait(fetch_id, generation);
         }
     }
 
@@ -289,17 +373,17 @@ impl FetchSession {
     fn start_reads(&mut self) {
         let response_bytes = self.node.config.limits.fetch_response_bytes;
         while self.credit > 0 && self.ready_bytes + self.reading_bytes < READY_BYTES_MAX {
-            let Some(fetch_id) = self.waiting.pop_front() else { return };
-            let Some(position) = self.partitions.get_mut(&fetch_id) else { continue };
-            if position.read.is_some() {
+            let Some((fetch_id, generation)) = self.waiting.pop_front() else { return };
+            let Some(position) = self.positions.get_mut(&fetch_id) else { continue };
+            if position.read.is_some() || position.generation != generation {
                 continue;
             }
             let max_bytes = if position.one_by_one { 1 } else { response_bytes };
             // A read at the end is parked, for as long as nothing is written: it must not hold up the others.
             let parks = position.next >= position.partition.replica.status().high_watermark;
             let bytes = if parks { 0 } else { max_bytes };
-            self.reads += 1;
-            let number = self.reads;
+            self.count += 1;
+            let number = self.count;
             position.read = Some(ReadUnderWay { number, bytes, since: Instant::now() });
             self.reading_bytes += bytes;
             let request = ReadRequest { from: position.next, max_bytes, last_epoch: position.last_epoch, wait: true };
@@ -315,20 +399,41 @@ impl FetchSession {
     }
 
     /// The next response that the client's credit allows. An error needs none: it only waits for what was read of its own
-    /// partition.
+    /// partition before.
     fn next_response(&mut self) -> Option<Fetched> {
-        let next = if self.credit > 0 {
-            0
-        } else {
-            let first_of = |fetch_id: u32| self.ready.iter().find(|response| response.fetch_id == fetch_id);
-            self.ready.iter().position(|response| {
-                response.error.is_some() && first_of(response.fetch_id).is_some_and(|first| first.error.is_some())
-            })?
-        };
-        let response = self.ready.remove(next)?;
-        self.ready_bytes -= response.bytes;
-        self.credit -= response.bytes as i64;
-        Some(response)
+        while let Some(Ready { generation, fetched }) = self.errors.pop_front() {
+            if self.failed.get(&fetched.fetch_id) == Some(&generation) {
+                self.failed.remove(&fetched.fetch_id);
+                return Some(fetched);
+            }
+        }
+        while let Some(Ready { generation, fetched }) = self.ready.front() {
+            let position = self.positions.get_mut(&fetched.fetch_id).filter(|at| at.generation == *generation);
+            let failed = self.failed.get(&fetched.fetch_id) == Some(generation);
+            let stale = position.is_none() && !failed;
+            if !stale && fetched.error.is_none() && self.credit <= 0 {
+                return None;
+            }
+            if let Some(position) = position {
+                position.in_line -= 1;
+            }
+            let Ready { fetched, .. } = self.ready.pop_front()?;
+            self.ready_bytes -= fetched.bytes;
+            if stale {
+                continue;
+            }
+            if fetched.error.is_some() {
+                self.failed.remove(&fetched.fetch_id);
+            }
+            self.credit -= fetched.bytes as i64;
+            return Some(fetched);
+        }
+        None
+    }
+
+    /// After the client closed its half: whether nothing can come any more.
+    fn is_done(&self) -> bool {
+        self.credit <= 0 || (self.positions.is_empty() && self.ready.is_empty())
     }
 }
 
@@ -342,7 +447,7 @@ impl Stream for FetchSession {
         }
         // Before anything is looked at: what comes in between wakes the task again.
         session.arrivals.session.register(cx.waker());
-        if session.ending.is_none() && session.drain.as_mut().poll(cx).is_ready() {
+        if !matches!(session.ending, Some(Err(_))) && session.drain.as_mut().poll(cx).is_ready() {
             session.ending = Some(Err(shutting_down()));
         }
         session.take_requests(cx);
@@ -358,7 +463,9 @@ impl Stream for FetchSession {
             session.start_reads();
             return Poll::Ready(Some(Ok(response)));
         }
-        if session.ending.is_some() && session.credit <= 0 {
+        // Stale answers may have gone, and left room.
+        session.start_reads();
+        if session.ending.is_some() && session.is_done() {
             session.ended = true;
             return Poll::Ready(None);
         }

@@ -27,6 +27,7 @@ use tonic_prost::ProstCodec;
 
 use super::fetch::{FetchSession, Fetched};
 use crate::node::Node;
+use crate::receiving::Held;
 
 /// The call's path.
 pub(crate) const PATH: &str = "/flowstone.v1.Log/Fetch";
@@ -39,10 +40,11 @@ const HEAD_BYTES: usize = 96;
 
 /// Answers one call of `Fetch`.
 pub(crate) fn serve(node: Arc<Node>, request: http::Request<Body>) -> http::Response<Body> {
-    let bytes_max = node.config.limits.request_bytes;
+    let bytes_max = node.config.limits.admin_request_bytes;
+    let held = request.extensions().get::<Held>().cloned().unwrap_or_default();
     let decoder = ProstCodec::<(), pb::FetchRequest>::default().decoder();
     let requests = Streaming::new_request(decoder, request.into_body(), None, Some(bytes_max));
-    let body = FetchBody { session: FetchSession::new(node, requests), frames: VecDeque::new(), ended: false };
+    let body = FetchBody { session: FetchSession::new(node, requests, held), frames: VecDeque::new(), ended: false };
     let mut response = http::Response::new(Body::new(body));
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     response

@@ -1,8 +1,10 @@
 //! `Metadata` and `WatchMetadata`: brokers, topics, and where partitions are led.
 
+use std::collections::HashMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use flowstone_protocol::{Error, ErrorCode, Offset, PartitionId, TopicName, TopicPartition, pb};
 use futures::{FutureExt, Stream, StreamExt, stream};
@@ -14,6 +16,8 @@ use crate::controller::table::{MetadataTable, Topic};
 use crate::node::Node;
 use crate::partition::Slot;
 
+/// Between a watcher's updates.
+const PAUSE: Duration = Duration::from_millis(20);
 /// Nobody.
 const NO_LEADER: i32 = -1;
 
@@ -29,22 +33,49 @@ pub(super) fn metadata(node: &Node, request: &pb::MetadataRequest) -> Result<pb:
             ),
         ));
     }
-    Ok(node.table.with(|table| {
-        let topics = if request.topics.is_empty() {
-            table
-                .topics()
-                .filter(|topic| request.include_internal || !topic.internal)
-                .map(|topic| topic_metadata(node, topic))
-                .collect()
-        } else {
-            request.topics.iter().map(|name| named(node, table, name)).collect()
-        };
-        response(node, table, topics)
-    }))
+    let view = View::of(node);
+    let topics = if request.topics.is_empty() {
+        let wanted = view.topics.iter().filter(|topic| request.include_internal || !topic.internal);
+        wanted.map(|topic| topic_metadata(node, topic)).collect()
+    } else {
+        let by_name: HashMap<&str, &Arc<Topic>> =
+            view.topics.iter().map(|topic| (topic.name.as_str(), topic)).collect();
+        request.topics.iter().map(|name| named(node, by_name.get(name.as_str()).copied(), name)).collect()
+    };
+    Ok(view.response(node, topics))
 }
 
-fn named(node: &Node, table: &MetadataTable, name: &str) -> pb::TopicMetadata {
-    let error = match table.topic_named(name) {
+/// The metadata of one moment, taken out of the table by reference: what is made of it takes long, and the table's own
+/// replica must not wait for that.
+struct View {
+    /// Sorted by name.
+    topics: Vec<Arc<Topic>>,
+    brokers: Vec<pb::Broker>,
+    applied: Offset,
+}
+
+impl View {
+    fn of(node: &Node) -> Self {
+        node.table.with(Self::of_table)
+    }
+
+    fn of_table(table: &MetadataTable) -> Self {
+        Self { topics: table.topics().cloned().collect(), brokers: brokers(table), applied: table.applied() }
+    }
+
+    fn response(self, node: &Node, topics: Vec<pb::TopicMetadata>) -> pb::MetadataResponse {
+        pb::MetadataResponse {
+            cluster_id: node.cluster.to_string(),
+            brokers: self.brokers,
+            controller_id: controller(node),
+            topics,
+            metadata_offset: self.applied.get(),
+        }
+    }
+}
+
+fn named(node: &Node, topic: Option<&Arc<Topic>>, name: &str) -> pb::TopicMetadata {
+    let error = match topic {
         Some(topic) => return topic_metadata(node, topic),
         // A name that no topic can have says so, rather than that there is none.
         None => match TopicName::new(name) {
@@ -58,16 +89,6 @@ fn named(node: &Node, table: &MetadataTable, name: &str) -> pb::TopicMetadata {
         partitions: Vec::new(),
         internal: name.starts_with("__"),
         error: Some(error.to_detail()),
-    }
-}
-
-fn response(node: &Node, table: &MetadataTable, topics: Vec<pb::TopicMetadata>) -> pb::MetadataResponse {
-    pb::MetadataResponse {
-        cluster_id: node.cluster.to_string(),
-        brokers: brokers(table),
-        controller_id: controller(node),
-        topics,
-        metadata_offset: table.applied().get(),
     }
 }
 
@@ -146,7 +167,7 @@ pub(super) fn watch(node: Arc<Node>, include_internal: bool) -> MetadataWatch {
         node,
         include_internal,
         told: None,
-        leaders: std::collections::HashMap::new(),
+        leaders: HashMap::new(),
     };
     let updates = stream::unfold(watcher, |mut watcher| async move {
         let update = watcher.next().await?;
@@ -165,12 +186,16 @@ struct Watcher {
     /// Metadata up to here was told; `None` before the first update.
     told: Option<Offset>,
     /// Leaders as they were told.
-    leaders: std::collections::HashMap<TopicPartition, (i32, i32)>,
+    leaders: HashMap<TopicPartition, (i32, i32)>,
 }
 
 impl Watcher {
     async fn next(&mut self) -> Option<pb::MetadataUpdate> {
         loop {
+            if self.told.is_some() {
+                // Many changes come together; one update tells of them.
+                tokio::time::sleep(PAUSE).await;
+            }
             self.changes.borrow_and_update();
             self.replicas.borrow_and_update();
             if let Some(update) = self.update() {
@@ -186,36 +211,37 @@ impl Watcher {
     /// What changed since the last one; `None` for nothing.
     fn update(&mut self) -> Option<pb::MetadataUpdate> {
         let node = Arc::clone(&self.node);
-        node.table.with(|table| {
-            let since = self.told.unwrap_or(Offset::new(-1));
-            // Too far behind to be told what went: it gets everything, as at the beginning.
-            let deleted = if self.told.is_some() { table.deleted_since(since) } else { None };
-            let whole = deleted.is_none();
-            let mut topics = Vec::new();
-            let mut leaders = std::collections::HashMap::new();
-            for topic in table.topics().filter(|topic| self.include_internal || !topic.internal) {
-                let mut changed = whole || topic.changed_at > since;
-                for partition in 0..topic.partitions.len() {
-                    let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(partition as i32) };
-                    let now = leader(&node, tp);
-                    changed |= self.leaders.get(&tp) != Some(&now);
-                    leaders.insert(tp, now);
-                }
-                if changed {
-                    topics.push(topic_metadata(&node, topic));
-                }
+        let since = self.told.unwrap_or(Offset::new(-1));
+        let (deleted, brokers_changed, view) = node
+            .table
+            .with(|table| (table.deleted_since(since), table.brokers_changed_at() > since, View::of_table(table)));
+        // Too far behind to be told what went: it gets everything, as at the beginning.
+        let deleted = if self.told.is_some() { deleted } else { None };
+        let whole = deleted.is_none();
+        let mut topics = Vec::new();
+        let mut leaders = HashMap::new();
+        for topic in view.topics.iter().filter(|topic| self.include_internal || !topic.internal) {
+            let mut changed = whole || topic.changed_at > since;
+            for partition in 0..topic.partitions.len() {
+                let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(partition as i32) };
+                let now = leader(&node, tp);
+                changed |= self.leaders.get(&tp) != Some(&now);
+                leaders.insert(tp, now);
             }
-            self.leaders = leaders;
-            self.told = Some(table.applied());
-            let deleted = deleted.unwrap_or_default();
-            let brokers_changed = table.brokers_changed_at() > since;
-            if !whole && topics.is_empty() && deleted.is_empty() && !brokers_changed {
-                return None;
+            if changed {
+                topics.push(topic_metadata(&node, topic));
             }
-            Some(pb::MetadataUpdate {
-                metadata: Some(response(&node, table, topics)),
-                deleted_topic_ids: deleted.iter().map(|topic| topic.to_bytes().to_vec().into()).collect(),
-            })
+        }
+        self.leaders = leaders;
+        let deleted = deleted.unwrap_or_default();
+        if !whole && topics.is_empty() && deleted.is_empty() && !brokers_changed {
+            self.told = Some(view.applied);
+            return None;
+        }
+        self.told = Some(view.applied);
+        Some(pb::MetadataUpdate {
+            metadata: Some(view.response(&node, topics)),
+            deleted_topic_ids: deleted.iter().map(|topic| topic.to_bytes().to_vec().into()).collect(),
         })
     }
 }

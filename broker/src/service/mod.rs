@@ -11,7 +11,7 @@ use std::convert::Infallible;
 use std::future::ready;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use flowstone_protocol::pb::log_server::{Log, LogServer};
 use flowstone_protocol::{Error, ErrorCode, PartitionId, Timestamp, TopicId, TopicName, TopicPartition, pb};
@@ -21,8 +21,10 @@ use tonic::codegen::{BoxFuture, Service};
 use tonic::server::NamedService;
 use tonic::{Code, Request, Response, Status, Streaming};
 
+use crate::metrics::Api;
 use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
+use crate::receiving::Held;
 
 pub(crate) use admin::AdminService;
 
@@ -48,7 +50,8 @@ impl Log for LogService {
         &self,
         request: Request<Streaming<pb::ProduceRequest>>,
     ) -> Result<Response<Self::ProduceStream>, Status> {
-        Ok(Response::new(produce::ProduceSession::new(Arc::clone(&self.node), request.into_inner())))
+        let held = request.extensions().get::<Held>().cloned().unwrap_or_default();
+        Ok(Response::new(produce::ProduceSession::new(Arc::clone(&self.node), request.into_inner(), held)))
     }
 
     /// Never called: [`LogCalls`] takes this path before the generated service sees it.
@@ -60,7 +63,8 @@ impl Log for LogService {
     }
 
     async fn metadata(&self, request: Request<pb::MetadataRequest>) -> Result<Response<pb::MetadataResponse>, Status> {
-        answer(metadata::metadata(&self.node, request.get_ref()))
+        let call = async { metadata::metadata(&self.node, request.get_ref()) };
+        counted(&self.node, Api::Metadata, call).await
     }
 
     async fn watch_metadata(
@@ -74,7 +78,7 @@ impl Log for LogService {
         &self,
         request: Request<pb::ListOffsetsRequest>,
     ) -> Result<Response<pb::ListOffsetsResponse>, Status> {
-        answer(offsets::list_offsets(&self.node, request.into_inner()).await)
+        counted(&self.node, Api::ListOffsets, offsets::list_offsets(&self.node, request.into_inner())).await
     }
 
     async fn init_producer(
@@ -91,12 +95,15 @@ impl Log for LogService {
 #[derive(Clone, Debug)]
 pub(crate) struct LogCalls {
     node: Arc<Node>,
-    generated: LogServer<LogService>,
+    /// For Produce, whose messages are large.
+    produce: LogServer<LogService>,
+    /// For all others.
+    others: LogServer<LogService>,
 }
 
 impl LogCalls {
-    pub(crate) fn new(node: Arc<Node>, generated: LogServer<LogService>) -> Self {
-        Self { node, generated }
+    pub(crate) fn new(node: Arc<Node>, produce: LogServer<LogService>, others: LogServer<LogService>) -> Self {
+        Self { node, produce, others }
     }
 }
 
@@ -110,18 +117,28 @@ impl Service<http::Request<Body>> for LogCalls {
     type Future = BoxFuture<http::Response<Body>, Infallible>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        Service::<http::Request<Body>>::poll_ready(&mut self.generated, cx)
+        Service::<http::Request<Body>>::poll_ready(&mut self.others, cx)
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        if request.uri().path() == fetch_body::PATH {
-            return Box::pin(ready(Ok(fetch_body::serve(Arc::clone(&self.node), request))));
+        match request.uri().path() {
+            fetch_body::PATH => Box::pin(ready(Ok(fetch_body::serve(Arc::clone(&self.node), request)))),
+            produce::PATH => self.produce.call(request),
+            _ => self.others.call(request),
         }
-        self.generated.call(request)
     }
 }
 
-fn answer<T>(result: Result<T, Error>) -> Result<Response<T>, Status> {
+/// Answers a call, and counts it.
+async fn counted<T>(
+    node: &Node,
+    api: Api,
+    call: impl Future<Output = Result<T, Error>>,
+) -> Result<Response<T>, Status> {
+    let received = Instant::now();
+    node.metrics.received(api, 0);
+    let result = call.await;
+    node.metrics.answered(api, received, result.as_ref().err());
     result.map(Response::new).map_err(|error| error.to_status())
 }
 
@@ -187,21 +204,23 @@ fn parse_tp(topic_id: &[u8], partition: i32) -> Result<TopicPartition, Error> {
     }
 }
 
-/// What to say about a stream whose next message could not be read; `None` where the client has just gone.
-fn unreadable(status: &Status, carries: &str, request_bytes_max: usize) -> Option<Error> {
+/// What to say about a stream whose next message could not be read; `None` where the client has just gone. `limit` is the
+/// key of the largest message, `bytes_max` its value.
+fn unreadable(status: &Status, carries: &str, limit: &str, bytes_max: usize) -> Option<Error> {
     match status.code() {
         Code::OutOfRange => Some(Error::new(
             ErrorCode::MessageTooLarge,
             format!(
-                "a message is larger than limits.request_bytes ({request_bytes_max}): {}; send smaller batches, or raise \
-                 the limit",
+                "a message is larger than {limit} ({bytes_max}): {}; send smaller ones, or raise the limit",
                 status.message()
             ),
         )),
-        Code::Internal if status.message().contains("decode") => Some(Error::new(
+        // Decoding, or the framing around it.
+        Code::Internal => Some(Error::new(
             ErrorCode::InvalidRequest,
             format!("a message on this stream is no {carries}: {}; check which call this is", status.message()),
         )),
+        Code::DeadlineExceeded => Some(Error::new(ErrorCode::TimedOut, status.message())),
         Code::Unimplemented => Some(Error::new(ErrorCode::Unsupported, status.message())),
         _ => None,
     }

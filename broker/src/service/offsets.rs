@@ -5,12 +5,15 @@ use std::sync::Arc;
 use flowstone_protocol::pb::offset_query::At;
 use flowstone_protocol::{Error, ErrorCode, Timestamp, pb};
 use flowstone_replication::{FoundOffset, OffsetQuery, Reply};
-use futures::future::join_all;
+use futures::{StreamExt, stream};
 use tokio::sync::oneshot;
 
 use super::produce::in_partition;
 use super::{find, parse_tp};
 use crate::node::Node;
+
+/// Queries of one call that are under way at once.
+const QUERIES_AT_ONCE: usize = 32;
 
 /// Answers every query, in order; each fails alone.
 pub(super) async fn list_offsets(
@@ -27,8 +30,10 @@ pub(super) async fn list_offsets(
             ),
         ));
     }
-    let answers = join_all(request.queries.iter().map(|query| one(node, query))).await;
-    let answers = answers.into_iter().map(|answer| {
+    // A few at a time: looking a time up may read from the disk, and others ask, too.
+    let lookups: Vec<_> = request.queries.into_iter().map(|query| one(node, query)).collect();
+    let answers: Vec<_> = stream::iter(lookups).buffered(QUERIES_AT_ONCE).collect().await;
+    let answers = answers.into_iter().map(|answer: Result<pb::OffsetAnswer, Error>| {
         answer.unwrap_or_else(|error| pb::OffsetAnswer {
             offset: -1,
             timestamp: -1,
@@ -41,12 +46,12 @@ pub(super) async fn list_offsets(
     Ok(pb::ListOffsetsResponse { answers: answers.collect() })
 }
 
-async fn one(node: &Arc<Node>, query: &pb::OffsetQuery) -> Result<pb::OffsetAnswer, Error> {
+async fn one(node: &Arc<Node>, query: pb::OffsetQuery) -> Result<pb::OffsetAnswer, Error> {
     let partition = find(node, parse_tp(&query.topic_id, query.partition)?)?;
-    let wanted = match &query.at {
+    let wanted = match query.at {
         Some(At::Start(_)) => OffsetQuery::Start,
         Some(At::End(_)) => OffsetQuery::End,
-        Some(At::Timestamp(ms)) if *ms >= 0 => OffsetQuery::Timestamp(Timestamp::new(*ms)),
+        Some(At::Timestamp(ms)) if ms >= 0 => OffsetQuery::Timestamp(Timestamp::new(ms)),
         Some(At::Timestamp(ms)) => {
             let error = Error::new(
                 ErrorCode::InvalidRequest,
@@ -54,7 +59,7 @@ async fn one(node: &Arc<Node>, query: &pb::OffsetQuery) -> Result<pb::OffsetAnsw
             );
             return Err(in_partition(error, &partition));
         }
-        Some(At::RecordsFromEnd(records)) => OffsetQuery::RecordsFromEnd(*records),
+        Some(At::RecordsFromEnd(records)) => OffsetQuery::RecordsFromEnd(records),
         None => {
             let error = Error::new(ErrorCode::InvalidRequest, "set `at`: start, end, timestamp or records_from_end");
             return Err(in_partition(error, &partition));

@@ -33,13 +33,17 @@ use super::{find, now, parse_tp, shutting_down, unreadable};
 use crate::metrics::Api;
 use crate::node::Node;
 use crate::partition::OpenPartition;
+use crate::receiving::Held;
 use crate::topic_config::{CompressionPolicy, TimestampPolicy, TopicConfig};
 
 /// What a request takes of the shard's room at least: its bookkeeping counts too, or small requests would be unbounded.
 const REQUEST_BYTES_MIN: usize = 1 << 10;
-/// Batches up to this size are checked where they are read even when compressed; larger ones, whose decompression takes
-/// long, on a thread of their own, so that other streams go on.
-const CHECK_INLINE_BYTES_MAX: usize = 16 << 10;
+/// Compressed batches are checked where they are read as long as they decompress to no more than this; what is larger is
+/// checked on a thread of its own, so that other streams go on. A few KiB may decompress to many MiB, so it is what comes
+/// out that is bounded, not what is sent.
+const CHECK_INLINE_BYTES_MAX: usize = 64 << 10;
+/// The call's path.
+pub(crate) const PATH: &str = "/flowstone.v1.Log/Produce";
 /// Messages taken at one go before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
 
@@ -49,6 +53,8 @@ type Pending<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 pub(crate) struct ProduceSession {
     node: Arc<Node>,
     requests: Streaming<pb::ProduceRequest>,
+    /// What was received of a request; given back once its batch has room in its shard.
+    held: Held,
     step: Step,
     answers: Arc<Answers>,
     drain: Pending<()>,
@@ -120,9 +126,9 @@ impl std::fmt::Debug for ProduceSession {
 }
 
 impl ProduceSession {
-    pub(crate) fn new(node: Arc<Node>, requests: Streaming<pb::ProduceRequest>) -> Self {
+    pub(crate) fn new(node: Arc<Node>, requests: Streaming<pb::ProduceRequest>, held: Held) -> Self {
         let drain = drained(node.drain.clone());
-        Self { node, requests, step: Step::Read, answers: Arc::default(), drain, ending: None }
+        Self { node, requests, held, step: Step::Read, answers: Arc::default(), drain, ending: None }
     }
 
     /// Reads and hands on until something has to be waited for.
@@ -147,7 +153,10 @@ impl ProduceSession {
                         Poll::Ready(None) => self.ending = Some(Ok(())),
                         Poll::Ready(Some(Err(status))) => {
                             let bytes_max = self.node.config.limits.request_bytes;
-                            self.ending = Some(unreadable(&status, "ProduceRequest", bytes_max).map_or(Ok(()), Err));
+                            self.ending = Some(
+                                unreadable(&status, "ProduceRequest", "limits.request_bytes", bytes_max)
+                                    .map_or(Ok(()), Err),
+                            );
                         }
                         Poll::Ready(Some(Ok(request))) => self.take(request),
                     }
@@ -188,24 +197,29 @@ impl ProduceSession {
         };
         let rules = Rules::new(&self.node, &partition.config());
         let batch = request.batch;
-        let slow = batch.len() > CHECK_INLINE_BYTES_MAX && rules.is_slow(&batch);
-        let work = move || match rules.check(batch) {
-            Ok((batch, header)) => Ok(Checked { request_id, received, acks, partition, batch, header }),
-            Err(error) => Err(Refused { request_id, acks, error: in_partition(error, &partition) }),
-        };
-        if slow {
-            let work = tokio::task::spawn_blocking(work);
-            self.step = Step::Check(Box::pin(async move {
-                work.await.unwrap_or_else(|_| {
-                    let error = Error::new(ErrorCode::Internal, "the check of this batch was cut off; send it again");
-                    Err(Refused { request_id, acks, error })
-                })
-            }));
-            return;
-        }
-        match work() {
-            Ok(checked) => self.admit(checked),
-            Err(refused) => self.refuse(refused),
+        let target = Arc::clone(&partition);
+        let checked = move |(batch, header)| Checked { request_id, received, acks, partition: target, batch, header };
+        let refused =
+            move |error, partition: &OpenPartition| Refused { request_id, acks, error: in_partition(error, partition) };
+        match rules.check_inline(&batch) {
+            Some(Ok(batch)) => self.admit(checked(batch)),
+            Some(Err(error)) => self.refuse(refused(error, &partition)),
+            None => {
+                let checks = Arc::clone(&self.node.checks);
+                self.step = Step::Check(Box::pin(async move {
+                    // As many at once as there are cores: each may hold a whole decompressed batch. Never closed.
+                    let _turn = checks.acquire_owned().await;
+                    match tokio::task::spawn_blocking(move || rules.check(batch)).await {
+                        Ok(Ok(batch)) => Ok(checked(batch)),
+                        Ok(Err(error)) => Err(refused(error, &partition)),
+                        Err(_) => {
+                            let error =
+                                Error::new(ErrorCode::Internal, "the check of this batch was cut off; send it again");
+                            Err(refused(error, &partition))
+                        }
+                    }
+                }));
+            }
         }
     }
 
@@ -234,6 +248,7 @@ impl ProduceSession {
 
     fn append(&mut self, checked: Checked, permit: Permit) {
         let Checked { request_id, received, acks, partition, batch, header } = checked;
+        self.held.release();
         self.answers.state.lock().in_flight += 1;
         let answers = Arc::clone(&self.answers);
         let metrics = Arc::clone(&self.node.metrics);
@@ -247,6 +262,7 @@ impl ProduceSession {
 
     fn refuse(&self, refused: Refused) {
         let Refused { request_id, acks, error } = refused;
+        self.held.release();
         self.node.metrics.refused(Api::Produce, &error);
         // `acks=none` wants no answer, not even this one.
         if acks != Acks::None {
@@ -337,16 +353,33 @@ impl Rules {
         Self { limits, codec, log_append_time: topic.timestamps == TimestampPolicy::LogAppendTime }
     }
 
-    /// Whether checking means to decompress or to compress.
-    fn is_slow(&self, batch: &[u8]) -> bool {
+    /// The check, as far as it is quick; `None` where it is not.
+    fn check_inline(&self, batch: &Bytes) -> Option<Result<(Bytes, BatchHeader), Error>> {
         let sent = BatchHeader::parse(batch).ok().and_then(|header| header.attributes.compression().ok());
         // A header that cannot be read is refused at once.
-        sent.is_some_and(|sent| sent != Compression::None || self.codec.is_some_and(|codec| codec != sent))
+        let Some(sent) = sent else { return Some(self.check(batch.clone())) };
+        if self.codec.is_some_and(|codec| codec != sent) {
+            return None;
+        }
+        if sent == Compression::None {
+            return Some(self.check(batch.clone()));
+        }
+        let bytes_max = CHECK_INLINE_BYTES_MAX.min(self.limits.max_decompressed_bytes);
+        let limits = ValidationLimits { max_decompressed_bytes: bytes_max, ..self.limits };
+        match validate_produced(batch, &limits) {
+            Err(BatchError::DecompressedTooLarge { .. }) if bytes_max < self.limits.max_decompressed_bytes => None,
+            Err(error) => Some(Err(error.into())),
+            Ok(header) => Some(self.rewritten(batch.clone(), header)),
+        }
     }
 
     fn check(&self, batch: Bytes) -> Result<(Bytes, BatchHeader), Error> {
         let header = validate_produced(&batch, &self.limits)?;
-        let mut batch = batch;
+        self.rewritten(batch, header)
+    }
+
+    /// The batch as its topic wants it stored.
+    fn rewritten(&self, mut batch: Bytes, header: BatchHeader) -> Result<(Bytes, BatchHeader), Error> {
         let mut rewritten = false;
         if let Some(codec) = self.codec
             && header.attributes.compression()? != codec

@@ -84,3 +84,37 @@ async fn a_garbage_tail_is_cut_and_what_was_acknowledged_stays() {
     assert_eq!(world.values(&topic, 0, 0).await, ["a", "b", "c"]);
     world.stop().await;
 }
+
+#[tokio::test]
+async fn one_folder_that_cannot_be_read_does_not_keep_the_others_from_being_served() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 2).await;
+    for partition in [0, 1] {
+        world.produce(&topic, partition, batch(&["before"])).await.expect("stored");
+    }
+    let dir = world.stop().await;
+    // A file that cannot be opened, as after EIO or without the right to.
+    let segment = segments(dir.path(), &topic, 0).pop().expect("a segment");
+    let aside = segment.with_extension("aside");
+    std::fs::rename(&segment, &aside).expect("moved");
+    std::fs::create_dir(&segment).expect("made");
+
+    let mut world = World::at(dir, &[]).await;
+    world.produce(&topic, 1, batch(&["after"])).await.expect("the other partition is served");
+    let error = world.produce(&topic, 0, batch(&["x"])).await.expect_err("it failed");
+    assert_eq!(error.code, ErrorCode::StorageFailed, "{error:?}");
+    let described = world.describe("orders").await;
+    assert!(described.partitions[0].error.is_some() && described.partitions[1].error.is_none());
+    let (status, text) = crate::http::get(world.broker.admin_addr, "/readyz").await;
+    assert_eq!(status, 503, "{text}");
+    assert!(text.contains("partition orders-0: ") && !text.contains("orders-1"), "{text}");
+
+    // Once it can be read, it is, without another start.
+    std::fs::remove_dir(&segment).expect("removed");
+    std::fs::rename(&aside, &segment).expect("moved back");
+    until("it is opened again", async || world.produce(&topic, 0, batch(&["after"])).await.ok()).await;
+    assert_eq!(world.values(&topic, 0, 0).await, ["before", "after"]);
+    let (status, text) = crate::http::get(world.broker.admin_addr, "/readyz").await;
+    assert_eq!(status, 200, "{text}");
+    world.stop().await;
+}

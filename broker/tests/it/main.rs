@@ -11,4 +11,5 @@ mod reference;
 mod stalled;
 mod start_stop;
 mod topics;
+mod wire;
 mod world;

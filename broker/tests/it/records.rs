@@ -262,7 +262,9 @@ async fn a_reader_of_an_old_epoch_goes_on_and_one_of_a_lost_history_is_told() {
     }
     // One that saw that epoch further than it ever went here followed another history.
     let lost = pb::FetchPartition { last_epoch, ..position(1, &topic, 0, first + 2) };
-    fetcher.send(pb::FetchRequest { set: vec![lost], ..Default::default() }).await;
+    fetcher.send(pb::FetchRequest { set: vec![lost.clone()], ..Default::default() }).await;
+    assert_eq!(fetcher.error().await.code, ErrorCode::InvalidRequest, "one position per partition and stream");
+    fetcher.send(pb::FetchRequest { set: vec![lost], remove: vec![0], ..Default::default() }).await;
     let error = fetcher.error().await;
     assert_eq!(error.code, ErrorCode::LogDiverged, "{error:?}");
     world.stop().await;
