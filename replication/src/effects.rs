@@ -1,11 +1,13 @@
 //! What goes into a replica's step, and what comes out.
 
-use flowstone_protocol::{Error, Offset, RaftIndex, Term};
+use flowstone_protocol::{Error, LeaderEpoch, Offset, Term};
+use flowstone_storage::read::LookupTicket;
 use flowstone_storage::{CheckpointDone, CheckpointJob, FlushDone, FlushJob, HardState, ReadTicket, StorageError};
 
 use crate::machine::Machine;
 use crate::membership::MembershipChange;
 use crate::peer::PeerMessage;
+use crate::replica::read_error;
 use crate::reply::{Permit, Reply};
 use crate::request::{FoundOffset, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure, TrimTo};
 
@@ -65,8 +67,8 @@ pub enum Event<M: Machine> {
     Peer(PeerMessage),
     /// Look whether retention lets something go (the leader's clock decides).
     Retain,
-    /// Look whether a full disk has room again.
-    ProbeRoom,
+    /// The disk that was full seems to have room again: writes are tried.
+    RoomAgain,
     /// What was only written should be flushed now ([`crate::FlushMode::Relaxed`]).
     FlushNow,
     /// Write a checkpoint, whether one is due or not.
@@ -93,7 +95,7 @@ impl<M: Machine> Event<M> {
             | Self::Tick
             | Self::Peer(_)
             | Self::Retain
-            | Self::ProbeRoom
+            | Self::RoomAgain
             | Self::FlushNow
             | Self::CheckpointNow
             | Self::DropAbandoned => return None,
@@ -127,8 +129,8 @@ pub struct Effects<M: Machine> {
     pub answers: Vec<Answer<M>>,
     /// Reads that need the disk: to be run on a pool, which answers.
     pub tickets: Vec<ReadOrder>,
-    /// Entries committed by this step go up to here.
-    pub committed: Option<RaftIndex>,
+    /// Lookups that need the disk, or time: to be run on a pool, which answers.
+    pub lookups: Vec<LookupOrder>,
     /// The replica has ended: nothing in it may be used any more. Everyone who waited is in `answers`.
     pub ended: Option<Ended>,
 }
@@ -144,7 +146,7 @@ impl<M: Machine> Default for Effects<M> {
             checkpoint: None,
             answers: Vec::new(),
             tickets: Vec::new(),
-            committed: None,
+            lookups: Vec::new(),
             ended: None,
         }
     }
@@ -246,7 +248,7 @@ impl<M: Machine> Answer<M> {
 pub struct FlushOrder {
     /// What to run.
     pub job: FlushJob,
-    /// About how many bytes it has to write.
+    /// Clients' bytes among what it has to write; control batches and coordinators' are few.
     pub bytes: u64,
 }
 
@@ -261,4 +263,28 @@ pub struct ReadOrder {
     pub log_start: Offset,
     /// As the answer will say.
     pub high_watermark: Offset,
+}
+
+/// A lookup of an offset that needs the disk, or time.
+#[derive(Debug)]
+pub struct LookupOrder {
+    /// What to run.
+    pub ticket: LookupTicket,
+    /// Where the offset goes.
+    pub reply: Reply<Result<Option<FoundOffset>, Error>>,
+    /// As the answer will say.
+    pub leader_epoch: LeaderEpoch,
+}
+
+impl LookupOrder {
+    /// Looks it up, waiting for the disk, and answers; not where nobody waits any more.
+    pub fn run(self) {
+        let Self { ticket, reply, leader_epoch } = self;
+        if !reply.is_abandoned() {
+            let found = ticket.run().map(|found| {
+                found.map(|found| FoundOffset { offset: found.offset, timestamp: found.timestamp, leader_epoch })
+            });
+            reply.send(found.map_err(|error| read_error(&error)));
+        }
+    }
 }

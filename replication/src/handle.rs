@@ -78,6 +78,20 @@ impl<M: Machine> ReplicaHandle<M> {
         }
     }
 
+    /// Waits until its role, term or health differs from what was `seen`, and returns how it is then. One that ended and
+    /// was opened anew meanwhile has another term.
+    pub async fn changed(&self, seen: &ReplicaStatus) -> ReplicaStatus {
+        loop {
+            // Registered before looking, as above.
+            let changed = self.status.changed.notified();
+            let status = self.status.read();
+            if status.role != seen.role || status.term != seen.term || status.health != seen.health {
+                return status;
+            }
+            changed.await;
+        }
+    }
+
     /// Waits for room for `bytes` in its shard. First come, first served; more than the whole budget waits for all of it.
     pub async fn reserve(&self, bytes: usize) -> Permit {
         self.port.budget.reserve(bytes).await
@@ -121,9 +135,10 @@ impl<M: Machine> ReplicaHandle<M> {
         self.send(Event::Trim { to, reply });
     }
 
-    /// Changes settings from the next step on.
+    /// Changes settings from the next step on, or from the next opening on: they are never lost, however much waits.
     pub fn reconfigure(&self, change: Reconfigure) {
-        self.send(Event::Reconfigure(change));
+        // Told to one that has stopped, they are those of its next start anyway.
+        drop(self.port.inbox.report(Message::Event { slot: self.slot, event: Event::Reconfigure(change) }));
     }
 
     fn send(&self, event: Event<M>) {
@@ -155,7 +170,7 @@ pub(crate) struct StatusCell {
     records: AtomicU64,
     // Guards the message beside the state for the time of a clone.
     health: Mutex<Health>,
-    // Told at every change of role or health.
+    // Told at every change of role, term or health.
     changed: Notify,
 }
 
@@ -196,12 +211,12 @@ impl StatusCell {
     pub(crate) fn publish(&self, now: &ReplicaStatus) {
         self.size_bytes.store(now.size_bytes, Ordering::Relaxed);
         self.records.store(now.records, Ordering::Relaxed);
-        self.term.store(now.term.get(), Ordering::Relaxed);
         self.end_offset.store(now.end_offset.get(), Ordering::Release);
         self.high_watermark.store(now.high_watermark.get(), Ordering::Release);
         self.log_start.store(now.log_start.get(), Ordering::Release);
         let role = role_to_u8(now.role);
-        let mut changed = self.role.swap(role, Ordering::Release) != role;
+        let mut changed = self.term.swap(now.term.get(), Ordering::Relaxed) != now.term.get();
+        changed |= self.role.swap(role, Ordering::Release) != role;
         {
             let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
             if *health != now.health {

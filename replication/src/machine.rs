@@ -71,6 +71,8 @@ pub enum Admission {
         base_offset: Offset,
         /// The original's entry.
         index: RaftIndex,
+        /// The original's latest timestamp, as it is in the log.
+        timestamp: Timestamp,
     },
     /// It must not be appended.
     Refuse(Error),

@@ -91,8 +91,7 @@ impl OpenJob {
                 }
                 match Replica::open(log, hard_state, machine, config) {
                     Ok(replica) => Opened::Replica(Box::new(replica)),
-                    Err(CannotOpen::Unusable(message)) => Opened::Quarantined { message },
-                    Err(CannotOpen::Failed { machine, message }) => Opened::Failed { machine, message },
+                    Err(CannotOpen(message)) => Opened::Quarantined { message },
                 }
             }
             Err(error @ OpenError::Io { .. }) => Opened::Failed { machine, message: error.to_string() },
@@ -110,22 +109,23 @@ fn missing(spec: &ReplicaSpec) -> String {
 }
 
 /// Notes that a broker runs here; says whether an earlier one ended with the machine, without a clean stop.
+///
+/// A note that is there already stays until a clean stop: were it replaced now, a crash before every replica was looked at
+/// would forget what was lost. So the loss is told again at each start until then; better twice than not at all.
 pub(crate) fn mark_running(disk: &Arc<dyn Disk>, data_dir: &DataDir, boot_id: &str) -> std::io::Result<bool> {
     let path = data_dir.path().join(RUNNING_FILE);
-    let mut lost_memory = false;
     if disk.exists(&path)? {
         let file = disk.open(&path, OpenMode::Read)?;
         let mut before = vec![0; usize::try_from(file.len()?.min(256)).unwrap_or(256)];
         let length = file.read_at(&mut before, 0)?;
-        // Without a name for either start, the worse is assumed.
-        lost_memory = boot_id.is_empty() || &before[..length] != boot_id.as_bytes();
-        disk.remove_file(&path)?;
+        // Without a name for either start, the worse is assumed; so it is of a note that a crash cut short.
+        return Ok(boot_id.is_empty() || &before[..length] != boot_id.as_bytes());
     }
     let file = disk.open(&path, OpenMode::CreateNew)?;
     file.write_at(boot_id.as_bytes(), 0)?;
     file.sync_data()?;
     disk.sync_dir(data_dir.path())?;
-    Ok(lost_memory)
+    Ok(false)
 }
 
 /// Notes that the broker stopped cleanly: nothing was only in memory.

@@ -65,6 +65,10 @@ impl<M: Machine> Parked<M> {
         queue.insert(at, (index, waiting));
     }
 
+    pub(crate) fn len(&self) -> usize {
+        self.committed.len()
+    }
+
     pub(crate) fn answer_applied(&mut self, applied: RaftIndex, log_start: Offset, answers: &mut Vec<Answer<M>>) {
         answer(&mut self.committed, applied, log_start, answers);
         // Whatever is committed is good enough for those, too.

@@ -12,7 +12,7 @@ use std::cell::Ref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use flowstone_protocol::{RaftIndex, ReplicaId, Term};
-use flowstone_storage::{EntryBody, HardState, Log};
+use flowstone_storage::{EntryBody, HardState, Log, StorageError};
 use raft::eraftpb::{Entry, Message, MessageType};
 use raft::{CAMPAIGN_TRANSFER, Config, RawNode, Ready, StateRole};
 
@@ -78,6 +78,11 @@ impl RaftAdapter {
 
     pub(crate) fn log(&self) -> Ref<'_, Log> {
         self.node.store().log.borrow()
+    }
+
+    /// What could not be read for the crate, and made it panic.
+    pub(crate) fn unreadable(&self) -> Option<StorageError> {
+        self.node.store().unreadable.take()
     }
 
     pub(crate) fn log_mut(&mut self) -> &mut Log {

@@ -21,6 +21,8 @@ pub(crate) struct RaftLog {
     // The crate reads through `&self`, and a log keeps what it reads in a bounded cache. Borrowed for one call at a time:
     // no call of the crate's is made from within another.
     pub(crate) log: RefCell<Log>,
+    // Why an entry could not be given: the crate, which takes no such answer, panics next.
+    pub(crate) unreadable: RefCell<Option<flowstone_storage::StorageError>>,
     // As found when it was opened; the crate asks once.
     hard_state: HardState,
     membership: Membership,
@@ -28,11 +30,15 @@ pub(crate) struct RaftLog {
 
 impl RaftLog {
     pub(crate) fn new(log: Log, hard_state: HardState, membership: Membership) -> Self {
-        Self { log: RefCell::new(log), hard_state, membership }
+        Self { log: RefCell::new(log), unreadable: RefCell::new(None), hard_state, membership }
     }
 
     fn hollow(&self, index: u64) -> raft::Result<Entry> {
-        let meta = self.log.borrow_mut().entry_meta(RaftIndex::new(index)).map_err(unreadable)?;
+        let meta = self.log.borrow_mut().entry_meta(RaftIndex::new(index)).map_err(|error| {
+            let told = raft::Error::Store(StorageError::Other(error.to_string().into()));
+            *self.unreadable.borrow_mut() = Some(error);
+            told
+        })?;
         let mut entry = Entry { index, term: meta.term.get(), ..Entry::default() };
         // The crate counts changes of membership among them, nothing else.
         if meta.control == Some(ControlType::Membership) {
@@ -40,10 +46,6 @@ impl RaftLog {
         }
         Ok(entry)
     }
-}
-
-fn unreadable(error: flowstone_storage::StorageError) -> raft::Error {
-    raft::Error::Store(StorageError::Other(Box::new(error)))
 }
 
 impl Storage for RaftLog {
@@ -77,7 +79,7 @@ impl Storage for RaftLog {
         for index in low..high {
             let entry = match self.log.borrow_mut().entry(RaftIndex::new(index)) {
                 Ok(entry) => to_raft(entry),
-                // Sent later, when it can be read; the shard repairs or reopens the replica meanwhile.
+                // Asked for again with the follower's next answer; it stays behind for as long as it can not be read.
                 Err(error) if entries.is_empty() => {
                     tracing::warn!(index, %error, "cannot read an entry for a follower");
                     return Err(raft::Error::Store(StorageError::LogTemporarilyUnavailable));

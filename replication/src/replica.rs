@@ -191,9 +191,8 @@ impl<M: Machine> Replica<M> {
             )));
         }
         let checkpoint = log.checkpoint();
-        let membership = Membership::decode(&checkpoint.membership).map_err(|error| {
-            CannotOpen(format!("the checkpoint at index {}: {error}", checkpoint.applied))
-        })?;
+        let membership = Membership::decode(&checkpoint.membership)
+            .map_err(|error| CannotOpen(format!("the checkpoint at index {}: {error}", checkpoint.applied)))?;
         machine.restore(&checkpoint.machine).map_err(|error| {
             CannotOpen(format!(
                 "the checkpoint at index {} holds no state of this machine: {error}",
@@ -1188,7 +1187,8 @@ impl<M: Machine> Replica<M> {
     }
 
     fn overloaded(&self, what: &str) -> Error {
-        Error::new(ErrorCode::Overloaded, format!("{what}; try again in a moment")).with_partition(self.config.tp.partition)
+        Error::new(ErrorCode::Overloaded, format!("{what}; try again in a moment"))
+            .with_partition(self.config.tp.partition)
     }
 
     fn ended_error(&self, why: &str) -> Error {

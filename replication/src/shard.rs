@@ -24,7 +24,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use flowstone_protocol::{Error, ErrorCode, Offset, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
-use flowstone_storage::{CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError, RetentionConfig, StorageError};
+use flowstone_storage::{
+    CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError, RetentionConfig, StorageError,
+};
 
 use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, LookupOrder, ReadOrder};
 use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
@@ -1043,10 +1045,7 @@ impl<M: Machine> Shard<M> {
         let waiting = &self.pools.disk_reads;
         if waiting.fetch_add(1, Ordering::Relaxed) >= self.config.disk_reads_max {
             waiting.fetch_sub(1, Ordering::Relaxed);
-            return Err(Error::new(
-                ErrorCode::Overloaded,
-                "too many readers wait for the disk; try again in a moment",
-            ));
+            return Err(Error::new(ErrorCode::Overloaded, "too many readers wait for the disk; try again in a moment"));
         }
         Ok(Arc::clone(waiting))
     }

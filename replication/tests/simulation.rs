@@ -261,8 +261,7 @@ impl World {
         };
         match Replica::open(log, life.hard_state, machine, self.config()) {
             Ok(replica) => life.replica = Some(replica),
-            Err(CannotOpen::Failed { .. }) => return self.cannot_open(),
-            Err(CannotOpen::Unusable(why)) => return Err(Over::Broken(format!("the replica is not opened: {why}"))),
+            Err(CannotOpen(why)) => return Err(Over::Broken(format!("the replica is not opened: {why}"))),
         }
         Ok(())
     }
