@@ -11,7 +11,9 @@ use flowstone_protocol::{
     TopicPartition,
 };
 use flowstone_storage::sim_disk::Crash;
-use flowstone_storage::{Disk, EntryBody, Log, LogConfig, LogEntry, OpenError, ReplicaIdentity, SimDisk, StorageError};
+use flowstone_storage::{
+    Disk, EntryBody, Log, LogConfig, LogEntry, OpenError, Read, ReadError, ReplicaIdentity, SimDisk, StorageError,
+};
 
 const DIR: &str = "/data/replica";
 const NOW: Timestamp = Timestamp::new(1_700_000_000_000);
@@ -197,4 +199,40 @@ fn one_flush_is_in_flight_and_the_next_covers_what_came_meanwhile() {
     assert_eq!(second.covers().get(), 3);
     assert_eq!(log.flush_done(second.run()).expect("flushed").get(), 3);
     assert!(log.flush_job().is_none(), "nothing to flush");
+}
+
+#[test]
+fn a_checkpoint_under_another_name_is_none() {
+    let disk = SimDisk::new(1).shared();
+    let mut log = create(&disk);
+    append(&mut log, 1).expect("appended");
+    let last = log.flush().expect("flushed");
+    log.commit_to(last);
+    let checkpoint = log.new_checkpoint(last, Bytes::new(), Bytes::new());
+    log.write_checkpoint(checkpoint).expect("written");
+    drop(log);
+    let named = |index: u64| Path::new(DIR).join(format!("{index:020}.state"));
+    disk.rename(&named(last.get()), &named(2)).expect("renamed");
+    for name in disk.read_dir(Path::new(DIR)).expect("the folder") {
+        if name.ends_with(".state") && name != "00000000000000000002.state" {
+            disk.remove_file(&Path::new(DIR).join(name)).expect("removed");
+        }
+    }
+    let opened = open(&disk, last.get());
+    assert!(matches!(opened, Err(OpenError::Quarantine { .. })), "{opened:?}");
+}
+
+#[test]
+fn a_read_of_which_a_part_is_missing_is_found_out() {
+    let disk = SimDisk::new(1).shared();
+    let mut log = create(&disk);
+    for value in 1..4 {
+        append(&mut log, value).expect("appended");
+    }
+    log.commit_to(log.last_index());
+    let Ok(Read::Bytes(mut bytes)) = log.read(Offset::ZERO, 1 << 20) else { panic!("readable") };
+    bytes.verify().expect("right");
+    let first = bytes.len() - batch(3).len();
+    bytes.chunks[0].truncate(first);
+    assert!(matches!(bytes.verify(), Err(ReadError::Corrupt { .. })));
 }
