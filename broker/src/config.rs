@@ -113,7 +113,7 @@ pub struct LimitsConfig {
     pub admin_request_bytes: usize,
     /// Bytes of all clients' messages that are being received, or wait to be taken.
     pub receiving_bytes: usize,
-    /// Time that a client may be silent in the middle of a message.
+    /// Time in which a client that has begun a message must send the rest of it, or another MiB.
     pub message_timeout: Duration,
     /// Headers of one call.
     pub header_bytes: u32,
@@ -394,7 +394,7 @@ pub const KEYS: &[Key] = &[
         limits.receiving_bytes,
         size,
         size_usize,
-        "Bytes of all clients' messages that are being received or wait to be taken; clients wait above it. At least twice `limits.request_bytes`."
+        "Bytes of all clients' messages above 64 KiB that are being received or wait to be taken; clients wait above it. At least twice `limits.request_bytes`."
     ),
     key!(
         "limits.message_timeout",
@@ -402,7 +402,7 @@ pub const KEYS: &[Key] = &[
         limits.message_timeout,
         positive_duration,
         shown_duration,
-        "Time that a client may be silent in the middle of a message."
+        "Time in which a client that has begun a message must send the rest of it, or another MiB."
     ),
     key!("limits.header_bytes", "16 KiB", limits.header_bytes, size32, size_u32, "Headers of one call."),
     key!(

@@ -27,6 +27,12 @@ use tokio::time::{Sleep, sleep};
 use tonic::Status;
 use tonic::body::Body;
 
+/// Messages up to this size take no room: calls are bounded, and so are these; and small requests go on while others have
+/// used up the room with large ones that they do not finish.
+const FREE_BYTES_MAX: u32 = 64 << 10;
+/// A client that brings less than this of a message within its timeout counts as silent: a drop now and then must not
+/// hold the room of a large message for as long as its sender likes.
+const PROGRESS_BYTES_MIN: usize = 1 << 20;
 /// A gRPC message begins with a flag and its length.
 const PREFIX_BYTES: usize = 5;
 
@@ -35,6 +41,8 @@ const PREFIX_BYTES: usize = 5;
 pub(crate) struct Receiving {
     room: Arc<Semaphore>,
     bytes_max: u32,
+    /// [`FREE_BYTES_MAX`], but for tests.
+    free_bytes_max: u32,
     /// Time that a client may be silent in the middle of a message.
     message_timeout: Duration,
 }
@@ -42,7 +50,12 @@ pub(crate) struct Receiving {
 impl Receiving {
     pub(crate) fn new(bytes_max: usize, message_timeout: Duration) -> Self {
         let bytes_max = u32::try_from(bytes_max.min(Semaphore::MAX_PERMITS)).unwrap_or(u32::MAX);
-        Self { room: Arc::new(Semaphore::new(bytes_max as usize)), bytes_max, message_timeout }
+        Self {
+            room: Arc::new(Semaphore::new(bytes_max as usize)),
+            bytes_max,
+            free_bytes_max: FREE_BYTES_MAX,
+            message_timeout,
+        }
     }
 
     /// Meters a request's body. What its messages hold is released through [`Held`], and with the body at the latest.
@@ -57,6 +70,7 @@ impl Receiving {
             prefix_bytes: 0,
             rest: 0,
             waiting: None,
+            progress_bytes: 0,
             deadline: None,
         };
         (Body::new(metered), held)
@@ -67,7 +81,7 @@ impl Receiving {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Held {
     /// Held for a push or a take; nothing waits inside.
-    messages: Arc<Mutex<VecDeque<OwnedSemaphorePermit>>>,
+    messages: Arc<Mutex<VecDeque<Option<OwnedSemaphorePermit>>>>,
 }
 
 impl Held {
@@ -76,7 +90,7 @@ impl Held {
         drop(self.messages.lock().pop_front());
     }
 
-    fn push(&self, permit: OwnedSemaphorePermit) {
+    fn push(&self, permit: Option<OwnedSemaphorePermit>) {
         self.messages.lock().push_back(permit);
     }
 }
@@ -97,6 +111,8 @@ struct MeteredBody {
     rest: usize,
     /// The next message's room, and its bytes that are still to come, those of its prefix in `pending` included.
     waiting: Option<(Room, usize)>,
+    /// Bytes received since the deadline was set.
+    progress_bytes: usize,
     /// Of the message under way, while the client is silent.
     deadline: Option<Pin<Box<Sleep>>>,
 }
@@ -110,6 +126,9 @@ impl MeteredBody {
                 let step = self.rest.min(data.len() - seen);
                 self.rest -= step;
                 seen += step;
+                if self.rest == 0 {
+                    self.begin_anew();
+                }
                 continue;
             }
             let begin = seen;
@@ -123,11 +142,16 @@ impl MeteredBody {
             self.prefix_bytes = 0;
             let [_, length @ ..] = self.prefix;
             let length = u32::from_be_bytes(length);
+            if length <= self.receiving.free_bytes_max {
+                self.held.push(None);
+                self.rest = length as usize;
+                continue;
+            }
             // One above all limits is refused by its call, by its length alone.
             let wanted = length.min(self.receiving.bytes_max);
             match Arc::clone(&self.receiving.room).try_acquire_many_owned(wanted) {
                 Ok(permit) => {
-                    self.held.push(permit);
+                    self.held.push(Some(permit));
                     self.rest = length as usize;
                 }
                 Err(_) => {
@@ -144,10 +168,16 @@ impl MeteredBody {
         data
     }
 
+    /// The time of the message that follows, or of its next part, begins when the client is silent.
+    fn begin_anew(&mut self) {
+        self.progress_bytes = 0;
+        self.deadline = None;
+    }
+
     /// Whether the client has been silent for too long in the middle of a message.
     fn check(&mut self, cx: &mut Context<'_>) -> Poll<Status> {
         if self.rest == 0 && self.prefix_bytes == 0 {
-            self.deadline = None;
+            self.begin_anew();
             return Poll::Pending;
         }
         let timeout = self.receiving.message_timeout;
@@ -169,7 +199,7 @@ impl HttpBody for MeteredBody {
                 let permit = ready!(room.as_mut().poll(cx));
                 body.rest = *to_come;
                 body.waiting = None;
-                permit.into_iter().for_each(|permit| body.held.push(permit));
+                body.held.push(permit);
             }
             if !body.pending.is_empty() {
                 let pending = std::mem::take(&mut body.pending);
@@ -182,8 +212,10 @@ impl HttpBody for MeteredBody {
             match Pin::new(&mut body.inner).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
                     Ok(data) => {
-                        // The client goes on.
-                        body.deadline = None;
+                        body.progress_bytes += data.len();
+                        if body.progress_bytes >= PROGRESS_BYTES_MIN {
+                            body.begin_anew();
+                        }
                         let data = body.admit(data);
                         if !data.is_empty() {
                             return Poll::Ready(Some(Ok(Frame::data(data))));
@@ -236,6 +268,11 @@ mod tests {
         (sender, Body::new(Sent(receiver)))
     }
 
+    /// Small messages count, too.
+    fn metering(bytes_max: usize, message_timeout: Duration) -> Receiving {
+        Receiving { free_bytes_max: 0, ..Receiving::new(bytes_max, message_timeout) }
+    }
+
     fn message(bytes: usize) -> Vec<u8> {
         let mut message = vec![0];
         message.extend_from_slice(&(bytes as u32).to_be_bytes());
@@ -254,7 +291,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_waits_for_its_room_and_gives_it_back() {
-        let receiving = Receiving::new(100, Duration::from_secs(600));
+        let receiving = metering(100, Duration::from_secs(600));
         let (first, body_one) = body();
         let (second, body_two) = body();
         let (mut one, held_one) = receiving.meter(body_one);
@@ -272,7 +309,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_whole_goes_on_before_what_has_to_wait() {
-        let receiving = Receiving::new(100, Duration::from_secs(600));
+        let receiving = metering(100, Duration::from_secs(600));
         let (sender, body) = body();
         let (mut metered, held) = receiving.meter(body);
         // Three messages, cut into frames anywhere: the third finds no room until the first is taken.
@@ -296,7 +333,7 @@ mod tests {
 
     #[tokio::test]
     async fn one_larger_than_all_there_is_passes_alone() {
-        let receiving = Receiving::new(100, Duration::from_secs(600));
+        let receiving = metering(100, Duration::from_secs(600));
         let (sender, body) = body();
         let (mut metered, _held) = receiving.meter(body);
         sender.send(message(1_000).into()).expect("open");
@@ -306,7 +343,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_message_that_does_not_go_on_ends_its_call() {
-        let receiving = Receiving::new(100, Duration::from_millis(20));
+        let receiving = metering(100, Duration::from_millis(20));
         let (sender, body) = body();
         let (mut metered, _held) = receiving.meter(body);
         // Between messages, it may wait for as long as it likes.
@@ -316,5 +353,48 @@ mod tests {
         assert_eq!(next(&mut metered).await.expect("bytes").len(), 4);
         let late = next(&mut metered).await.expect_err("too late");
         assert!(late.message().contains("limits.message_timeout"), "{late:?}");
+    }
+
+    #[tokio::test]
+    async fn a_message_that_drips_ends_its_call() {
+        let receiving = metering(1 << 20, Duration::from_millis(50));
+        let (sender, dripping) = body();
+        let (mut metered, _held) = receiving.meter(dripping);
+        sender.send(message(100_000)[..100].to_vec().into()).expect("open");
+        let drip = async {
+            loop {
+                sender.send(Bytes::from_static(b"x")).expect("open");
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let end = async {
+            loop {
+                if let Err(late) = next(&mut metered).await {
+                    return late;
+                }
+            }
+        };
+        let late = tokio::select! { late = end => late, () = drip => unreachable!("it drips for ever") };
+        assert!(late.message().contains("limits.message_timeout"), "{late:?}");
+    }
+
+    #[tokio::test]
+    async fn small_messages_go_on_when_there_is_no_room() {
+        let receiving = Receiving::new(100_000, Duration::from_secs(600));
+        let (greedy, body_one) = body();
+        let (small, body_two) = body();
+        let (mut one, _held_one) = receiving.meter(body_one);
+        let (mut two, held_two) = receiving.meter(body_two);
+        greedy.send(message(100_000)[..100].to_vec().into()).expect("open");
+        next(&mut one).await.expect("bytes");
+        for _ in 0..10 {
+            small.send(message(FREE_BYTES_MAX as usize).into()).expect("open");
+            assert_eq!(next(&mut two).await.expect("bytes").len(), FREE_BYTES_MAX as usize + PREFIX_BYTES);
+            held_two.release();
+        }
+        small.send(message(FREE_BYTES_MAX as usize + 1).into()).expect("open");
+        assert!(futures::poll!(Box::pin(next(&mut two))).is_pending(), "a larger one waits");
+        drop((one, greedy));
+        assert!(next(&mut two).await.is_ok());
     }
 }
