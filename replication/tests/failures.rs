@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition};
 use flowstone_replication::{
-    Acks, FlushMode, Health, LogConfig, Permit, Produced, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, Reply,
-    RetentionConfig, Shards, ShardsConfig, TrimTo, system_clock,
+    Acks, FlushMode, Health, LogConfig, Permit, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle,
+    ReplicaSpec, Reply, RetentionConfig, Shards, ShardsConfig, TrimTo, system_clock,
 };
 use flowstone_storage::sim_disk::{Crash, Operation};
 use flowstone_storage::{DataDir, SimDisk};
@@ -231,4 +231,22 @@ fn a_failed_replica_with_a_job_in_flight_can_be_closed() {
         disk.cancel_faults();
         let _ = broker.lead(1);
     }
+}
+
+#[test]
+fn settings_given_to_a_failed_replica_are_those_of_its_next_life() {
+    let disk = SimDisk::new(10);
+    let broker = start(&disk);
+    let handle = broker.lead(1);
+    disk.set_read_only(true);
+    produce(&handle, 0).unwrap_err();
+    handle.reconfigure(Reconfigure {
+        log: LogConfig::default(),
+        retention: RetentionConfig::default(),
+        flush: FlushMode::Quorum,
+        max_message_bytes: 500,
+    });
+    disk.set_read_only(false);
+    until(|| handle.status().is_ready());
+    assert_eq!(produce(&handle, 1).unwrap_err().code, ErrorCode::BatchTooLarge, "its batches are of 1000 bytes");
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use flowstone_protocol::{Error, ErrorCode, LeaderEpoch, Offset, Timestamp};
 use flowstone_replication::{
     Acks, Ended, Event, FlushMode, Health, LogConfig, MembershipChange, OffsetQuery, PeerBody, PeerMessage,
-    ReadRequest, Role, TrimTo,
+    ReadRequest, Reconfigure, Role, TrimTo,
 };
 use flowstone_storage::{Disk, RealDisk};
 use ledger::{Counter, Ledger, batch};
@@ -185,6 +185,24 @@ fn a_reader_of_a_lost_history_is_told() {
     // This reader saw offset 5 in an epoch that ended, here, before it.
     let told = ask(5, LeaderEpoch::new(epoch.get() - 1)).unwrap_err();
     assert_eq!(told.code, ErrorCode::LogDiverged);
+    // And this one knows a later leader: nothing says that its history is lost.
+    let behind = ask(5, LeaderEpoch::new(epoch.get() + 1)).unwrap_err();
+    assert_eq!(behind.code, ErrorCode::NotLeader);
+    assert!(behind.is_retriable());
+}
+
+#[test]
+fn a_duplicate_is_told_so_whatever_the_settings_have_become() {
+    let place = place();
+    let mut shell = place.leader();
+    let original = answered(shell.produce(batch(9, 0, 1, 1_000), Acks::Quorum)).unwrap();
+    let settings = config(1);
+    let log = LogConfig::default();
+    let change = Reconfigure { log, retention: settings.retention, flush: settings.flush, max_message_bytes: 100 };
+    shell.step([Event::Reconfigure(change)]);
+    assert_eq!(answered(shell.produce(batch(9, 0, 1, 1_000), Acks::Quorum)).unwrap(), original);
+    let error = answered(shell.produce(batch(9, 1, 1, 1_000), Acks::Quorum)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::BatchTooLarge);
 }
 
 #[test]
