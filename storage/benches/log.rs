@@ -124,7 +124,7 @@ fn lookup(c: &mut Criterion) {
         b.iter(|| black_box(log.read(Offset::new(next(end)), 1).expect("readable")));
     });
     group.bench_function("offset by count from the end", |b| {
-        b.iter(|| black_box(log.offset_records_from_end(next(end) as u64).expect("readable")));
+        b.iter(|| black_box(log.find_records_from_end(next(end) as u64).expect("readable")));
     });
     group.finish();
 }

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use flowstone_protocol::{Offset, RaftIndex};
 
+use crate::slots::NoSlot;
+
 /// A failure of a write, a flush or a read that the log needs for itself.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -180,4 +182,33 @@ pub enum ReadError {
         /// What the system said.
         source: io::Error,
     },
+}
+
+impl From<StorageError> for ReadError {
+    fn from(error: StorageError) -> Self {
+        match error {
+            StorageError::Corrupt { segment, position, offset, detail } => {
+                Self::Corrupt { segment, position, offset, detail }
+            }
+            StorageError::Io { path, source, .. } => Self::Io { path, source },
+            // The other errors are of writes; a read's own lookups never leave the log.
+            other => Self::Io { path: PathBuf::new(), source: io::Error::other(other) },
+        }
+    }
+}
+
+/// On a pool nothing is "not cached": who asks there waits.
+impl From<NoSlot> for ReadError {
+    fn from(error: NoSlot) -> Self {
+        StorageError::from(error).into()
+    }
+}
+
+impl From<NoSlot> for StorageError {
+    fn from(error: NoSlot) -> Self {
+        match error {
+            NoSlot::Failed(error) => error,
+            NoSlot::NotCached => unreachable!("a lookup that waits was told not to"),
+        }
+    }
 }

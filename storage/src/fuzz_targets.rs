@@ -13,7 +13,7 @@ use crate::disk::Disk;
 use crate::error::OpenError;
 use crate::hard_state::{self, HardStateFile};
 use crate::log::{Log, LogConfig};
-use crate::read::Read;
+use crate::read::{Lookup, Read};
 use crate::segment::SegmentName;
 use crate::sim_disk::SimDisk;
 
@@ -66,7 +66,9 @@ pub fn recover_log(bytes: &[u8]) {
         read.verify().expect("what recovery keeps is right");
         at = read.next;
     }
-    let _ = log.offset_for_timestamp(NOW);
+    if let Ok(Lookup::Ticket(ticket)) = log.find_timestamp(NOW) {
+        let _ = ticket.run();
+    }
     let found = (log.last_index(), log.end_offset(), log.last_term());
     drop(log);
     let again = open().expect("what was opened once opens again");

@@ -34,6 +34,7 @@ pub mod recovery;
 pub mod retention;
 pub mod segment;
 pub mod sim_disk;
+mod slots;
 mod small_file;
 mod walk;
 

@@ -31,6 +31,7 @@ use crate::checkpoint::{
 use crate::disk::{Disk, DiskFile, OpenMode, is_disk_full};
 use crate::error::StorageError;
 use crate::segment::{Active, IndexFile, Sealed, SegmentName};
+use crate::slots::SealedFiles;
 use crate::walk::{ZEROS, is_own_control};
 
 /// How a log is kept; may change while it is open ([`Log::set_config`]).
@@ -757,6 +758,7 @@ impl Log {
         if let Some(previous) = self.sealed.back_mut() {
             previous.map = None;
         }
+        let files = self.sealed_files(closed.name, closed.end, closed.slots.len(), Some(Arc::clone(&closed.log)));
         self.sealed.push_back(Sealed {
             name: closed.name,
             end_offset: self.end_offset,
@@ -764,11 +766,22 @@ impl Log {
             bytes: closed.end,
             records: closed.records(),
             max_timestamp: closed.max_timestamp(),
-            log: Some(closed.log),
-            index: None,
+            files,
             map: closed.map,
         });
         Ok(())
+    }
+
+    pub(crate) fn sealed_files(
+        &self,
+        name: SegmentName,
+        bytes: u64,
+        batches: usize,
+        log: Option<Arc<dyn DiskFile>>,
+    ) -> Arc<SealedFiles> {
+        let epoch_before = self.term_at(RaftIndex::new(name.first_index.get() - 1)).and_then(LeaderEpoch::from_term);
+        let (disk, dir) = (Arc::clone(&self.disk), Arc::clone(&self.dir));
+        Arc::new(SealedFiles::new(disk, dir, name, bytes, batches, epoch_before, log))
     }
 
     /// An empty segment. A file of this name is what a failed attempt left: no entry of this log is in it.
@@ -870,6 +883,7 @@ impl Log {
             // The segment before becomes the active one again.
             let slots = self.all_slots_of_newest_sealed()?;
             let Some(before) = self.sealed.pop_back() else { break };
+            before.files.retire();
             // The handle that readers use is for reading alone; the one that wrote what is not flushed sees its errors.
             let written = self.unflushed_sealed.iter().find(|(name, _)| *name == before.name);
             let log = match written {

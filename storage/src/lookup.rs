@@ -1,7 +1,8 @@
 //! Reading a log: by offset, by index, by timestamp, by count of records.
 //!
 //! The active segment's index is in memory; blocks of sealed ones are read when needed (4 KiB each) and the last few
-//! kept. The newest two segments' bytes are handed out from a map, older ones are read.
+//! kept. The newest two segments' bytes are handed out from a map, older ones are read. What readers ask for never waits
+//! here: it becomes a ticket where anything it needs is not cached. What the group asks for (entries) does.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -9,21 +10,18 @@ use std::sync::Arc;
 use bytes::Bytes;
 use flowstone_protocol::batch::{stamped_prefix, verify_crc};
 use flowstone_protocol::control::{CONTROL_FORMAT_VERSION, decode_control, encode_control};
-use flowstone_protocol::record::records;
 use flowstone_protocol::{BatchHeader, ControlType, HEADER_BYTES, LeaderEpoch, Offset, RaftIndex, Timestamp};
 
-use crate::batch_index::{BLOCK_BYTES, BLOCK_SLOTS, Slot, blocks_of, decode_block};
-use crate::disk::{DiskFile, OpenMode};
+use crate::batch_index::Slot;
+use crate::disk::DiskFile;
 use crate::error::{ReadError, StorageError};
-use crate::log::{EntryBody, EntryMeta, Log, LogEntry, write_blocks};
-use crate::read::{FoundRecord, Lookup, LookupTicket, Place, Read, ReadBytes, ReadTicket};
+use crate::log::{EntryBody, EntryMeta, Log, LogEntry};
+use crate::read::{
+    FoundRecord, Lookup, LookupTicket, Place, Question, Read, ReadBytes, ReadTicket, Source, Span, read_now,
+};
 use crate::segment::{SegmentMap, SegmentName};
-use crate::walk::{Step, Walker, is_own_control};
-
-/// Blocks of sealed indexes kept in memory per log (4 KiB each); a binary search through one needs a dozen.
-const INDEX_BLOCKS_KEPT: usize = 16;
-/// Most that one batch may decompress to when a timestamp is looked up in it.
-const DECOMPRESSED_BYTES_MAX: usize = 256 << 20;
+use crate::slots::{ActiveSlots, Extent, KeptSlots, NoSlot, Slots, View};
+use crate::walk::is_own_control;
 
 /// A segment of a log: the `n`th sealed one, or the active one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,49 +50,39 @@ impl Log {
             let place = Place { segment: name, position: 0 };
             return Ok(Read::Bytes(ReadBytes::new(Vec::new(), from, from, place)));
         }
-        let readable = self.committed_batches(which);
-        let (first, first_slot) = self.slot_of_offset(which, from).map_err(into_read_error)?;
-        let start = u64::from(first_slot.position);
-        let limit = start + max_bytes as u64;
-        let end = match which {
-            // The usual read, at the tail, takes all there is: one look instead of a search.
-            Which::Active if self.active.slots[readable - 1].end_position() <= limit => readable,
-            _ => {
-                self.search(which, first + 1, readable, |slot| slot.end_position() <= limit).map_err(into_read_error)?
+        match self.with_slots(which, false, |slots, view| view.extent(slots, from, max_bytes)) {
+            Ok(extent) => Ok(self.give(which, extent)),
+            Err(NoSlot::NotCached) => {
+                let Which::Sealed(number) = which else { unreachable!("the active segment's index is in memory") };
+                let files = Arc::clone(&self.sealed[number].files);
+                Ok(Read::Ticket(ReadTicket::search(files, self.view(which), from, max_bytes)))
             }
-        };
-        let last_slot = self.slot(which, end - 1).map_err(into_read_error)?;
-        let next = if end < self.batches(which) {
-            self.slot(which, end).map_err(into_read_error)?.base_offset(name.base_offset)
-        } else {
-            self.end_offset_of_segment(which)
-        };
-        let place = Place { segment: name, position: start };
-        let bytes = (last_slot.end_position() - start) as usize;
-        self.give(which, place, bytes, first_slot.base_offset(name.base_offset), next)
+            Err(NoSlot::Failed(error)) => Err(error.into()),
+        }
     }
 
-    fn give(
-        &mut self,
-        which: Which,
-        place: Place,
-        bytes: usize,
-        first: Offset,
-        next: Offset,
-    ) -> Result<Read, ReadError> {
+    fn give(&mut self, which: Which, extent: Extent) -> Read {
         let is_mapped = match which {
             Which::Active => true,
             Which::Sealed(number) => number + 1 == self.sealed.len(),
         };
-        if is_mapped && let Some(map) = self.map_of(which, place.position + bytes as u64) {
-            let from = place.position as usize;
-            return Ok(Read::Bytes(ReadBytes::new(vec![map.slice(from..from + bytes)], first, next, place)));
+        if is_mapped && let Some(map) = self.map_of(which, extent.position + extent.bytes as u64) {
+            let from = extent.position as usize;
+            let bytes = map.slice(from..from + extent.bytes);
+            return Read::Bytes(ReadBytes::of_extent(self.name_of(which), extent, bytes));
         }
-        let path = self.path_of(which);
-        let file = self.file_of(which).map_err(into_read_error)?;
-        let ticket = ReadTicket { file, path, place, bytes, first, next };
         // What is mapped but could not be is in memory as likely as not.
-        ticket.run_nowait()
+        read_now(self.source_of(which), extent)
+    }
+
+    fn source_of(&self, which: Which) -> Source {
+        match which {
+            Which::Sealed(number) => Source::Sealed(Arc::clone(&self.sealed[number].files)),
+            Which::Active => {
+                let file = Arc::clone(&self.active.log);
+                Source::Active { name: self.active.name, path: self.path_of(which), file }
+            }
+        }
     }
 
     /// A map of the segment that holds at least its first `needed` bytes; `None` where the system refuses one.
@@ -152,14 +140,9 @@ impl Log {
     /// What the index knows of an entry: no byte of its batch is read.
     pub fn entry_meta(&mut self, index: RaftIndex) -> Result<EntryMeta, StorageError> {
         let (which, number) = self.segment_of_index(index)?;
-        let slot = self.slot(which, number)?;
-        let base = self.name_of(which).base_offset;
-        let next = if number + 1 < self.batches(which) {
-            self.slot(which, number + 1)?.base_offset(base)
-        } else {
-            self.end_offset_of_segment(which)
-        };
-        let base_offset = slot.base_offset(base);
+        let (slot, next) =
+            self.with_slots(which, true, |slots, view| Ok((slots.slot(number)?, view.offset_behind(slots, number)?)))?;
+        let base_offset = slot.base_offset(self.name_of(which).base_offset);
         let Some(term) = slot.epoch.term() else {
             return Err(self.corrupt_entry(index, "its epoch is negative".to_owned()));
         };
@@ -254,145 +237,144 @@ impl Log {
 
     // ---- lookups ----
 
-    /// The first committed record, from the log start on, whose timestamp is at least `timestamp`; with its own
-    /// timestamp. Exact to the record: its batch is read and decompressed.
-    pub fn offset_for_timestamp(&mut self, timestamp: Timestamp) -> Result<Option<(Offset, Timestamp)>, ReadError> {
-        let mut at = self.log_start;
-        while at < self.high_watermark {
-            let Some((which, number)) = self.first_batch_reaching(timestamp, at).map_err(into_read_error)? else {
-                return Ok(None);
-            };
-            let name = self.name_of(which);
-            let index = name.first_index.plus(number as u64);
-            let batch = self.stored_batch(index).map_err(into_read_error)?;
-            let corrupt = |log: &mut Self, detail: String| into_read_error(log.corrupt_entry(index, detail));
-            let header = BatchHeader::parse(&batch).map_err(|error| corrupt(self, error.to_string()))?;
-            if !header.attributes.is_control() && header.max_timestamp >= timestamp {
-                let found = records(batch, DECOMPRESSED_BYTES_MAX).map_err(|error| corrupt(self, error.to_string()))?;
-                for record in found {
-                    let record = record.map_err(|error| corrupt(self, error.to_string()))?;
-                    if record.offset >= at && record.timestamp >= timestamp {
-                        return Ok(Some((record.offset, record.timestamp)));
-                    }
-                }
-            }
-            // A batch before the log start had the segment's latest timestamp so far, or the record is before it.
-            at = header.next_offset();
-        }
-        Ok(None)
-    }
-
-    /// Looks for the first committed record, from the log start on, whose timestamp is at least `timestamp`. Exact to
-    /// the record; its batch is read and decompressed by the ticket.
+    /// Looks for the first committed record, from the log start on, whose timestamp is at least `timestamp`; with its own
+    /// timestamp. Exact to the record: its batch is read and decompressed, by the ticket.
     pub fn find_timestamp(&mut self, timestamp: Timestamp) -> Result<Lookup, ReadError> {
-        let found = self.offset_for_timestamp(timestamp)?.map(|(offset, timestamp)| FoundRecord { offset, timestamp });
-        Ok(Lookup::Ticket(LookupTicket { found }))
-    }
-
-    /// Looks for the `n`th data record before the high watermark; the log start where there are fewer. Its timestamp
-    /// is not looked at.
-    pub fn find_records_from_end(&mut self, n: u64) -> Result<Lookup, ReadError> {
-        let offset = self.offset_records_from_end(n)?;
-        Ok(Lookup::Found(Some(FoundRecord { offset, timestamp: Timestamp::NONE })))
-    }
-
-    /// The batch at or behind offset `at` where the segment's running maximum reaches `timestamp`: the earliest that
-    /// can hold a record so late.
-    fn first_batch_reaching(
-        &mut self,
-        timestamp: Timestamp,
-        at: Offset,
-    ) -> Result<Option<(Which, usize)>, StorageError> {
-        let mut which = self.segment_of_offset(at);
-        loop {
-            let base = self.name_of(which).base_offset;
-            if base >= self.high_watermark {
-                return Ok(None);
-            }
-            let readable = self.committed_batches(which);
-            let max_timestamp = match which {
-                Which::Sealed(number) => self.sealed[number].max_timestamp,
-                Which::Active => self.active.max_timestamp(),
-            };
-            if max_timestamp >= timestamp {
-                let from = if base < at { self.slot_of_offset(which, at)?.0 } else { 0 };
-                let found = self.search(which, from, readable, |slot| slot.max_timestamp < timestamp)?;
-                if found < readable {
-                    return Ok(Some((which, found)));
-                }
-            }
-            which = match which {
-                Which::Sealed(number) if number + 1 < self.sealed.len() => Which::Sealed(number + 1),
-                Which::Sealed(_) => Which::Active,
-                Which::Active => return Ok(None),
-            };
-        }
-    }
-
-    /// Data records (those that consumers see) from `from` up to and without `to`; both are taken to lie in the log.
-    pub fn records_between(&mut self, from: Offset, to: Offset) -> Result<u64, ReadError> {
-        let until = self.records_before(to)?;
-        Ok(until.saturating_sub(self.records_before(from)?))
-    }
-
-    /// The offset of the `n`th data record before the high watermark; the log start where there are fewer.
-    pub fn offset_records_from_end(&mut self, n: u64) -> Result<Offset, ReadError> {
-        if n == 0 {
-            return Ok(self.high_watermark);
-        }
-        let readable = self.records_between(self.log_start, self.high_watermark)?;
-        if n >= readable {
-            return Ok(self.log_start);
-        }
-        // The record wanted has this many before it, from the first segment on.
-        let before = self.records_before(self.high_watermark)? - n;
-        let mut in_earlier = 0;
-        for number in 0..self.sealed.len() {
-            let records = self.sealed[number].records;
-            if before < in_earlier + records {
-                return self.offset_of_record(Which::Sealed(number), before - in_earlier).map_err(into_read_error);
-            }
-            in_earlier += records;
-        }
-        self.offset_of_record(Which::Active, before - in_earlier).map_err(into_read_error)
-    }
-
-    /// The offset of the data record of a segment that has `before` others before it there.
-    fn offset_of_record(&mut self, which: Which, before: u64) -> Result<Offset, StorageError> {
-        let batches = self.batches(which);
-        let number = self.search(which, 0, batches, |slot| u64::from(slot.records) <= before)?;
-        let slot = self.slot(which, number)?;
-        let in_earlier = match number.checked_sub(1) {
-            Some(previous) => u64::from(self.slot(which, previous)?.records),
-            None => 0,
-        };
-        Ok(slot.base_offset(self.name_of(which).base_offset).plus((before - in_earlier) as i64))
-    }
-
-    /// Data records of all segments before `offset`.
-    fn records_before(&mut self, offset: Offset) -> Result<u64, ReadError> {
-        let which = self.segment_of_offset(offset);
-        let earlier = match which {
+        let from = self.log_start;
+        let mut spans = Vec::new();
+        let first = match self.segment_of_offset(from) {
             Which::Sealed(number) => number,
             Which::Active => self.sealed.len(),
         };
-        let in_earlier: u64 = self.sealed.iter().take(earlier).map(|segment| segment.records).sum();
+        let segments = (first..self.sealed.len()).map(Which::Sealed).chain([Which::Active]);
+        for which in segments.take_while(|which| self.name_of(*which).base_offset < self.high_watermark) {
+            let view = self.view(which);
+            match which {
+                Which::Sealed(number) => {
+                    let segment = &self.sealed[number];
+                    if segment.max_timestamp < timestamp {
+                        continue;
+                    }
+                    spans.push(Span::Sealed { files: Arc::clone(&segment.files), view });
+                    // All of it is readable, so it holds one: nothing behind it is needed.
+                    if view.base_offset >= from && view.readable == view.batches {
+                        break;
+                    }
+                }
+                Which::Active => {
+                    let slots = &mut ActiveSlots(&self.active.slots);
+                    if let Some((position, offset)) = view.first_reaching(slots, timestamp, from)? {
+                        let end = view.readable_end(slots)?;
+                        spans.push(Span::Active { source: self.source_of(which), position, offset, end });
+                    }
+                }
+            }
+        }
+        if spans.is_empty() {
+            return Ok(Lookup::Found(None));
+        }
+        Ok(Lookup::Ticket(LookupTicket(Question::Timestamp { timestamp, from, spans })))
+    }
+
+    /// Looks for the `n`th data record before the high watermark; the log start where there are fewer. Its timestamp is
+    /// not looked at.
+    pub fn find_records_from_end(&mut self, n: u64) -> Result<Lookup, ReadError> {
+        let (from, to) = (self.log_start, self.high_watermark);
+        let found = |offset| Ok(Lookup::Found(Some(FoundRecord::at(offset))));
+        if n == 0 {
+            return found(to);
+        }
+        match self.records_from_end_now(n) {
+            Ok(offset) => found(offset),
+            Err(NoSlot::Failed(error)) => Err(error.into()),
+            Err(NoSlot::NotCached) => {
+                // Only sealed segments can be short of slots, so that the answer lies in one.
+                let mut segments: Vec<_> = (0..self.sealed.len())
+                    .map(|number| (number, self.view(Which::Sealed(number))))
+                    .filter(|(_, view)| view.base_offset < to)
+                    .map(|(number, view)| (Arc::clone(&self.sealed[number].files), view, self.sealed[number].records))
+                    .collect();
+                let mut n = n;
+                let mut end = to;
+                if to > self.active.name.base_offset {
+                    n -= self.records_before(to).map_err(ReadError::from)? - self.sealed_records();
+                    end = self.active.name.base_offset;
+                }
+                // Those that hold the last `n` records will do: a log may have thousands.
+                let mut held = segments.pop().map_or(Vec::new(), |last| vec![last]);
+                let mut records = 0;
+                while records < n
+                    && let Some(segment) = segments.pop()
+                {
+                    records += segment.2;
+                    held.push(segment);
+                }
+                held.reverse();
+                Ok(Lookup::Ticket(LookupTicket(Question::RecordsFromEnd { n, from, to: end, segments: held })))
+            }
+        }
+    }
+
+    fn records_from_end_now(&mut self, n: u64) -> Result<Offset, NoSlot> {
+        let Some(mut before) = self.records_before(self.high_watermark)?.checked_sub(n) else {
+            return Ok(self.log_start);
+        };
+        let mut which = Which::Active;
+        for (number, segment) in self.sealed.iter().enumerate() {
+            if before < segment.records {
+                which = Which::Sealed(number);
+                break;
+            }
+            before -= segment.records;
+        }
+        let offset = self.with_slots(which, false, |slots, view| view.offset_of_record(slots, before))?;
+        Ok(offset.max(self.log_start))
+    }
+
+    fn sealed_records(&self) -> u64 {
+        self.sealed.iter().map(|segment| segment.records).sum()
+    }
+
+    /// Data records (those that consumers see) from `from` up to and without `to`; both are taken to lie in the log.
+    ///
+    /// Never waits: within a sealed segment whose index is not at hand, records are taken to be spread evenly.
+    pub fn records_between(&mut self, from: Offset, to: Offset) -> Result<u64, ReadError> {
+        let mut before = |offset| match self.records_before(offset) {
+            Ok(records) => Ok(records),
+            Err(NoSlot::NotCached) => Ok(self.records_before_about(offset)),
+            Err(NoSlot::Failed(error)) => Err(ReadError::from(error)),
+        };
+        let until = before(to)?;
+        Ok(until.saturating_sub(before(from)?))
+    }
+
+    /// Data records of all segments before `offset`.
+    fn records_before(&mut self, offset: Offset) -> Result<u64, NoSlot> {
+        let which = self.segment_of_offset(offset);
+        let (in_earlier, in_this) = self.records_of(which);
         if offset >= self.end_offset_of_segment(which) {
-            let in_this = match which {
-                Which::Sealed(number) => self.sealed[number].records,
-                Which::Active => self.active.records(),
-            };
             return Ok(in_earlier + in_this);
         }
-        let (number, slot) = self.slot_of_offset(which, offset).map_err(into_read_error)?;
-        let in_batches_before = match number.checked_sub(1) {
-            Some(previous) => u64::from(self.slot(which, previous).map_err(into_read_error)?.records),
-            None => 0,
-        };
-        // Offsets within a batch are its records: nothing removes single records from a log that is not compacted.
-        let into_batch = (offset.get() - slot.base_offset(self.name_of(which).base_offset).get()).max(0) as u64;
-        let of_batch = u64::from(slot.records) - in_batches_before;
-        Ok(in_earlier + in_batches_before + into_batch.min(of_batch))
+        Ok(in_earlier + self.with_slots(which, false, |slots, view| view.records_before(slots, offset))?)
+    }
+
+    fn records_before_about(&self, offset: Offset) -> u64 {
+        let which = self.segment_of_offset(offset);
+        let (in_earlier, in_this) = self.records_of(which);
+        let (base, end) = (self.name_of(which).base_offset.get(), self.end_offset_of_segment(which).get());
+        let share = (offset.get() - base).max(0) as f64 / (end - base).max(1) as f64;
+        in_earlier + (in_this as f64 * share.min(1.0)) as u64
+    }
+
+    /// Data records of all segments before one, and of that one.
+    fn records_of(&self, which: Which) -> (u64, u64) {
+        match which {
+            Which::Active => (self.sealed_records(), self.active.records()),
+            Which::Sealed(number) => {
+                let earlier = self.sealed.iter().take(number).map(|segment| segment.records).sum();
+                (earlier, self.sealed[number].records)
+            }
+        }
     }
 
     // ---- segments and slots ----
@@ -432,13 +414,7 @@ impl Log {
             Which::Active => return Ok(Arc::clone(&self.active.log)),
             Which::Sealed(number) => number,
         };
-        if let Some(file) = &self.sealed[number].log {
-            return Ok(Arc::clone(file));
-        }
-        let path = self.path_of(which);
-        let file = self.disk.open(&path, OpenMode::Read).map_err(StorageError::io("open", &path))?;
-        self.sealed[number].log = Some(Arc::clone(&file));
-        Ok(file)
+        self.sealed[number].files.log()
     }
 
     /// The segment that holds `offset`, or the one that it comes after.
@@ -463,163 +439,48 @@ impl Log {
         Ok((which, (index.get() - self.name_of(which).first_index.get()) as usize))
     }
 
-    /// The slot of the batch that holds `offset`, with its number.
-    fn slot_of_offset(&mut self, which: Which, offset: Offset) -> Result<(usize, Slot), StorageError> {
-        let base = self.name_of(which).base_offset;
-        let batches = self.batches(which);
-        let after = self.search(which, 0, batches, |slot| slot.base_offset(base) <= offset)?;
-        let number = after.saturating_sub(1);
-        Ok((number, self.slot(which, number)?))
+    fn view(&self, which: Which) -> View {
+        let end = match which {
+            Which::Sealed(number) => self.sealed[number].bytes,
+            Which::Active => self.active.end,
+        };
+        View {
+            base_offset: self.name_of(which).base_offset,
+            batches: self.batches(which),
+            readable: self.committed_batches(which),
+            end_offset: self.end_offset_of_segment(which),
+            end,
+        }
     }
 
-    /// The first of slots `from..to` for which `is_before` does not hold; `to` where it holds for all.
-    fn search(
+    /// Asks a segment's index: the active one's is in memory, blocks of sealed ones are kept, or read; where `waits` is
+    /// not set, only from the page cache.
+    fn with_slots<T>(
         &mut self,
         which: Which,
-        from: usize,
-        to: usize,
-        is_before: impl Fn(&Slot) -> bool,
-    ) -> Result<usize, StorageError> {
-        if which == Which::Active {
-            let slots = &self.active.slots[from.min(to)..to];
-            return Ok(from.min(to) + slots.partition_point(is_before));
-        }
-        let (mut from, mut to) = (from, to.max(from));
-        while from < to {
-            let middle = from + (to - from) / 2;
-            if is_before(&self.slot(which, middle)?) {
-                from = middle + 1;
-            } else {
-                to = middle;
-            }
-        }
-        Ok(from)
-    }
-
-    fn slot(&mut self, which: Which, number: usize) -> Result<Slot, StorageError> {
+        waits: bool,
+        ask: impl FnOnce(&mut dyn Slots, &View) -> Result<T, NoSlot>,
+    ) -> Result<T, NoSlot> {
+        let view = self.view(which);
         match which {
-            Which::Active => Ok(self.active.slots[number]),
-            Which::Sealed(segment) => {
-                let block = self.sealed_block(segment, (number / BLOCK_SLOTS) as u32)?;
-                Ok(block[number % BLOCK_SLOTS])
+            Which::Active => ask(&mut ActiveSlots(&self.active.slots), &view),
+            Which::Sealed(number) => {
+                let files = &self.sealed[number].files;
+                ask(&mut KeptSlots { kept: &mut self.index_blocks, files, waits }, &view)
             }
         }
     }
 
-    /// A block of a sealed segment's index, from memory or from its file; rebuilt from the log where that is wrong.
-    fn sealed_block(&mut self, segment: usize, block: u32) -> Result<&[Slot], StorageError> {
-        let key = (self.sealed[segment].name.first_index, block);
-        // The front was used last.
-        let kept = self.index_blocks.iter().position(|(at, _)| *at == key);
-        match kept {
-            Some(0) => {}
-            Some(at) => {
-                if let Some(found) = self.index_blocks.remove(at) {
-                    self.index_blocks.push_front(found);
-                }
-            }
-            None => {
-                let slots = match self.read_sealed_block(segment, block) {
-                    Some(slots) => slots,
-                    None => {
-                        let from = block as usize * BLOCK_SLOTS;
-                        let all = self.rebuild_sealed_index(segment)?;
-                        all[from..all.len().min(from + BLOCK_SLOTS)].to_vec()
-                    }
-                };
-                self.index_blocks.truncate(INDEX_BLOCKS_KEPT - 1);
-                self.index_blocks.push_front((key, slots.into_boxed_slice()));
-            }
-        }
-        Ok(&self.index_blocks[0].1)
-    }
-
-    fn read_sealed_block(&mut self, number: usize, block: u32) -> Option<Vec<Slot>> {
-        let segment = &mut self.sealed[number];
-        let file = match &segment.index {
-            Some(file) => Arc::clone(file),
-            None => {
-                let file = self.disk.open(&segment.name.index_path(&self.dir), OpenMode::Read).ok()?;
-                segment.index = Some(Arc::clone(&file));
-                file
-            }
-        };
-        let mut bytes = vec![0; BLOCK_BYTES];
-        file.read_exact_at(&mut bytes, u64::from(block) * BLOCK_BYTES as u64).ok()?;
-        let slots = decode_block(segment.name, block, &bytes)?;
-        let expected = (segment.batches() - block as usize * BLOCK_SLOTS).min(BLOCK_SLOTS);
-        (slots.len() == expected).then_some(slots)
-    }
-
-    /// Walks through a sealed segment, and writes its index anew.
-    fn rebuild_sealed_index(&mut self, number: usize) -> Result<Vec<Slot>, StorageError> {
-        let which = Which::Sealed(number);
-        let file = self.file_of(which)?;
-        let path = self.path_of(which);
-        let segment = &self.sealed[number];
-        let name = segment.name;
-        tracing::warn!(path = %name.index_path(&self.dir).display(), "an index is missing or wrong: rebuilding it");
-        let epoch = self.term_at(RaftIndex::new(name.first_index.get() - 1)).and_then(LeaderEpoch::from_term);
-        let mut walker = Walker::new(file, segment.bytes, 0, name.base_offset, name.first_index, epoch);
-        let mut slots: Vec<Slot> = Vec::with_capacity(segment.batches());
-        while slots.len() < segment.batches() {
-            match walker.step().map_err(StorageError::io("read", &path))? {
-                Step::Batch { header, position, control } => {
-                    slots.push(Slot::of(&header, control, position as u32, name.base_offset, slots.last()));
-                }
-                end @ (Step::Clean | Step::Bad { .. } | Step::Newer { .. }) => {
-                    let detail = match end {
-                        Step::Bad { detail } => detail,
-                        Step::Newer { ctype } => format!("a control batch of unknown type {ctype}"),
-                        _ => "batches are missing".to_owned(),
-                    };
-                    return Err(StorageError::Corrupt {
-                        segment: name.log_file(),
-                        position: walker.position,
-                        offset: walker.offset,
-                        detail,
-                    });
-                }
-            }
-        }
-        self.replace_index_file(name, &slots);
-        self.sealed[number].index = None;
-        Ok(slots)
-    }
-
-    /// Writes a sealed segment's index file anew; a failure only costs time later.
-    pub(crate) fn replace_index_file(&self, name: SegmentName, slots: &[Slot]) {
-        let path = name.index_path(&self.dir);
-        // It may not be there.
-        let _ = self.disk.remove_file(&path);
-        let written = self
-            .disk
-            .open(&path, OpenMode::CreateNew)
-            .and_then(|file| write_blocks(&*file, name, slots, 0..blocks_of(slots.len())));
-        if let Err(error) = written {
-            tracing::warn!(path = %path.display(), %error, "cannot write a rebuilt index");
-        }
+    /// A slot, waited for.
+    fn slot(&mut self, which: Which, number: usize) -> Result<Slot, StorageError> {
+        Ok(self.with_slots(which, true, |slots, _| slots.slot(number))?)
     }
 
     /// All slots of the newest sealed segment, to make it the active one again.
     pub(crate) fn all_slots_of_newest_sealed(&mut self) -> Result<Vec<Slot>, StorageError> {
         let Some(number) = self.sealed.len().checked_sub(1) else { return Ok(Vec::new()) };
         let batches = self.sealed[number].batches();
-        let mut slots = Vec::with_capacity(batches);
-        for block in 0..blocks_of(batches) {
-            slots.extend_from_slice(self.sealed_block(number, block as u32)?);
-        }
-        Ok(slots)
-    }
-}
-
-fn into_read_error(error: StorageError) -> ReadError {
-    match error {
-        StorageError::Corrupt { segment, position, offset, detail } => {
-            ReadError::Corrupt { segment, position, offset, detail }
-        }
-        StorageError::Io { path, source, .. } => ReadError::Io { path, source },
-        // The other errors are of writes; a read's own lookups never leave the log.
-        other => ReadError::Io { path: PathBuf::new(), source: std::io::Error::other(other) },
+        let all = |slots: &mut dyn Slots, _: &View| (0..batches).map(|number| slots.slot(number)).collect();
+        Ok(self.with_slots(Which::Sealed(number), true, all)?)
     }
 }

@@ -24,6 +24,7 @@ use crate::recovery::{
     decide_checkpoint, decide_no_segments, decide_segment, first_needed,
 };
 use crate::segment::{Active, IndexFile, Sealed, SegmentName};
+use crate::slots::{SealedFiles, replace_index_file};
 use crate::small_file::TEMPORARY_SUFFIX;
 use crate::walk::{Step, Walker};
 
@@ -132,9 +133,11 @@ impl Log {
         };
         for segment in segments {
             if !segment.slots.is_empty() && segment.index_slots != segment.slots.len() {
-                log.replace_index_file(segment.name, &segment.slots);
+                replace_index_file(&*log.disk, dir, segment.name, &segment.slots);
             }
-            log.sealed.push_back(segment.into_sealed());
+            let batches = (segment.end_index.get() - segment.name.first_index.get()) as usize;
+            let files = log.sealed_files(segment.name, segment.end(), batches, None);
+            log.sealed.push_back(segment.into_sealed(files));
         }
         // The checkpoint knows epochs from its own first index on; older ones may be of segments that are gone.
         let kept_from = log.epochs.partition_point(|start| start.index < log.first_index()).saturating_sub(1);
@@ -263,7 +266,7 @@ impl WalkedSegment {
         self.last_slot.map_or(0, |slot| slot.end_position())
     }
 
-    fn into_sealed(self) -> Sealed {
+    fn into_sealed(self, files: Arc<SealedFiles>) -> Sealed {
         Sealed {
             name: self.name,
             end_offset: self.end_offset,
@@ -271,8 +274,7 @@ impl WalkedSegment {
             bytes: self.end(),
             records: self.last_slot.map_or(0, |slot| u64::from(slot.records)),
             max_timestamp: self.last_slot.map_or(Timestamp::NONE, |slot| slot.max_timestamp),
-            log: None,
-            index: None,
+            files,
             map: None,
         }
     }

@@ -6,11 +6,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use flowstone_protocol::batch::verify_crc;
-use flowstone_protocol::{BatchHeader, Offset, Timestamp};
+use flowstone_protocol::record::records;
+use flowstone_protocol::{BatchError, BatchHeader, HEADER_BYTES, Offset, Timestamp};
 
 use crate::disk::DiskFile;
 use crate::error::ReadError;
 use crate::segment::SegmentName;
+use crate::slots::{Extent, SealedFiles, View, WaitingSlots};
 
 /// Bytes, or a ticket for them.
 #[derive(Debug)]
@@ -39,6 +41,12 @@ pub struct FoundRecord {
     pub timestamp: Timestamp,
 }
 
+impl FoundRecord {
+    pub(crate) fn at(offset: Offset) -> Self {
+        Self { offset, timestamp: Timestamp::NONE }
+    }
+}
+
 /// Whole committed batches, stamped, back to back, all of one segment.
 #[derive(Clone, Debug)]
 pub struct ReadBytes {
@@ -61,6 +69,10 @@ pub(crate) struct Place {
 impl ReadBytes {
     pub(crate) fn new(chunks: Vec<Bytes>, first: Offset, next: Offset, place: Place) -> Self {
         Self { chunks, first, next, place }
+    }
+
+    pub(crate) fn of_extent(segment: SegmentName, extent: Extent, bytes: Bytes) -> Self {
+        Self::new(vec![bytes], extent.first, extent.next, Place { segment, position: extent.position })
     }
 
     /// All bytes.
@@ -106,65 +118,198 @@ impl ReadBytes {
 
 /// A read to run on a pool. It stays valid whatever becomes of the log; bytes deleted meanwhile are an error.
 #[derive(Debug)]
-pub struct ReadTicket {
-    pub(crate) file: Arc<dyn DiskFile>,
-    pub(crate) path: PathBuf,
-    pub(crate) place: Place,
-    pub(crate) bytes: usize,
-    pub(crate) first: Offset,
-    pub(crate) next: Offset,
+pub struct ReadTicket(Ticket);
+
+#[derive(Debug)]
+enum Ticket {
+    /// It is known where the bytes lie.
+    Bytes { source: Source, extent: Extent },
+    /// The index has to be asked first.
+    Search { files: Arc<SealedFiles>, view: View, from: Offset, bytes_max: usize },
+}
+
+/// A segment's log file.
+#[derive(Clone, Debug)]
+pub(crate) enum Source {
+    Sealed(Arc<SealedFiles>),
+    Active { name: SegmentName, path: PathBuf, file: Arc<dyn DiskFile> },
+}
+
+impl Source {
+    fn name(&self) -> SegmentName {
+        match self {
+            Self::Sealed(files) => files.name,
+            Self::Active { name, .. } => *name,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        match self {
+            Self::Sealed(files) => files.log_path(),
+            Self::Active { path, .. } => path.clone(),
+        }
+    }
+
+    fn file(&self) -> Result<Arc<dyn DiskFile>, ReadError> {
+        match self {
+            Self::Sealed(files) => files.log().map_err(ReadError::from),
+            Self::Active { file, .. } => Ok(Arc::clone(file)),
+        }
+    }
+
+    fn file_now(&self) -> Option<Arc<dyn DiskFile>> {
+        match self {
+            Self::Sealed(files) => files.log_now(),
+            Self::Active { file, .. } => Some(Arc::clone(file)),
+        }
+    }
+
+    fn read(&self, file: &dyn DiskFile, buffer: &mut [u8], position: u64, offset: Offset) -> Result<(), ReadError> {
+        file.read_exact_at(buffer, position).map_err(|source| match source.kind() {
+            io::ErrorKind::UnexpectedEof => self.corrupt(position, offset, "the file ends too early".to_owned()),
+            _ => ReadError::Io { path: self.path(), source },
+        })
+    }
+
+    fn corrupt(&self, position: u64, offset: Offset, detail: String) -> ReadError {
+        ReadError::Corrupt { segment: self.name().log_file(), position, offset, detail }
+    }
 }
 
 impl ReadTicket {
-    /// Bytes that it will read.
-    pub fn len(&self) -> usize {
-        self.bytes
-    }
-
-    /// Never: a ticket has something to read.
-    pub fn is_empty(&self) -> bool {
-        self.bytes == 0
+    pub(crate) fn search(files: Arc<SealedFiles>, view: View, from: Offset, bytes_max: usize) -> Self {
+        Self(Ticket::Search { files, view, from, bytes_max })
     }
 
     /// Reads, waiting for the disk.
     pub fn run(self) -> Result<ReadBytes, ReadError> {
-        let mut buffer = vec![0; self.bytes];
-        match self.file.read_exact_at(&mut buffer, self.place.position) {
-            Ok(()) => Ok(self.give(buffer)),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Err(ReadError::Corrupt {
-                segment: self.place.segment.log_file(),
-                position: self.place.position,
-                offset: self.first,
-                detail: "the file ends too early".to_owned(),
-            }),
-            Err(source) => Err(ReadError::Io { path: self.path, source }),
-        }
-    }
-
-    /// Reads what is in the page cache now, else gives the ticket back.
-    pub(crate) fn run_nowait(self) -> Result<Read, ReadError> {
-        let mut buffer = vec![0; self.bytes];
-        match self.file.read_at_nowait(&mut buffer, self.place.position) {
-            Ok(Some(read)) if read == self.bytes => Ok(Read::Bytes(self.give(buffer))),
-            // Not cached, or an error: the pool waits for it, and tells.
-            _ => Ok(Read::Ticket(self)),
-        }
-    }
-
-    fn give(&self, buffer: Vec<u8>) -> ReadBytes {
-        ReadBytes::new(vec![Bytes::from(buffer)], self.first, self.next, self.place)
+        let (source, extent) = match self.0 {
+            Ticket::Bytes { source, extent } => (source, extent),
+            Ticket::Search { files, view, from, bytes_max } => {
+                let extent = view.extent(&mut WaitingSlots::of(&files), from, bytes_max)?;
+                (Source::Sealed(files), extent)
+            }
+        };
+        let mut buffer = vec![0; extent.bytes];
+        source.read(&*source.file()?, &mut buffer, extent.position, extent.first)?;
+        Ok(ReadBytes::of_extent(source.name(), extent, Bytes::from(buffer)))
     }
 }
 
+/// Reads what is in the page cache now, else gives a ticket.
+pub(crate) fn read_now(source: Source, extent: Extent) -> Read {
+    if let Some(file) = source.file_now() {
+        let mut buffer = vec![0; extent.bytes];
+        if matches!(file.read_at_nowait(&mut buffer, extent.position), Ok(Some(read)) if read == extent.bytes) {
+            return Read::Bytes(ReadBytes::of_extent(source.name(), extent, Bytes::from(buffer)));
+        }
+    }
+    // Not cached, or an error: the pool waits for it, and tells.
+    Read::Ticket(ReadTicket(Ticket::Bytes { source, extent }))
+}
+
+/// Most that one batch may decompress to when a timestamp is looked up in it.
+const DECOMPRESSED_BYTES_MAX: usize = 256 << 20;
+
 /// A lookup to run on a pool. It stays valid whatever becomes of the log; bytes deleted meanwhile are an error.
 #[derive(Debug)]
-pub struct LookupTicket {
-    pub(crate) found: Option<FoundRecord>,
+pub struct LookupTicket(pub(crate) Question);
+
+#[derive(Debug)]
+pub(crate) enum Question {
+    /// The first record at or behind offset `from` of at least this time, in one of these segments.
+    Timestamp { timestamp: Timestamp, from: Offset, spans: Vec<Span> },
+    /// The `n`th data record before `to`, which lies in the last of these segments, but not before `from`.
+    RecordsFromEnd { n: u64, from: Offset, to: Offset, segments: Vec<(Arc<SealedFiles>, View, u64)> },
+}
+
+/// Where a segment's committed batches are to be looked through.
+#[derive(Debug)]
+pub(crate) enum Span {
+    /// Its index says where a batch so late comes first.
+    Sealed { files: Arc<SealedFiles>, view: View },
+    /// From a batch on up to the last committed one.
+    Active { source: Source, position: u64, offset: Offset, end: u64 },
 }
 
 impl LookupTicket {
     /// Looks it up, waiting for the disk.
     pub fn run(self) -> Result<Option<FoundRecord>, ReadError> {
-        Ok(self.found)
+        match self.0 {
+            Question::Timestamp { timestamp, from, spans } => {
+                for span in spans {
+                    let (source, position, offset, end) = match span {
+                        Span::Active { source, position, offset, end } => (source, position, offset, end),
+                        Span::Sealed { files, view } => {
+                            let slots = &mut WaitingSlots::of(&files);
+                            let Some((position, offset)) = view.first_reaching(slots, timestamp, from)? else {
+                                continue;
+                            };
+                            let end = view.readable_end(slots)?;
+                            (Source::Sealed(files), position, offset, end)
+                        }
+                    };
+                    if let Some(found) = first_record(&source, position, offset, end, timestamp, from)? {
+                        return Ok(Some(found));
+                    }
+                }
+                Ok(None)
+            }
+            Question::RecordsFromEnd { n, from, to, segments } => {
+                let mut before = 0;
+                if let Some(((files, view, _), earlier)) = segments.split_last() {
+                    before = earlier.iter().map(|(_, _, records)| records).sum::<u64>();
+                    before += view.records_before(&mut WaitingSlots::of(files), to)?;
+                }
+                let Some(mut before) = before.checked_sub(n) else { return Ok(Some(FoundRecord::at(from))) };
+                for (files, view, records) in &segments {
+                    if before < *records {
+                        let offset = view.offset_of_record(&mut WaitingSlots::of(files), before)?;
+                        return Ok(Some(FoundRecord::at(offset.max(from))));
+                    }
+                    before -= records;
+                }
+                Ok(Some(FoundRecord::at(to)))
+            }
+        }
     }
+}
+
+/// The first record of `position..end` at or behind offset `from` whose timestamp is at least `timestamp`. Batches that
+/// cannot hold one are stepped over by their headers.
+fn first_record(
+    source: &Source,
+    mut position: u64,
+    mut offset: Offset,
+    end: u64,
+    timestamp: Timestamp,
+    from: Offset,
+) -> Result<Option<FoundRecord>, ReadError> {
+    let file = source.file()?;
+    while position < end {
+        let mut head = [0; HEADER_BYTES];
+        source.read(&*file, &mut head, position, offset)?;
+        let corrupt = |error: BatchError| source.corrupt(position, offset, error.to_string());
+        let header = BatchHeader::parse(&head).map_err(corrupt)?;
+        let bytes = header.total_bytes();
+        if header.base_offset != offset || bytes as u64 > end - position {
+            let detail = format!("a batch with base offset {} and {bytes} bytes", header.base_offset);
+            return Err(source.corrupt(position, offset, detail));
+        }
+        let may_hold = header.next_offset() > from && header.max_timestamp >= timestamp;
+        if may_hold && !header.attributes.is_control() {
+            let mut batch = vec![0; bytes];
+            source.read(&*file, &mut batch, position, offset)?;
+            verify_crc(&batch).map_err(corrupt)?;
+            for record in records(Bytes::from(batch), DECOMPRESSED_BYTES_MAX).map_err(corrupt)? {
+                let record = record.map_err(corrupt)?;
+                if record.offset >= from && record.timestamp >= timestamp {
+                    return Ok(Some(FoundRecord { offset: record.offset, timestamp: record.timestamp }));
+                }
+            }
+        }
+        position += bytes as u64;
+        offset = header.next_offset();
+    }
+    Ok(None)
 }

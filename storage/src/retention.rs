@@ -58,7 +58,9 @@ impl Log {
                 self.disk.sync_dir(&self.dir).map_err(StorageError::io("flush", &self.dir))?;
             }
             self.remove_segment_files(segment.name)?;
-            self.sealed.pop_front();
+            if let Some(gone) = self.sealed.pop_front() {
+                gone.files.retire();
+            }
             removed += 1;
         }
         if removed > 0 {

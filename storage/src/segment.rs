@@ -8,6 +8,7 @@ use flowstone_protocol::{Offset, RaftIndex, Timestamp};
 
 use crate::batch_index::Slot;
 use crate::disk::DiskFile;
+use crate::slots::SealedFiles;
 
 const LOG_SUFFIX: &str = ".log";
 const INDEX_SUFFIX: &str = ".index";
@@ -140,10 +141,8 @@ pub(crate) struct Sealed {
     pub(crate) bytes: u64,
     pub(crate) records: u64,
     pub(crate) max_timestamp: Timestamp,
-    /// Opened when first used.
-    pub(crate) log: Option<Arc<dyn DiskFile>>,
-    /// Opened when first used.
-    pub(crate) index: Option<Arc<dyn DiskFile>>,
+    /// Its files, opened when first used.
+    pub(crate) files: Arc<SealedFiles>,
     /// Only of the newest sealed segment.
     pub(crate) map: Option<SegmentMap>,
 }

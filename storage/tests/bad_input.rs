@@ -255,7 +255,10 @@ fn a_flipped_bit_in_a_sealed_segment_is_told_by_the_read_and_the_rest_goes_on() 
     };
     assert_eq!((segment, position, offset.get()), (name, second, base + 1), "{detail}");
     // Records elsewhere are served.
-    let Ok(Read::Bytes(bytes)) = log.read(Offset::new(base + 10), 1) else { panic!("readable") };
+    let bytes = match log.read(Offset::new(base + 10), 1).expect("readable") {
+        Read::Bytes(bytes) => bytes,
+        Read::Ticket(ticket) => ticket.run().expect("readable"),
+    };
     bytes.verify().expect("right");
     let Err(StorageError::Corrupt { position, .. }) = log.entry(RaftIndex::new((base + 1 + 2) as u64)) else {
         panic!("the rot is taken for an entry");
@@ -835,4 +838,66 @@ fn a_clock_that_was_ahead_does_not_keep_a_segment_open() {
     log.append(&[LogEntry { index: RaftIndex::new(2), term: Term::new(2), body: no_op }], ahead).expect("appended");
     assert_eq!(log.roll_if_due(NOW).ok(), Some(false), "the clock was corrected: it is young from now on");
     assert_eq!(log.roll_if_due(NOW.after(age)).ok(), Some(true));
+}
+
+#[test]
+fn a_lookup_that_would_wait_becomes_a_ticket_and_a_rotten_segment_is_walked_once() {
+    let (sim, disk, last) = checkpointed(40);
+    let mut log = open(&disk, last).expect("opens");
+    log.commit_to(RaftIndex::new(last));
+    sim.set_cold(true);
+    // Nothing is known of the first segment's batches: whoever may wait looks.
+    assert!(matches!(log.read(Offset::new(2), 1), Ok(Read::Ticket(_))));
+    assert!(matches!(log.find_timestamp(NOW), Ok(Lookup::Ticket(_))));
+    assert!(matches!(log.find_records_from_end(39), Ok(Lookup::Ticket(_))));
+    assert_eq!(found(log.find_timestamp(NOW)), Some(FoundRecord { offset: Offset::new(1), timestamp: NOW }));
+    assert_eq!(found(log.find_records_from_end(39)).map(|record| record.offset), Some(Offset::new(2)));
+    // What all segments' latest timestamps say is known without looking.
+    assert!(matches!(log.find_timestamp(NOW.after(std::time::Duration::from_secs(1))), Ok(Lookup::Found(None))));
+    drop(log);
+
+    // An index that is gone is rebuilt by the ticket; where the segment is rotten too, once.
+    let sealed = files(&disk, ".log")[1].clone();
+    let base: i64 =
+        sealed.file_name().and_then(|name| name.to_str()).expect("a name")[..20].parse().expect("an offset");
+    let mut log = open(&disk, last).expect("opens");
+    log.commit_to(RaftIndex::new(last));
+    disk.remove_file(&sealed.with_extension("index")).expect("removed");
+    sim.flip_bit(&sealed, 100, 3);
+    let read = |log: &mut Log| match log.read(Offset::new(base), 1) {
+        Ok(Read::Ticket(ticket)) => ticket.run().map(|_| ()),
+        Ok(Read::Bytes(_)) => Ok(()),
+        Err(error) => Err(error),
+    };
+    assert!(matches!(read(&mut log), Err(ReadError::Corrupt { .. })));
+    // From now on it fails without reading: the file may be gone.
+    disk.remove_file(&sealed).expect("removed");
+    assert!(matches!(log.read(Offset::new(base), 1), Err(ReadError::Corrupt { .. })));
+}
+
+#[test]
+fn a_lookup_in_a_segment_that_was_cut_or_deleted_writes_nothing() {
+    let (_, disk, last) = checkpointed(40);
+    let mut log = open(&disk, last).expect("opens");
+    log.commit_to(RaftIndex::new(last));
+    let index = files(&disk, ".index")[0].clone();
+    disk.remove_file(&index).expect("removed");
+    let Ok(Read::Ticket(ticket)) = log.read(Offset::new(1), 1) else { panic!("a ticket") };
+    let end = log.high_watermark();
+    log.set_log_start(end);
+    let entry = entry(&log, 41);
+    log.append(&[entry], NOW).expect("appended");
+    log.flush().expect("flushed");
+    log.commit_to(log.last_index());
+    for _ in 0..2 {
+        let checkpoint = log.new_checkpoint(log.last_index(), Bytes::new(), Bytes::new());
+        log.write_checkpoint(checkpoint).expect("written");
+        let entry = self::entry(&log, 42);
+        log.append(&[entry], NOW).expect("appended");
+        log.flush().expect("flushed");
+        log.commit_to(log.last_index());
+    }
+    assert!(log.delete_segments_below_checkpoint().expect("deleted") > 0);
+    assert!(ticket.run().is_err(), "its bytes are gone");
+    assert!(!disk.exists(&index).expect("known"), "an index of a segment that is gone");
 }
