@@ -166,7 +166,7 @@ pub struct ReplicaStatus {
     pub end_offset: Offset,
     /// Bytes of its segments.
     pub size_bytes: u64,
-    /// Data records between log start and high watermark.
+    /// Data records between log start and high watermark; about, where only an index on the disk would tell exactly.
     pub records: u64,
     /// Whether it works.
     pub health: Health,
