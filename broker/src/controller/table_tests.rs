@@ -205,6 +205,34 @@ fn a_checkpoint_and_the_replay_of_all_records_lead_to_the_same_state() {
 }
 
 #[test]
+fn a_replica_that_is_opened_anew_never_shows_an_older_state() {
+    let mut controller = Controller::founded();
+    let early = controller.checkpoint();
+    let replayed_from = controller.log.len();
+    for name in ["a", "b", "c"] {
+        controller.run(create(name, 1)).expect("created");
+    }
+    let shown = controller.names();
+    let version = *controller.view.changes().borrow();
+    controller.machine.step_down();
+    controller.machine.restore(&early).expect("own bytes");
+    let mut offset = 0;
+    let log = controller.log.clone();
+    for (index, batch) in log.iter().enumerate() {
+        assert_eq!(controller.names(), shown, "before the replay of entry {index}");
+        assert_eq!(*controller.view.changes().borrow(), version);
+        if index >= replayed_from {
+            Controller::entry(batch, index, offset, |entry| controller.machine.committed(entry));
+        }
+        offset += BatchHeader::parse(batch).expect("built by the shell").offsets();
+    }
+    assert_eq!(controller.names(), shown);
+    controller.machine.lead(Term::new(2));
+    controller.run(create("d", 1)).expect("created");
+    assert_eq!(controller.names().len(), shown.len() + 1);
+}
+
+#[test]
 fn a_broker_keeps_its_directory_and_a_cluster_is_founded_once() {
     let mut controller = Controller::founded();
     let before = controller.log.len();

@@ -339,7 +339,9 @@ struct Rules {
 impl Rules {
     fn new(node: &Node, topic: &TopicConfig) -> Self {
         let limits = ValidationLimits {
-            max_bytes: topic.max_message_bytes,
+            // The topic's own maximum is the replica's to check: a batch that is stored already is answered with its
+            // offset, also after that maximum was lowered.
+            max_bytes: node.config.batch_bytes_max(),
             max_decompressed_bytes: node.config.limits.decompressed_bytes,
             max_records: i32::try_from(node.config.limits.records_per_batch).unwrap_or(i32::MAX),
             now: now(),
@@ -393,10 +395,6 @@ impl Rules {
         }
         if !rewritten {
             return Ok((batch, header));
-        }
-        if batch.len() > self.limits.max_bytes {
-            let (bytes, bytes_max) = (batch.len(), self.limits.max_bytes);
-            return Err(BatchError::TooLarge { bytes, bytes_max }.into());
         }
         let header = BatchHeader::parse(&batch)?;
         Ok((batch, header))

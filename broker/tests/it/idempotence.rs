@@ -54,3 +54,43 @@ async fn gaps_strangers_and_old_epochs_are_refused() {
     assert_eq!(world.values(&topic, 0, 0).await, ["x", "y"]);
     world.stop().await;
 }
+
+#[tokio::test]
+async fn what_is_stored_is_answered_whatever_its_topic_has_become_since() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    let value = "x".repeat(50_000);
+    let stored = sequenced(7, 0, 0, &[&value]);
+    let offset = world.produce(&topic, 0, stored.clone()).await.expect("stored");
+    let request = pb::AlterTopicRequest {
+        name: topic.name.clone(),
+        set: entries(&[("max.message.bytes", "10000")]),
+        ..Default::default()
+    };
+    world.admin.alter_topic(request).await.expect("altered");
+    let next = sequenced(7, 0, 1, &[&value]);
+    until("the lower maximum holds", async || {
+        world.produce(&topic, 0, batch(&[&value])).await.err().filter(|error| error.code == ErrorCode::BatchTooLarge)
+    })
+    .await;
+    assert_eq!(world.produce(&topic, 0, stored).await, Ok(offset), "sent again: it is where it was");
+    assert_refused(world.produce(&topic, 0, next).await, ErrorCode::BatchTooLarge, "max.message.bytes");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_duplicate_has_the_time_at_which_it_was_appended_first() {
+    let mut world = World::new().await;
+    let configs = [("message.timestamp.type", "LogAppendTime")];
+    let topic = world.create_with("orders", 1, &configs).await.expect("created");
+    let batch = sequenced(7, 0, 0, &["x"]);
+    let mut producer = world.producer().await;
+    producer.send(&topic, 0, batch.clone()).await;
+    let first = producer.result().await.expect("the stream goes on").expect("answered");
+    assert!(first.error.is_none() && first.log_append_time > 0, "{first:?}");
+    until("the clock goes on", async || (now() > first.log_append_time).then_some(())).await;
+    producer.send(&topic, 0, batch).await;
+    let again = producer.result().await.expect("the stream goes on").expect("answered");
+    assert_eq!((again.base_offset, again.log_append_time), (first.base_offset, first.log_append_time));
+    world.stop().await;
+}

@@ -166,6 +166,28 @@ async fn a_call_that_does_not_end_is_cut_off() {
 }
 
 #[tokio::test]
+async fn a_fetch_whose_client_sends_no_more_does_not_hold_up_the_end() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    let mut fetcher = world.fetcher().await;
+    fetcher.set(0, &topic, 0, 0, 1 << 20).await;
+    fetcher.response().await.expect("the term's first entry");
+    let Fetcher { requests, answers } = fetcher;
+    // Half closed, with credit left: what is written is still pushed.
+    drop(requests);
+    world.produce(&topic, 0, batch(&["x"])).await.expect("stored");
+    let (requests, _) = tokio::sync::mpsc::channel(1);
+    let mut fetcher = Fetcher { requests, answers };
+    assert_eq!(records(&fetcher.response().await.expect("pushed").batches, 0)[0].1, "x");
+    let World { broker, log, admin, dir, .. } = world;
+    drop((log, admin));
+    let stopping = tokio::spawn(broker.shutdown(PATIENCE));
+    assert_eq!(fetcher.response().await.expect_err("it ends").code, ErrorCode::ShuttingDown);
+    assert!(soon("the end", stopping).await.expect("no panic").drained);
+    drop(dir);
+}
+
+#[tokio::test]
 async fn draining_is_not_ready() {
     let mut world = World::new().await;
     let channel = channel(&world.broker).await;
