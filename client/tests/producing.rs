@@ -407,7 +407,7 @@ async fn closing_sends_what_there_is_and_fails_what_cannot_be() {
 #[tokio::test]
 async fn a_dropped_producer_still_sends_what_it_took_in() {
     let broker = FakeBroker::start(&[("t", 1)]).await;
-    let producer = client(&broker).await.producer().linger(Duration::from_secs(30)).build().await.unwrap();
+    let producer = client(&broker).await.producer().linger(Duration::from_secs(110)).build().await.unwrap();
     // Its acknowledgement is not awaited: that alone would send it.
     drop(producer.send(Record::to("t").value("0")).await.unwrap());
     drop(producer);
