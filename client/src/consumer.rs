@@ -3,7 +3,7 @@
 mod batch;
 mod fetcher;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -256,7 +256,7 @@ impl ConsumerBuilder {
             streams: Vec::new(),
             turn: 0,
             current: None,
-            errors: Vec::new(),
+            errors: VecDeque::new(),
             lookups: FuturesUnordered::new(),
             wake_at: None,
             dirty: true,
@@ -365,7 +365,7 @@ pub struct Consumer {
     /// What the stream of records is in the middle of: the batch, and the next record's place in it.
     current: Option<(usize, RecordBatch, usize)>,
     /// To be told before anything else.
-    errors: Vec<Error>,
+    errors: VecDeque<Error>,
     lookups: FuturesUnordered<BoxFuture<'static, Lookup>>,
     wake_at: Option<(Instant, Pin<Box<Sleep>>)>,
     changed: BoxFuture<'static, MetadataChanges>,
@@ -495,10 +495,14 @@ impl Consumer {
     /// `UNKNOWN_PARTITION` for one that is not read here.
     pub fn pause(&mut self, topic: &str, partition: i32) -> Result<()> {
         let index = self.index(topic, partition)?;
-        self.current.take_if(|(current, ..)| *current == index);
+        let dropped = self.current.take_if(|(current, ..)| *current == index).is_some();
         self.unset(index);
         let partition = &mut self.partitions[index];
-        // What is in hand goes; it is fetched again.
+        // What is in hand goes; it is fetched again, and with it whatever ended the fetching behind it. A place that is
+        // being looked up is looked up again: its answer is of an old session.
+        if dropped || partition.state == Fetching::LookedUp {
+            partition.state = Fetching::Unset;
+        }
         partition.fetch_position = partition.position;
         partition.paused = true;
         Ok(())
@@ -584,7 +588,7 @@ impl Consumer {
 
     fn poll_fetched(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<(usize, RecordBatch)>>> {
         loop {
-            if let Some(error) = self.errors.pop() {
+            if let Some(error) = self.errors.pop_front() {
                 return Poll::Ready(Some(Err(error)));
             }
             while let Poll::Ready(changes) = self.changed.poll_unpin(context) {
@@ -625,7 +629,7 @@ impl Consumer {
                         }
                         partition.session = partition.session.wrapping_add(1);
                         partition.state = Fetching::Unset;
-                        if !error.is_retriable() {
+                        if !error.is_retriable() && error.is_of_broker() {
                             // It would end the next stream as well.
                             self.stop(index, error.clone());
                         }
@@ -748,7 +752,7 @@ impl Consumer {
         self.unset(index);
         let partition = &mut self.partitions[index];
         partition.state = Fetching::Stopped;
-        self.errors.push(error.at(&partition.topic, partition.partition));
+        self.errors.push_back(error.at(&partition.topic, partition.partition));
     }
 
     /// A message of a broker; the records in it that are wanted.

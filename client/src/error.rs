@@ -137,6 +137,11 @@ impl Error {
         self.0.unreachable
     }
 
+    /// Whether a broker said so in its own words, rather than the transport or this side.
+    pub(crate) fn is_of_broker(&self) -> bool {
+        !self.0.unreachable && self.0.source.is_none()
+    }
+
     /// Whether something that was named does not exist: a topic or a partition.
     pub fn is_not_found(&self) -> bool {
         matches!(self.code(), ErrorCode::UnknownTopic | ErrorCode::UnknownPartition)

@@ -50,6 +50,9 @@ pub(crate) struct Snapshot {
     pub(crate) brokers: HashMap<i32, ServerAddress>,
     topics: HashMap<Arc<str>, Arc<TopicInfo>>,
     metadata_offset: i64,
+    /// Topics that were asked for by name, and the metadata offset of the answer: the watch may be behind it, and does
+    /// not know them then.
+    ahead: HashMap<Arc<str>, i64>,
 }
 
 impl Snapshot {
@@ -68,8 +71,9 @@ impl Snapshot {
         if same_cluster && update.metadata_offset < self.metadata_offset {
             return;
         }
+        self.ahead.retain(|_, known_at| same_cluster && *known_at > update.metadata_offset);
         if whole {
-            self.topics.clear();
+            self.topics.retain(|name, _| self.ahead.contains_key(name));
             self.cluster_id.clone_from(&update.cluster_id);
         }
         self.metadata_offset = update.metadata_offset;
@@ -87,7 +91,8 @@ impl Snapshot {
     }
 
     /// A topic that was asked for by name, ahead of what the watch has told.
-    fn add(&mut self, info: TopicInfo) {
+    fn add(&mut self, info: TopicInfo, metadata_offset: i64) {
+        self.ahead.insert(info.name.clone(), metadata_offset);
         self.topics.insert(info.name.clone(), Arc::new(info));
     }
 
@@ -195,9 +200,9 @@ impl Cluster {
         }
         let info = TopicInfo::from_pb(topic);
         let known = Arc::new(info.clone());
-        let brokers = brokers(&response.brokers);
+        let (brokers, metadata_offset) = (brokers(&response.brokers), response.metadata_offset);
         self.change(|snapshot| {
-            snapshot.add(info);
+            snapshot.add(info, metadata_offset);
             for (id, address) in brokers {
                 snapshot.brokers.entry(id).or_insert(address);
             }
@@ -439,6 +444,17 @@ mod tests {
         assert!(snapshot.topic("b").is_none());
         snapshot.apply(&update(7, vec![topic("c", 3, &[1])]), &[], true);
         assert!(snapshot.topic("a").is_none() && snapshot.topic("c").is_some());
+    }
+
+    #[test]
+    fn a_topic_asked_for_by_name_outlives_a_watch_that_is_behind() {
+        let mut snapshot = Snapshot::default();
+        snapshot.apply(&update(5, vec![]), &[], true);
+        snapshot.add(TopicInfo::from_pb(&topic("new", 3, &[1])), 8);
+        snapshot.apply(&update(7, vec![]), &[], true);
+        assert!(snapshot.topic("new").is_some(), "the watch is behind the answer");
+        snapshot.apply(&update(8, vec![]), &[], true);
+        assert!(snapshot.topic("new").is_none(), "the watch knows better");
     }
 
     #[test]

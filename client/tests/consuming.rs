@@ -125,6 +125,22 @@ async fn a_paused_partition_is_silent_and_goes_on_where_it_was() {
 }
 
 #[tokio::test]
+async fn a_pause_behind_the_last_fetch_loses_nothing() {
+    let broker = FakeBroker::start(&[("t", 1)]).await;
+    let client = client(&broker).await;
+    fill(&client, 1, 0..10, 10).await;
+    let mut consumer = client.consumer().topic("t").stop_at(StopAt::End).build().await.unwrap();
+    // One batch holds all: with its first record in hand, the partition is fetched to its end.
+    assert_eq!(next(&mut consumer).await, 0);
+    consumer.pause("t", 0).unwrap();
+    consumer.resume("t", 0).unwrap();
+    for value in 1..10 {
+        assert_eq!(next(&mut consumer).await, value);
+    }
+    assert!(within("the end", consumer.next_record()).await.is_none());
+}
+
+#[tokio::test]
 async fn reading_stops_where_it_should() {
     let broker = FakeBroker::start(&[("t", 2)]).await;
     let client = client(&broker).await;

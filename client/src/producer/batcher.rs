@@ -152,8 +152,10 @@ pub(crate) struct PartitionBatches {
     open: Option<Unbuilt>,
     ready: VecDeque<Unbuilt>,
     sent: VecDeque<Sent>,
-    /// Someone builds a batch without the lock: no other may be begun, lest they change places.
-    building: bool,
+    /// Someone builds this batch without the lock: no other may be begun, lest they change places.
+    building: Option<Arc<Delivery>>,
+    /// Everything was failed, with this: a batch that is being built just then fails as soon as it comes back.
+    closed: Option<Error>,
     /// After a failure: answers under way are awaited before anything is sent.
     draining: bool,
     /// The sequence has a hole: nothing new under this identity.
@@ -188,7 +190,8 @@ impl PartitionBatches {
             open: None,
             ready: VecDeque::new(),
             sent: VecDeque::new(),
-            building: false,
+            building: None,
+            closed: None,
             draining: false,
             renew: false,
             id_spent: false,
@@ -283,19 +286,19 @@ impl PartitionBatches {
 
     /// Whether anything waits to be sent or answered.
     pub(crate) fn is_idle(&self) -> bool {
-        self.open.is_none() && self.ready.is_empty() && self.sent.is_empty() && !self.building
+        self.open.is_none() && self.ready.is_empty() && self.sent.is_empty() && self.building.is_none()
     }
 
     /// What all batches that are not ended will be told through.
     pub(crate) fn deliveries(&self) -> impl Iterator<Item = &Arc<Delivery>> {
         let sent = self.sent.iter().map(|sent| &sent.batch.delivery);
         let waiting = self.ready.iter().chain(&self.open).map(|unbuilt| &unbuilt.batch.delivery);
-        sent.chain(waiting)
+        sent.chain(&self.building).chain(waiting)
     }
 
     /// What may be done next.
     pub(crate) fn next(&mut self, now: Instant) -> Next {
-        if self.building {
+        if self.building.is_some() {
             return Next::Idle;
         }
         let in_flight = self.in_flight();
@@ -329,7 +332,7 @@ impl PartitionBatches {
             unbuilt.builder.set_producer(identity.producer_id, identity.epoch, self.next_sequence);
             self.next_sequence = self.next_sequence.plus(unbuilt.builder.record_count());
         }
-        self.building = true;
+        self.building = Some(unbuilt.batch.delivery.clone());
         Next::Build(Box::new(unbuilt))
     }
 
@@ -341,11 +344,15 @@ impl PartitionBatches {
         self.sent.iter().filter(|sent| sent.state != SentState::Unsent).count()
     }
 
-    /// A batch from [`Next::Build`] is done; it is sent next.
-    pub(crate) fn built(&mut self, built: Built) {
-        self.building = false;
+    /// A batch from [`Next::Build`] is done; it is sent next, unless everything was failed meanwhile.
+    pub(crate) fn built(&mut self, built: Built) -> Ended {
+        self.building = None;
         let Built { batch, bytes } = built;
+        if let Some(error) = &self.closed {
+            return vec![(batch, Outcome::Failed(error.clone()))];
+        }
         self.sent.push_back(Sent { batch, bytes, state: SentState::Unsent, absent: true, maybe_stored: false });
+        Vec::new()
     }
 
     /// A batch from [`Next::Send`] went out under this request id. Without answers to come it is handed back: its
@@ -389,7 +396,9 @@ impl PartitionBatches {
             // It came after one that the broker has not: it follows that one again.
             ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer if self.settings.idempotent && at > 0 => {
                 sent.state = SentState::Unsent;
-                sent.absent = true;
+                // A gap tells that it is not stored. A producer that was forgotten may have stored it before.
+                sent.absent =
+                    error.code() == ErrorCode::OutOfOrderSequence || !(sent.maybe_stored && self.known);
                 self.draining = true;
                 Vec::new()
             }
@@ -420,7 +429,8 @@ impl PartitionBatches {
             | ErrorCode::MessageTooLarge
             | ErrorCode::InvalidRecord
             | ErrorCode::InvalidTimestamp
-                if sent.batch.records > 1 =>
+                // What may be stored already must not be stored again in halves.
+                if sent.batch.records > 1 && !sent.maybe_stored =>
             {
                 self.split(at, error)
             }
@@ -556,10 +566,10 @@ impl PartitionBatches {
         }
     }
 
-    /// Fails everything: the topic is gone, or the producer is.
+    /// Fails everything, for good: the topic is gone, or the producer is.
     pub(crate) fn fail_all(&mut self, error: &Error) -> Ended {
-        self.renew |= self.settings.idempotent && !self.sent.is_empty();
         let error = error.clone().at(&self.topic, self.partition);
+        self.closed = Some(error.clone());
         let failed = |batch: Batch| (batch, Outcome::Failed(error.clone()));
         let sent = self.sent.drain(..).map(|sent| failed(sent.batch));
         let waiting = self.ready.drain(..).chain(self.open.take()).map(|unbuilt| failed(unbuilt.unsent()));
@@ -658,7 +668,10 @@ mod tests {
             let mut wire = Vec::new();
             loop {
                 match self.batches.next(self.now) {
-                    Next::Build(unbuilt) => self.batches.built(unbuilt.build()),
+                    Next::Build(unbuilt) => {
+                        let ended = self.batches.built(unbuilt.build());
+                        self.note(ended);
+                    }
                     Next::Send { number, bytes } => {
                         self.next_request += 1;
                         flowstone_protocol::batch::verify_crc(&bytes).unwrap();
@@ -1004,6 +1017,54 @@ mod tests {
         assert_eq!(sequences(&again), [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]);
         bench.answer(again[0], Ok(0));
         assert_eq!(sequences(&bench.run()), [(1, 5)]);
+    }
+
+    #[test]
+    fn a_batch_that_is_being_built_is_waited_for_and_fails_with_the_rest() {
+        let mut bench = Bench::new(settings());
+        let delivery = bench.add(100).delivery;
+        delivery.want();
+        let Next::Build(unbuilt) = bench.batches.next(bench.now) else { panic!("nothing to build") };
+        assert!(bench.batches.deliveries().any(|known| Arc::ptr_eq(known, &delivery)), "a flush must wait for it");
+        let ended = bench.batches.fail_all(&Error::closed("producer"));
+        assert!(ended.is_empty());
+        let ended = bench.batches.built(unbuilt.build());
+        bench.note(ended);
+        assert!(matches!(bench.outcome(&delivery), Some(Err(_))));
+        assert!(bench.batches.is_idle());
+    }
+
+    #[test]
+    fn what_may_be_stored_is_not_stored_again_in_halves() {
+        let mut bench = Bench::new(settings());
+        let whole = bench.add(10).delivery;
+        bench.add(20);
+        whole.want();
+        assert_eq!(bench.run().len(), 1);
+        bench.batches.connection_lost(None);
+        let again = bench.run();
+        bench.answer(again[0], Err(ErrorCode::BatchTooLarge));
+        assert_eq!(bench.outcome(&whole), Some(Err(ErrorCode::BatchTooLarge)));
+        assert!(bench.run().is_empty());
+    }
+
+    #[test]
+    fn behind_a_forgotten_producer_nothing_that_may_be_stored_is_numbered_anew() {
+        let mut bench = Bench::new(settings());
+        bench.add_batches(1);
+        let wire = bench.run();
+        bench.answer(wire[0], Ok(0));
+        let deliveries = bench.add_batches(2);
+        bench.run();
+        bench.batches.connection_lost(None);
+        let again = bench.run();
+        bench.answer(again[1], Err(ErrorCode::UnknownProducer));
+        bench.answer(again[0], Err(ErrorCode::UnknownProducer));
+        // The second is asked for once more, under its old number: only then it is known what became of it.
+        let again = bench.run();
+        assert_eq!(sequences(&again), [(0, 2)]);
+        bench.answer(again[0], Err(ErrorCode::UnknownProducer));
+        assert_eq!(bench.outcome(&deliveries[1]), Some(Err(ErrorCode::UnknownProducer)));
     }
 
     #[test]

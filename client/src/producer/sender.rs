@@ -59,7 +59,7 @@ pub(crate) struct ProducerCore {
     identity: Option<Identity>,
     runtime: tokio::runtime::Handle,
     topics: RwLock<HashMap<Arc<str>, Arc<ProducerTopic>>>,
-    /// Every partition that was ever written to, also those of topics that are gone.
+    /// Every partition of every known topic.
     queues: RwLock<Vec<Arc<PartitionQueue>>>,
     links: Mutex<HashMap<i32, Arc<Link>>>,
     /// Bytes of the buffer that are free.
@@ -437,7 +437,8 @@ impl ProducerCore {
                 }
             };
             let built = unbuilt.build();
-            locked(&queue.state).batches.built(built);
+            let ended = locked(&queue.state).batches.built(built);
+            self.finish(ended);
         }
     }
 
