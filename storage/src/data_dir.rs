@@ -22,6 +22,8 @@ use crate::small_file::{self, Fields, FrameError};
 const LOCK_NAME: &str = "LOCK";
 const MANIFEST_NAME: &str = "manifest";
 const TOPICS_NAME: &str = "topics";
+/// Kept here by whoever runs on the directory: a stop that was not clean.
+const RUNNING_NAME: &str = "running";
 const MANIFEST_MAGIC: [u8; 8] = *b"FLOWDATA";
 /// The newest version of a data directory.
 pub const DATA_DIR_FORMAT_VERSION: u32 = 1;
@@ -95,12 +97,16 @@ impl DataDir {
         let Some(lock) = lock else { return Err(DataDirError::Locked { path: path.to_owned() }) };
         let manifest_path = path.join(MANIFEST_NAME);
         let manifest = match small_file::read_file(&disk, &manifest_path) {
-            Ok(file) => Manifest::decode(&file).map_err(|error| match error {
-                FrameError::Newer { found } => {
-                    DataDirError::Newer { path: path.to_owned(), found, known: DATA_DIR_FORMAT_VERSION }
-                }
-                FrameError::Invalid(detail) => DataDirError::Damaged { path: manifest_path.clone(), detail },
-            })?,
+            Ok(file) => {
+                // A life before this one may have been killed between the manifest's renaming and this.
+                disk.sync_dir(path).map_err(DataDirError::io(path))?;
+                Manifest::decode(&file).map_err(|error| match error {
+                    FrameError::Newer { found } => {
+                        DataDirError::Newer { path: path.to_owned(), found, known: DATA_DIR_FORMAT_VERSION }
+                    }
+                    FrameError::Invalid(detail) => DataDirError::Damaged { path: manifest_path.clone(), detail },
+                })?
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let manifest = Manifest {
                     id: new_id,
@@ -122,6 +128,7 @@ impl DataDir {
         let is_ours = |name: &str| {
             name == LOCK_NAME
                 || name == TOPICS_NAME
+                || name == RUNNING_NAME
                 || name.starts_with("hard-state-")
                 || name.ends_with(small_file::TEMPORARY_SUFFIX)
                 || name == "lost+found"
@@ -139,12 +146,16 @@ impl DataDir {
         for stripe in 0..manifest.stripes {
             HardStateFile::create(disk, path, stripe).map_err(DataDirError::storage(path))?;
         }
-        let manifest_path = path.join(MANIFEST_NAME);
-        small_file::replace_file(disk, &manifest_path, &manifest.encode()).map_err(DataDirError::io(path))?;
-        if let Some(parent) = path.parent().filter(|parent| !parent.as_os_str().is_empty()) {
-            disk.sync_dir(parent).map_err(DataDirError::io(parent))?;
+        // Where there is a manifest all that leads to it is durable.
+        for parent in path.ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty()) {
+            match disk.sync_dir(parent) {
+                // Not ours to read, so it was not made by this.
+                Err(error) if error.kind() == io::ErrorKind::PermissionDenied => break,
+                flushed => flushed.map_err(DataDirError::io(parent))?,
+            }
         }
-        Ok(())
+        let manifest_path = path.join(MANIFEST_NAME);
+        small_file::replace_file(disk, &manifest_path, &manifest.encode()).map(|_| ()).map_err(DataDirError::io(path))
     }
 
     /// Its id: random, made with it.
@@ -232,14 +243,21 @@ impl DataDir {
             removed => removed.map_err(DataDirError::io(&dir))?,
         }
         let Some(topic) = dir.parent() else { return Ok(()) };
-        let others = self.disk.read_dir(topic).map_err(DataDirError::io(topic))?;
-        let changed = if others.is_empty() {
-            self.disk.remove_dir_all(topic).map_err(DataDirError::io(topic))?;
-            self.path.join(TOPICS_NAME)
-        } else {
-            topic.to_owned()
+        // Another partition of the topic may be made or removed at this moment: the folder goes if it is empty, and
+        // whoever finds it gone has nothing left to do.
+        let changed = match self.disk.remove_dir(topic) {
+            Ok(()) => self.path.join(TOPICS_NAME),
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => topic.to_owned(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => self.path.join(TOPICS_NAME),
+            Err(error) => return Err(DataDirError::io(topic)(error)),
         };
-        self.disk.sync_dir(&changed).map_err(DataDirError::io(&changed))
+        match self.disk.sync_dir(&changed) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let topics = self.path.join(TOPICS_NAME);
+                self.disk.sync_dir(&topics).map_err(DataDirError::io(&topics))
+            }
+            flushed => flushed.map_err(DataDirError::io(&changed)),
+        }
     }
 }
 

@@ -43,6 +43,8 @@ pub trait Disk: Send + Sync + Debug {
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a file.
     fn remove_file(&self, path: &Path) -> io::Result<()>;
+    /// Removes a directory that is empty.
+    fn remove_dir(&self, path: &Path) -> io::Result<()>;
     /// Removes a directory and all it holds.
     fn remove_dir_all(&self, path: &Path) -> io::Result<()>;
     /// Makes the directory's entries durable.
@@ -395,7 +397,14 @@ impl Disk for RealDisk {
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
-        fs::create_dir_all(path)
+        // A parent may be removed as empty by another thread before its child is made: then it is made again.
+        let mut left = 8;
+        loop {
+            match fs::create_dir_all(path) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && left > 0 => left -= 1,
+                made => return made,
+            }
+        }
     }
 
     fn read_dir(&self, path: &Path) -> io::Result<Vec<String>> {
@@ -415,6 +424,10 @@ impl Disk for RealDisk {
 
     fn remove_file(&self, path: &Path) -> io::Result<()> {
         fs::remove_file(path)
+    }
+
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        fs::remove_dir(path)
     }
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {

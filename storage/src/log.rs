@@ -287,12 +287,13 @@ impl Log {
         let segment = SegmentName { base_offset: Offset::ZERO, first_index: CREATION_INDEX.next() };
         let path = segment.log_path(dir);
         disk.open(&path, OpenMode::CreateNew).map_err(StorageError::io("create", &path))?;
-        // Its rename is flushed with everything before it in the folder.
-        identity.write(disk, dir)?;
+        // The folder's own name, and its topic's, before the manifest: a replica that has one is not lost with a folder
+        // above it, also where this is killed before it returns.
         for parent in dir.ancestors().skip(1).take(2).filter(|parent| !parent.as_os_str().is_empty()) {
             disk.sync_dir(parent).map_err(StorageError::io("flush", parent))?;
         }
-        Ok(())
+        // Its rename is flushed with everything before it in the folder.
+        identity.write(disk, dir)
     }
 
     /// Whether `dir` holds a replica that was wholly created.

@@ -5,8 +5,9 @@
 //! lost by a coin, a changed length becomes the old one, the new one or one in between, and every change of a folder
 //! since its last flush is kept or lost, too. When only the process is killed, all that was written stays.
 //!
-//! It is harsher than real file systems, which keep changes of folders in order. Two things are simpler: making a folder,
-//! and removing one with all it holds, are durable at once.
+//! It is harsher than real file systems, which keep changes of folders in order: a folder whose parent was not flushed
+//! since it was made may be lost with all that was flushed in it (where asked for: [`SimDisk::set_loses_dirs`]). One thing is simpler: removing a folder is durable at
+//! once.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
@@ -69,6 +70,8 @@ pub struct SimCounts {
     pub sectors_kept: u64,
     /// Changes of folders lost.
     pub names_lost: u64,
+    /// Folders lost, with all that was in them.
+    pub dirs_lost: u64,
     /// Operations that were made to fail.
     pub faults: u64,
 }
@@ -83,6 +86,9 @@ pub struct SimDisk {
 struct State {
     random: Random,
     dirs: BTreeSet<PathBuf>,
+    /// Folders made since their parent was flushed: each may be lost, with all it holds.
+    new_dirs: BTreeSet<PathBuf>,
+    loses_dirs: bool,
     /// What programs see.
     names: BTreeMap<PathBuf, u64>,
     /// What would survive.
@@ -229,6 +235,8 @@ impl SimDisk {
             state: Arc::new(Mutex::new(State {
                 random: Random(seed),
                 dirs: BTreeSet::new(),
+                new_dirs: BTreeSet::new(),
+                loses_dirs: false,
                 names: BTreeMap::new(),
                 durable_names: BTreeMap::new(),
                 name_changes: Vec::new(),
@@ -267,6 +275,7 @@ impl SimDisk {
         counts.sectors_lost += earlier.sectors_lost;
         counts.sectors_kept += earlier.sectors_kept;
         counts.names_lost += earlier.names_lost;
+        counts.dirs_lost += earlier.dirs_lost;
         counts.faults += earlier.faults;
     }
 
@@ -321,6 +330,11 @@ impl SimDisk {
     /// Bytes of all files together, room taken ahead included.
     pub fn used_bytes(&self) -> u64 {
         self.lock().used()
+    }
+
+    /// From now on folders that are made may be lost, too, until their parent is flushed.
+    pub fn set_loses_dirs(&self, loses_dirs: bool) {
+        self.lock().loses_dirs = loses_dirs;
     }
 
     /// While cold, reads that must not wait get nothing.
@@ -463,6 +477,13 @@ impl State {
                 self.counts.names_lost += 1;
             }
         }
+        for dir in std::mem::take(&mut self.new_dirs) {
+            if self.random.below(8) >= keep_of_8 {
+                self.counts.dirs_lost += 1;
+                self.dirs.retain(|lost| !lost.starts_with(&dir));
+                self.durable_names.retain(|lost, _| !lost.starts_with(&dir));
+            }
+        }
         self.names.clone_from(&self.durable_names);
     }
 
@@ -532,7 +553,11 @@ impl Disk for SimDisk {
             return Ok(());
         }
         state.change_at_once(Operation::Rename, |state| {
-            state.dirs.extend(path.ancestors().map(Path::to_owned));
+            for dir in path.ancestors() {
+                if state.dirs.insert(dir.to_owned()) && dir.parent().is_some() && state.loses_dirs {
+                    state.new_dirs.insert(dir.to_owned());
+                }
+            }
         })
     }
 
@@ -571,6 +596,14 @@ impl Disk for SimDisk {
         })
     }
 
+    fn remove_dir(&self, path: &Path) -> io::Result<()> {
+        let names = self.read_dir(path)?;
+        if !names.is_empty() {
+            return Err(system_error(rustix::io::Errno::NOTEMPTY));
+        }
+        self.remove_dir_all(path)
+    }
+
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
         let mut state = self.lock();
         if !state.dirs.contains(path) {
@@ -586,11 +619,17 @@ impl Disk for SimDisk {
                 !name.starts_with(path)
             });
             state.dirs.retain(|dir| !dir.starts_with(path));
+            state.new_dirs.retain(|dir| !dir.starts_with(path));
         })
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        self.lock().change_at_once(Operation::SyncDir, |state| {
+        let mut state = self.lock();
+        if !state.crashed && !state.dirs.contains(path) {
+            return Err(system_error(rustix::io::Errno::NOENT));
+        }
+        state.change_at_once(Operation::SyncDir, |state| {
+            state.new_dirs.retain(|dir| dir.parent() != Some(path));
             let changes = std::mem::take(&mut state.name_changes);
             let (flushed, rest) = changes.into_iter().partition::<Vec<_>, _>(|change| change.is_in(path));
             for change in &flushed {

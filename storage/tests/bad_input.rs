@@ -901,3 +901,58 @@ fn a_lookup_in_a_segment_that_was_cut_or_deleted_writes_nothing() {
     assert!(ticket.run().is_err(), "its bytes are gone");
     assert!(!disk.exists(&index).expect("known"), "an index of a segment that is gone");
 }
+
+#[test]
+fn a_replica_that_was_created_is_not_lost_with_a_folder_above_it() {
+    let (mut lost, mut kept) = (0, 0);
+    for seed in 0..200 {
+        let sim = SimDisk::new(seed);
+        let disk = sim.shared();
+        let path = Path::new("/mnt/disk/data");
+        sim.set_loses_dirs(true);
+        let open_dir = || DataDir::open_or_create(sim.shared(), path, DirectoryId::new(7), 2);
+        // Killed anywhere while both are made; what is there afterwards was told to be there.
+        sim.crash_after(seed % 60);
+        let make =
+            |dir: &DataDir| Log::create(&disk, &dir.replica_dir(identity().topic_partition), identity(), Bytes::new());
+        let _ = open_dir().map(|dir| make(&dir));
+        sim.cancel_crash();
+        sim.restart(Crash::Process);
+        let dir = open_dir().expect("opens or begins again");
+        let replica = dir.replica_dir(identity().topic_partition);
+        let exists = Log::exists(&disk, &replica).expect("known");
+        if exists {
+            Log::open(Arc::clone(&disk), &replica, small_segments(), RaftIndex::new(1), NOW).expect("opens");
+        }
+        drop(dir);
+        sim.restart(Crash::Power);
+        lost += sim.counts().dirs_lost;
+        if exists {
+            kept += 1;
+            assert!(Log::exists(&disk, &replica).expect("known"), "seed {seed}: a whole replica is gone");
+        }
+        assert_eq!(open_dir().expect("opens").id(), DirectoryId::new(7), "seed {seed}");
+    }
+    assert!(lost > 0 && kept > 0, "{lost} folders lost, {kept} replicas made");
+}
+
+#[test]
+fn partitions_of_a_topic_are_removed_and_made_at_the_same_time() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::new(64));
+    let dir = DataDir::open_or_create(Arc::clone(&disk), folder.path(), DirectoryId::new(7), 1).expect("made");
+    let topic = TopicId::new(9);
+    std::thread::scope(|threads| {
+        for number in 0..4 {
+            let (dir, disk) = (&dir, &disk);
+            threads.spawn(move || {
+                let partition = TopicPartition::new(topic, PartitionId::new(number));
+                for _ in 0..50 {
+                    disk.create_dir_all(&dir.replica_dir(partition)).expect("made");
+                    dir.remove_replica(partition).expect("removed");
+                }
+            });
+        }
+    });
+    assert!(dir.replicas().expect("listed").is_empty());
+}

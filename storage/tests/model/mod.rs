@@ -162,6 +162,8 @@ impl Run {
         let mut random = Random(seed);
         let disk = SimDisk::new(random.next());
         let dir = PathBuf::from("/data/topics/5/3");
+        disk.shared().create_dir_all(Path::new("/data/topics")).expect("a folder");
+        disk.set_loses_dirs(true);
         Log::create(&disk.shared(), &dir, identity(), Bytes::from_static(b"members")).expect("a new log");
         let creation = ModelEntry {
             term: 1,
