@@ -1,11 +1,25 @@
-//! What a leader may change in a batch before it proposes it, where the topic asks for it. Nobody rewrites it later.
+//! What may be changed in a batch: by its producer before it is stored, and by a leader before it proposes it, where the
+//! topic asks for it. Nobody rewrites it later.
 
 use bytes::Bytes;
 
 use crate::batch::{Attributes, BatchError, BatchHeader, HEADER_BYTES, LOG_OVERHEAD};
 use crate::compression::Compression;
-use crate::ids::Timestamp;
+use crate::ids::{ProducerEpoch, ProducerId, Sequence, Timestamp};
 use crate::record::seal;
+
+/// The batch under another identity and sequence of its producer, which sends it anew.
+///
+/// `batch` begins with one whole batch.
+pub fn with_producer(
+    batch: &[u8],
+    producer_id: ProducerId,
+    producer_epoch: ProducerEpoch,
+    base_sequence: Sequence,
+) -> Result<Bytes, BatchError> {
+    let (header, batch) = whole(batch)?;
+    Ok(seal(batch.to_vec(), &BatchHeader { producer_id, producer_epoch, base_sequence, ..header }))
+}
 
 /// The batch with the leader's time for all its records (`message.timestamp.type=LogAppendTime`).
 ///

@@ -19,20 +19,15 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use flowstone_protocol::batch::{HEADER_BYTES, crc_of};
-use flowstone_protocol::{Compression, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, Timestamp};
+use flowstone_protocol::{
+    Compression, HEADER_BYTES, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, Timestamp, rewrite,
+};
 
 use crate::error::{Error, ErrorCode};
 use crate::producer::ack::{Delivery, Outcome};
 use crate::producer::sender::PartitionQueue;
 use crate::record::Record;
 use crate::retry::BackoffPolicy;
-
-/// Where the broker's CRC, producer id, epoch and base sequence lie in a batch's header.
-const CRC_AT: usize = 17;
-const PRODUCER_ID_AT: usize = 43;
-const PRODUCER_EPOCH_AT: usize = 51;
-const BASE_SEQUENCE_AT: usize = 53;
 
 /// A batch takes room for this much at a time, so that the buffer's counter is not touched for every record.
 const ROOM_STEP_BYTES: usize = 16 << 10;
@@ -584,13 +579,8 @@ impl PartitionBatches {
 
 /// The same batch under another identity and sequence.
 fn under(bytes: &Bytes, identity: Identity, base_sequence: Sequence) -> Bytes {
-    let mut batch = bytes.to_vec();
-    batch[PRODUCER_ID_AT..PRODUCER_EPOCH_AT].copy_from_slice(&identity.producer_id.get().to_be_bytes());
-    batch[PRODUCER_EPOCH_AT..BASE_SEQUENCE_AT].copy_from_slice(&identity.epoch.get().to_be_bytes());
-    batch[BASE_SEQUENCE_AT..BASE_SEQUENCE_AT + 4].copy_from_slice(&base_sequence.get().to_be_bytes());
-    let crc = crc_of(&batch);
-    batch[CRC_AT..CRC_AT + 4].copy_from_slice(&crc.to_be_bytes());
-    Bytes::from(batch)
+    rewrite::with_producer(bytes, identity.producer_id, identity.epoch, base_sequence)
+        .unwrap_or_else(|error| unreachable!("a batch that we built is whole: {error}"))
 }
 
 /// The records of a batch of ours in two; `None` where it cannot be read, which a batch that we built can.
