@@ -19,7 +19,7 @@ const DIR: &str = "/data/replica";
 const NOW: Timestamp = Timestamp::new(1_700_000_000_000);
 
 fn config() -> LogConfig {
-    LogConfig { segment_bytes: 2_000, room_kept_bytes: 0, ..LogConfig::default() }
+    LogConfig { segment_bytes: 2_600, room_kept_bytes: 0, ..LogConfig::default() }
 }
 
 fn open(disk: &Arc<dyn Disk>, flushed: u64) -> Result<Log, OpenError> {
@@ -28,8 +28,11 @@ fn open(disk: &Arc<dyn Disk>, flushed: u64) -> Result<Log, OpenError> {
 
 fn batch(value: u8) -> Bytes {
     let mut builder = RecordBatchBuilder::new(Compression::None);
-    builder.append(NOW, None, Some(&[value; 300]), []).expect("a small record");
-    builder.build()
+    builder.append(NOW, None, Some(&[value; 442]), []).expect("a small record");
+    let batch = builder.build();
+    // One sector, so that one that is written anew leaves those behind it as they were.
+    assert_eq!(batch.len(), 512);
+    batch
 }
 
 fn append(log: &mut Log, value: u8) -> Result<(), StorageError> {
