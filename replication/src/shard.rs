@@ -69,7 +69,7 @@ const DROP_ABANDONED_EVERY: Duration = Duration::from_secs(5);
 /// Retention looks at one slice of the replicas at a time.
 const RETENTION_SLICES: u32 = 32;
 /// A flush goes to the pool, even alone, on a disk that is slower than this on average.
-const INLINE_FLUSH_TIME_MAX: Duration = Duration::from_millis(1);
+const INLINE_FLUSH_TIME_MAX: Duration = Duration::from_micros(250);
 
 /// How shards are run. The defaults suit a broker; tests change what they are about.
 #[derive(Debug, Clone)]
