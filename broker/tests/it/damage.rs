@@ -22,11 +22,11 @@ fn segments(world_data: &std::path::Path, topic: &Topic, partition: i32) -> Vec<
 #[tokio::test]
 async fn a_flipped_bit_in_a_sealed_segment() {
     let mut world = World::new().await;
-    let configs = [("segment.bytes", "100000"), ("max.message.bytes", "100000")];
+    let configs = [("segment.bytes", "300000"), ("max.message.bytes", "100000")];
     let topic = world.create_with("orders", 2, &configs).await.expect("created");
     let value = "x".repeat(40_000);
     for partition in [0, 1] {
-        for _ in 0..8 {
+        for _ in 0..20 {
             world.produce(&topic, partition, batch(&[&value])).await.expect("stored");
         }
     }
@@ -34,7 +34,8 @@ async fn a_flipped_bit_in_a_sealed_segment() {
     let sealed = segments(dir.path(), &topic, 0);
     assert!(sealed.len() >= 3, "{sealed:?}");
     let mut bytes = std::fs::read(&sealed[1]).expect("readable");
-    let at = bytes.len() / 2;
+    // In the middle of what one read brings: some whole batches lie before it in the same segment.
+    let at = bytes.len() * 5 / 8;
     bytes[at] ^= 1;
     std::fs::write(&sealed[1], bytes).expect("written");
 
@@ -44,7 +45,7 @@ async fn a_flipped_bit_in_a_sealed_segment() {
     fetcher.set(1, &topic, 1, 0, 0).await;
     let (mut before, mut other) = (Vec::new(), Vec::new());
     let mut error = None;
-    while other.len() < 8 || error.is_none() {
+    while other.len() < 20 || error.is_none() {
         let response = fetcher.response().await.expect("the stream goes on");
         match (response.fetch_id, response.error) {
             (0, Some(detail)) => error = Some(flowstone_protocol::Error::from_detail(&detail)),
@@ -58,7 +59,9 @@ async fn a_flipped_bit_in_a_sealed_segment() {
     let segment = sealed[1].file_name().expect("a name").to_string_lossy().into_owned();
     assert!(error.message.contains(&segment), "{} names {segment}", error.message);
     assert!(error.message.contains("position") && error.message.contains("offset"), "{}", error.message);
-    assert!(!before.is_empty(), "what lies before the damage is delivered");
+    // All that lies before the damage was delivered.
+    let last = before.last().expect("some").0;
+    assert!(error.message.contains(&format!("(offset {})", last + 1)), "read to {last}, and: {}", error.message);
     // What lies behind it can be read, and the partition takes writes.
     let last = world.produce(&topic, 0, batch(&["after"])).await.expect("stored");
     assert_eq!(world.values(&topic, 0, last).await, ["after"]);

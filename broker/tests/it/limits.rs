@@ -36,7 +36,8 @@ async fn more_connections_than_allowed_are_turned_away() {
     world.create("orders", 1).await;
     drop(second);
     until("there is a place again", async || (metric(&world, "flowstone_connections").await == 1).then_some(())).await;
-    let again = channel(&world.broker).await;
+    let mut again = pb::log_client::LogClient::new(channel(&world.broker).await);
+    soon("served", again.metadata(pb::MetadataRequest::default())).await.expect("served");
     drop(again);
     world.stop().await;
 }
@@ -98,12 +99,17 @@ async fn topics_and_partitions_are_bounded() {
 async fn a_fetch_stream_has_so_many_partitions() {
     let mut world = World::with(&[("limits.fetch_partitions", "2")]).await;
     let topic = world.create("orders", 3).await;
-    let mut fetcher = world.fetcher().await;
-    let set = (0..3).map(|partition| position(partition as u32, &topic, partition, 0)).collect();
-    fetcher.send(pb::FetchRequest { set, ..Default::default() }).await;
-    let error = fetcher.response().await.expect_err("the stream ends");
-    assert_eq!(error.code, ErrorCode::InvalidRequest);
-    assert!(error.message.contains("limits.fetch_partitions"), "{}", error.message);
+    let at = |partition: i32| position(partition as u32, &topic, partition, 0);
+    // One after another, all at once, and one again and again.
+    for requests in [vec![vec![at(0), at(1)], vec![at(2)]], vec![vec![at(0), at(1), at(2)]], vec![vec![at(0); 3]]] {
+        let mut fetcher = world.fetcher().await;
+        for set in requests {
+            fetcher.send(pb::FetchRequest { set, ..Default::default() }).await;
+        }
+        let error = fetcher.response().await.expect_err("the stream ends");
+        assert_eq!(error.code, ErrorCode::InvalidRequest);
+        assert!(error.message.contains("limits.fetch_partitions"), "{}", error.message);
+    }
     world.stop().await;
 }
 

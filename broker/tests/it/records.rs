@@ -112,6 +112,37 @@ async fn a_new_position_replaces_the_old_one() {
 }
 
 #[tokio::test]
+async fn what_was_read_for_an_old_position_is_not_sent_for_a_new_one() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    let value = "x".repeat(200_000);
+    for _ in 0..10 {
+        world.produce(&topic, 0, batch(&[&value])).await.expect("stored");
+    }
+    let mut fetcher = world.fetcher().await;
+    fetcher.set(0, &topic, 0, 1, 1).await;
+    let first = fetcher.response().await.expect("pushed").batches.len();
+    // More was read for it, and waits for credit.
+    until("there is more", async || {
+        let (_, metrics) = crate::http::get(world.broker.admin_addr, "/metrics").await;
+        let line = metrics.lines().find(|line| line.starts_with("flowstone_sent_bytes_total{api=\"Fetch\"}"))?;
+        let read: usize = line.rsplit(' ').next()?.parse().ok()?;
+        (read > first).then_some(())
+    })
+    .await;
+    let back = pb::FetchPartition { session: 77, ..position(0, &topic, 0, 1) };
+    fetcher.send(pb::FetchRequest { set: vec![back], credit_bytes: 64 << 20, ..Default::default() }).await;
+    let mut seen = Vec::new();
+    while seen.len() < 10 {
+        let response = fetcher.response().await.expect("pushed");
+        assert_eq!(response.session, 77);
+        seen.extend(records(&response.batches, 1).into_iter().map(|(offset, _)| offset));
+    }
+    assert_eq!(seen, (1..=10).collect::<Vec<i64>>());
+    world.stop().await;
+}
+
+#[tokio::test]
 async fn one_fetch_stream_serves_many_partitions_fairly() {
     let mut world = World::new().await;
     let topic = world.create("orders", 8).await;

@@ -4,7 +4,7 @@ use flowstone_protocol::pb;
 
 use crate::world::*;
 
-fn resident_bytes() -> i64 {
+pub(crate) fn resident_bytes() -> i64 {
     let pages = std::fs::read_to_string("/proc/self/statm").expect("readable");
     // Shared pages (the logs' maps) are the page cache's: third field.
     let fields: Vec<i64> = pages.split_whitespace().map(|field| field.parse().expect("a number")).collect();
