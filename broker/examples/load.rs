@@ -54,6 +54,14 @@ async fn channel(address: std::net::SocketAddr) -> Channel {
         .unwrap_or_else(|error| panic!("{error}"))
 }
 
+/// Processor time of this whole process so far, in seconds: on a busy machine a better measure than the clock.
+fn processor_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+    let ticks = |at: usize| fields.get(at).and_then(|ticks| ticks.parse::<u64>().ok()).unwrap_or(0);
+    (ticks(11) + ticks(12)) as f64 / rustix::param::clock_ticks_per_second() as f64
+}
+
 /// Starts a broker on the folder, says how long that took, fills it if asked to, and ends as if it were killed.
 fn many(dir: &std::path::Path, fill: Option<i32>) -> Result<(), Box<dyn std::error::Error>> {
     let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
@@ -134,7 +142,7 @@ async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Er
         let count = TOTAL_BYTES / batch.len();
         let (sender, receiver) = mpsc::channel(IN_FLIGHT);
         let mut answers = log.produce(ReceiverStream::new(receiver)).await?.into_inner();
-        let began = Instant::now();
+        let (began, processor) = (Instant::now(), processor_seconds());
         let (mut sent, mut answered) = (0, 0);
         while answered < count {
             while sent < count && sent - answered < IN_FLIGHT {
@@ -148,7 +156,9 @@ async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Er
             answered += response.results.len();
         }
         let took = began.elapsed().as_secs_f64();
-        println!("produce {round}: {:.0} MB/s", (count * batch.len()) as f64 / took / 1e6);
+        let gigabytes = (count * batch.len()) as f64 / 1e9;
+        let processor = (processor_seconds() - processor) / gigabytes;
+        println!("produce {round}: {:.0} MB/s, {processor:.2} s of processor per GB", gigabytes / took * 1e3);
     }
 
     for round in 0..3 {
@@ -166,7 +176,7 @@ async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Er
         let credit = 8 << 20;
         sender.send(pb::FetchRequest { set, credit_bytes: credit, ..Default::default() }).await?;
         let mut answers = log.fetch(ReceiverStream::new(receiver)).await?.into_inner();
-        let began = Instant::now();
+        let (began, processor) = (Instant::now(), processor_seconds());
         let (mut received, mut owed, mut responses) = (0usize, 0u64, 0);
         while received < 2 * TOTAL_BYTES {
             let response = answers.message().await?.ok_or("the stream ended")?;
@@ -179,7 +189,10 @@ async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Er
             }
         }
         let took = began.elapsed().as_secs_f64();
-        println!("fetch {round}: {:.0} MB/s, {} B a response", received as f64 / took / 1e6, received / responses);
+        let gigabytes = received as f64 / 1e9;
+        let processor = (processor_seconds() - processor) / gigabytes;
+        let (speed, size) = (gigabytes / took * 1e3, received / responses);
+        println!("fetch {round}: {speed:.0} MB/s, {processor:.2} s of processor per GB, {size} B a response");
     }
 
     for round in 0..3 {

@@ -358,7 +358,7 @@ pub const KEYS: &[Key] = &[
     key!("limits.connections", "1024", limits.connections, positive, shown, "Client connections."),
     key!(
         "limits.connections_per_address",
-        "256",
+        "512",
         limits.connections_per_address,
         positive,
         shown,
@@ -366,7 +366,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "limits.streams_per_connection",
-        "64",
+        "256",
         limits.streams_per_connection,
         positive32,
         shown,
