@@ -104,7 +104,7 @@ pub trait DiskFile: Send + Sync + Debug {
     /// Makes the file's bytes and length durable. After an error nothing is known about what was not durable before.
     fn sync_data(&self) -> io::Result<()>;
 
-    /// The first `len` bytes, read-only, without copying them where the disk can. See [`crate::mmap`]'s contract:
+    /// The first `len` bytes, read-only, without copying them where the disk can. See the contract in `mmap.rs`:
     /// bytes that are handed out must neither change nor be cut off.
     fn map(&self, len: u64) -> io::Result<Bytes>;
 
