@@ -94,8 +94,10 @@ async fn shutting_down_answers_what_is_under_way_and_ends_streams() {
     fetcher.set(0, &topic, 0, 1, 64 << 20).await;
     let mut watch = world.log.watch_metadata(pb::WatchMetadataRequest::default()).await.expect("told").into_inner();
     watch.message().await.expect("told").expect("everything once");
-    for _ in 0..100 {
-        producer.send(&topic, 0, batch(&["x"])).await;
+    // Large ones, so that some are still under way when the end begins.
+    let large = batch(&[&"x".repeat(500_000)]);
+    for _ in 0..60 {
+        producer.send(&topic, 0, large.clone()).await;
     }
     producer.answer().await.1.expect("stored");
     // A call that goes on keeps the broker from its end for as long as this looks at it.

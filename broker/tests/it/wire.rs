@@ -190,10 +190,16 @@ async fn a_client_that_leaves_within_a_message_takes_nothing_with_it() {
         free.then_some(())
     })
     .await;
-    // All of the room is there: a message that needs most of it passes.
-    let large = "x".repeat(1_000_000);
+    // All of the room is there, and what is taken gives its own back: one stream passes more than all of it.
+    let large = batch(&[&"x".repeat(1_000_000)]);
+    let mut producer = world.producer().await;
     for _ in 0..40 {
-        world.produce(&topic, 0, batch(&[&large])).await.expect("stored");
+        producer.send(&topic, 0, large.clone()).await;
+        producer.answer().await.1.expect("stored");
+    }
+    for _ in 0..40 {
+        producer.send(&topic, 9, large.clone()).await;
+        producer.answer().await.1.expect_err("no such partition");
     }
     world.stop().await;
 }
