@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use flowstone_protocol::ErrorCode;
+use flowstone_protocol::{ErrorCode, pb};
 
 use crate::world::*;
 
@@ -112,9 +112,19 @@ async fn one_folder_that_cannot_be_read_does_not_keep_the_others_from_being_serv
     assert_eq!(status, 503, "{text}");
     assert!(text.contains("partition orders-0: ") && !text.contains("orders-1"), "{text}");
 
+    // Who follows the metadata is told that nobody leads it, and later that it is led again.
+    let mut watch = world.log.watch_metadata(pb::WatchMetadataRequest::default()).await.expect("told").into_inner();
+    let mut leaders = async || {
+        let update = soon("an update", watch.message()).await.expect("the stream goes on").expect("an update");
+        let topics = update.metadata.expect("metadata").topics;
+        topics.first().map(|topic| topic.partitions.iter().map(|partition| partition.leader_id).collect::<Vec<_>>())
+    };
+    assert_eq!(leaders().await, Some(vec![-1, 1]));
+
     // Once it can be read, it is, without another start.
     std::fs::remove_dir(&segment).expect("removed");
     std::fs::rename(&aside, &segment).expect("moved back");
+    while leaders().await != Some(vec![1, 1]) {}
     until("it is opened again", async || world.produce(&topic, 0, batch(&["after"])).await.ok()).await;
     assert_eq!(world.values(&topic, 0, 0).await, ["before", "after"]);
     let (status, text) = crate::http::get(world.broker.admin_addr, "/readyz").await;

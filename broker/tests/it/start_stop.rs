@@ -162,6 +162,8 @@ async fn a_call_that_does_not_end_is_cut_off() {
     drop((log, admin));
     let report = soon("the end", broker.shutdown(Duration::from_millis(100))).await;
     assert!(!report.drained);
+    // Cut off, not left hanging.
+    while let Ok(Some(_)) = soon("the end of the call", health.message()).await {}
     let mut world = World::at(dir, &[]).await;
     assert_eq!(world.values(&topic, 0, 0).await, ["x"]);
     world.stop().await;
