@@ -26,6 +26,7 @@ use crate::node::{Node, command_to};
 use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Slot};
 use crate::room::Room;
 use crate::server;
+use crate::service::REQUEST_BYTES_MIN;
 use crate::topic_config::{TopicConfig, TopicOverrides};
 
 /// Hard state files of a new data directory. Fixed when it is made; a few, so that they flush side by side.
@@ -36,6 +37,8 @@ const METADATA_BATCH_BYTES_MAX: usize = 64 << 20;
 const METADATA_LOG_BYTES: u64 = 128 << 20;
 /// Size at which a segment of it is closed.
 const METADATA_SEGMENT_BYTES: u64 = 64 << 20;
+/// Requests other than batches that may wait in one shard's inbox.
+const OTHER_REQUESTS_MAX: usize = 1 << 16;
 /// Reads that may wait at the end of one log: for every call that there may be.
 const PARKED_READS_MAX: usize = 1 << 16;
 /// Time that connections are given to end after they were cut.
@@ -369,12 +372,15 @@ async fn start_shards(config: &Config, data_dir: Arc<DataDir>) -> Result<Arc<Sha
         0 => (cores / 2).max(1),
         shards => shards,
     };
+    let in_flight_bytes_max = (config.storage.in_flight_bytes_max / shards).max(1);
     let shards_config = ShardsConfig {
         shards,
         flush_threads: config.storage.flush_threads,
         read_threads: config.storage.read_threads,
-        inbox_bytes_max: (config.storage.in_flight_bytes_max / shards).max(1),
+        inbox_bytes_max: in_flight_bytes_max,
         parked_reads_max: PARKED_READS_MAX,
+        // As many as there is room for: a producer of small batches waits for room, it is not refused.
+        inbox_requests_max: in_flight_bytes_max / REQUEST_BYTES_MIN + OTHER_REQUESTS_MAX,
         seed: rand::random(),
         ..ShardsConfig::default()
     };

@@ -27,6 +27,7 @@ use crate::partition::{OpenPartition, Slot};
 use crate::receiving::Held;
 
 pub(crate) use admin::AdminService;
+pub(crate) use produce::REQUEST_BYTES_MIN;
 
 /// `flowstone.v1.Log`.
 #[derive(Clone, Debug)]

@@ -37,7 +37,7 @@ use crate::receiving::Held;
 use crate::topic_config::{CompressionPolicy, TimestampPolicy, TopicConfig};
 
 /// What a request takes of the shard's room at least: its bookkeeping counts too, or small requests would be unbounded.
-const REQUEST_BYTES_MIN: usize = 1 << 10;
+pub(crate) const REQUEST_BYTES_MIN: usize = 1 << 10;
 /// Compressed batches are checked where they are read as long as they decompress to no more than this; what is larger is
 /// checked on a thread of its own, so that other streams go on. A few KiB may decompress to many MiB, so it is what comes
 /// out that is bounded, not what is sent.
