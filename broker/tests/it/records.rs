@@ -332,3 +332,18 @@ async fn positions_that_are_replaced_do_not_pile_up() {
     }
     world.stop().await;
 }
+
+#[tokio::test]
+async fn partitions_that_have_nothing_do_not_hold_up_one_that_has() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 20).await;
+    world.produce(&topic, 19, batch(&["x"])).await.expect("stored");
+    let mut fetcher = world.fetcher().await;
+    // Many wait at their ends, before the one that is behind its.
+    let set = (0..19).map(|partition| position(partition as u32, &topic, partition, 1)).collect();
+    fetcher.send(pb::FetchRequest { set, credit_bytes: 64 << 20, ..Default::default() }).await;
+    fetcher.set(19, &topic, 19, 1, 0).await;
+    let response = fetcher.response().await.expect("pushed");
+    assert_eq!((response.fetch_id, &*records(&response.batches, 1)[0].1), (19, "x"));
+    world.stop().await;
+}
