@@ -14,7 +14,7 @@
 //! Prints what 8 partitions take of 1000 B records in batches of about 1 MiB, how fast one fetch stream gives them
 //! back, and how long one record at a time takes.
 
-#![allow(clippy::print_stdout)] // Its output is what it is for.
+#![allow(clippy::print_stdout, reason = "its figures are what it is for")]
 
 use std::time::{Duration, Instant};
 

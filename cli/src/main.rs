@@ -58,8 +58,8 @@ fn run(cli: Cli) -> Outcome {
     }
 }
 
-/// The runtime of a broker: its sockets. Half the cores, the others are for its shards. With two cores one thread is
-/// as fast as two, and answers a lone record sooner.
+/// The runtime of a broker: its sockets. Half the cores, the others are for its shards. With two cores one thread
+/// was as fast as two, for many records and for a lone one.
 fn serving() -> Outcome<tokio::runtime::Runtime> {
     build((cores() / 2).max(1))
 }

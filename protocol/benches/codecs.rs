@@ -1,7 +1,7 @@
 //! Each codec over the records of one batch: text of log lines, which shrinks as such text does.
 
 // criterion's macros make undocumented items.
-#![allow(missing_docs)]
+#![allow(missing_docs, reason = "criterion's macros make public items")]
 
 use std::hint::black_box;
 

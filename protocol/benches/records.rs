@@ -3,7 +3,7 @@
 //! One batch of 100 B values without keys is what `flowstone bench` sends; throughput is in records, or bytes for the CRC.
 
 // criterion's macros make undocumented items.
-#![allow(missing_docs)]
+#![allow(missing_docs, reason = "criterion's macros make public items")]
 
 use std::hint::black_box;
 

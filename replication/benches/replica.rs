@@ -1,5 +1,5 @@
 //! What one step of a replica costs the shard's thread: accept, propose, write, flush, commit, answer; the disk is memory.
-#![allow(missing_docs)]
+#![allow(missing_docs, reason = "criterion's macros make public items")]
 
 #[path = "../tests/ledger/mod.rs"]
 mod ledger;

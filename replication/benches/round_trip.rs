@@ -3,7 +3,7 @@
 //!
 //! The skeleton: a thread that takes a message from a queue, writes it into zeros that are there already, calls
 //! `fdatasync`, and answers.
-#![allow(missing_docs)]
+#![allow(missing_docs, reason = "criterion's macros make public items")]
 #![allow(clippy::print_stdout, reason = "its table is what it is for")]
 
 #[path = "../tests/ledger/mod.rs"]

@@ -1,7 +1,7 @@
 //! What the log costs over bare `pwrite` and `fdatasync` of the same bytes, in turn over several files, interleaved:
 //! `cargo run --release -p flowstone-storage --example against_bare -- FOLDER [BATCH_BYTES] [FILES] [MIB]`
 // It prints: it is a program for people.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, reason = "its figures are what it is for")]
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;

@@ -1,7 +1,7 @@
 //! Runs the log against its model for as many random operations as told:
 //! `cargo run --release -p flowstone-storage --example log_model -- --operations 10000000 --seed 1`
 // It prints: it is a program for people.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, reason = "its figures are what it is for")]
 
 #[path = "../tests/model/mod.rs"]
 mod model;

@@ -1,7 +1,7 @@
 //! How long it takes to open many logs as a kill leaves them:
 //! `cargo run --release -p flowstone-storage --example open_many -- FOLDER [LOGS]`
 // It prints: it is a program for people.
-#![allow(clippy::print_stdout)]
+#![allow(clippy::print_stdout, reason = "its figures are what it is for")]
 
 use std::path::Path;
 use std::sync::Arc;

@@ -11,8 +11,8 @@ use bytes::Bytes;
 /// Maps the first `len` bytes of `file`, read-only and shared with the page cache.
 ///
 /// The file must hold at least `len` bytes; [`io::ErrorKind::InvalidInput`] otherwise. What the caller must keep: none
-/// of these bytes is cut off the file while the map lives (the log maps only up to its high watermark's file length,
-/// and never truncates or rewrites committed bytes; deleting a file leaves its maps alone).
+/// of these bytes is cut off the file while the map lives (what the log hands out of a map ends at its high
+/// watermark, and it never truncates or rewrites committed bytes; deleting a file leaves its maps alone).
 pub(crate) fn map_file(file: &File, len: u64) -> io::Result<Bytes> {
     if len == 0 {
         return Ok(Bytes::new());

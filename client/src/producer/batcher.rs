@@ -95,7 +95,8 @@ struct Sent {
     batch: Batch,
     bytes: Bytes,
     state: SentState,
-    /// Known not to be stored: never sent, or refused when it was sent last.
+    /// Known not to be stored: never sent, or refused in a way that excludes it. Not the same as `!maybe_stored`: an
+    /// attempt that is under way is neither.
     absent: bool,
     /// Some attempt may have been stored without our hearing of it.
     maybe_stored: bool,
