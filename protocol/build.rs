@@ -8,6 +8,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
     let public = ["flowstone/v1/error.proto", "flowstone/v1/log.proto", "flowstone/v1/admin.proto"];
     let internal = ["flowstone/internal/v1/metadata.proto", "flowstone/internal/v1/producers.proto"];
+    let peer = ["flowstone/peer/v1/peer.proto"];
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     let descriptors = protox::compile(public, ["proto"])?;
     // Server reflection tells of the public services alone.
@@ -15,5 +16,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // Payloads stay reference-counted from socket to disk and back.
     tonic_prost_build::configure().bytes(".").compile_fds(descriptors)?;
     tonic_prost_build::configure().bytes(".").compile_fds(protox::compile(internal, ["proto"])?)?;
+    tonic_prost_build::configure()
+        .bytes(".")
+        .extern_path(".flowstone.v1", "crate::pb")
+        .compile_fds(protox::compile(peer, ["proto"])?)?;
     Ok(())
 }

@@ -38,6 +38,13 @@ pub mod internal {
     tonic::include_proto!("flowstone.internal.v1");
 }
 
+/// What brokers say to each other, package `flowstone.peer.v1`: no part of the public interface.
+// Generated, as above.
+#[allow(missing_docs, unreachable_pub, rust_2018_idioms, clippy::all)]
+pub mod peer {
+    tonic::include_proto!("flowstone.peer.v1");
+}
+
 /// Encoded `FileDescriptorSet` of all services, for server reflection.
 pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("flowstone.v1");
 
