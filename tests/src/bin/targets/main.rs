@@ -1,26 +1,28 @@
-//! The project's targets for one broker, each as a ratio from one run: the bare limit and the broker take turns
+//! The project's targets, each as a ratio from one run where there is something to compare with: both sides take turns
 //! (A B A B ...), and what is printed is the median of the pairs and their spread.
 //!
-//! It starts `flowstone dev` and `bare` from its own folder, on loopback, with its files below `--dir`, and ends and
-//! removes what it started. Absolute figures say as much about the machine as about the program.
+//! It starts `flowstone` and `bare` from its own folder, on loopback, with its files below `--dir`, and ends and removes
+//! what it started. Absolute figures say as much about the machine as about the program.
 
 #![forbid(unsafe_code)]
 
+mod cluster;
+mod running;
+
 use std::error::Error;
-use std::fs;
-use std::io::{self, BufRead, BufReader, Write};
-use std::net::TcpListener;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::time::{Duration, Instant};
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::{Parser, ValueEnum};
 use serde_json::Value;
 
+use crate::running::{Broker, Figures, Folder, Programs, field};
+
 type Failure = Box<dyn Error + Send + Sync>;
 
 #[derive(Parser)]
-#[command(about = "Measures one broker against the bare limits of the same machine, in pairs")]
+#[command(about = "Measures brokers against the limits of the same machine, in pairs")]
 struct Cli {
     /// What to measure; everything without it.
     #[arg(value_enum)]
@@ -50,10 +52,31 @@ enum Target {
     Latency,
     /// Start to ready: empty, and with 1000 partitions after kill -9; memory.
     Start,
+    /// 1000 busy partitions, against 8.
+    Busy,
+    /// Three brokers, three replicas, against one broker.
+    Replicated,
+    /// 10 000 idle partitions on three brokers: processor and memory.
+    Idle,
+    /// The leader killed, and leadership handed over: until the next acknowledged write.
+    Failover,
+    /// A broker comes back to a partition that went on without it, while that serves.
+    CatchUp,
 }
 
-const ALL: [Target; 6] =
-    [Target::Durable, Target::Relaxed, Target::Small, Target::ReadBack, Target::Latency, Target::Start];
+const ALL: [Target; 11] = [
+    Target::Durable,
+    Target::Relaxed,
+    Target::Small,
+    Target::ReadBack,
+    Target::Latency,
+    Target::Start,
+    Target::Busy,
+    Target::Replicated,
+    Target::Idle,
+    Target::Failover,
+    Target::CatchUp,
+];
 /// Records of the latency target, after those that warm up.
 const ROUND_TRIPS: u64 = 5_000;
 const START_PARTITIONS: u32 = 1_000;
@@ -80,6 +103,11 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             Target::ReadBack => read_back(cli, &programs, &folder)?,
             Target::Latency => latency(cli, &programs, &folder)?,
             Target::Start => start(cli, &programs, &folder)?,
+            Target::Busy => busy(cli, &programs, &folder)?,
+            Target::Replicated => cluster::replicated(cli, &programs, &folder)?,
+            Target::Idle => cluster::idle(&programs, &folder)?,
+            Target::Failover => cluster::failover(cli, &programs, &folder)?,
+            Target::CatchUp => cluster::catch_up(cli, &programs, &folder)?,
         };
         let mut out = io::stdout().lock();
         writeln!(out, "{target:?}, {} pairs", cli.pairs)?;
@@ -208,188 +236,16 @@ fn start(cli: &Cli, programs: &Programs, folder: &Folder) -> Result<Vec<String>,
     ])
 }
 
-/// What several runs came to.
-#[derive(Default)]
-struct Figures(Vec<f64>);
-
-impl Figures {
-    fn push(&mut self, value: f64) {
-        self.0.push(value);
+fn busy(cli: &Cli, programs: &Programs, folder: &Folder) -> Result<Vec<String>, Failure> {
+    let broker = Broker::start(programs, &folder.0.join("busy"))?;
+    let (mut few, mut many, mut ratio) = (Figures::default(), Figures::default(), Figures::default());
+    for _ in 0..cli.pairs {
+        let base = field(&broker.bench("produce", 1000, cli.megabytes, 8, "quorum")?, "mb_per_second")?;
+        let got = field(&broker.bench("produce", 1000, cli.megabytes, 1000, "quorum")?, "mb_per_second")?;
+        few.push(base);
+        many.push(got);
+        ratio.push(got / base);
     }
-
-    fn line(&self, name: &str) -> String {
-        let mut sorted = self.0.clone();
-        sorted.sort_by(f64::total_cmp);
-        let median = (sorted[(sorted.len() - 1) / 2] + sorted[sorted.len() / 2]) / 2.0;
-        format!("{name:<50} {median:>10.2}   ({:.2} to {:.2})", sorted[0], sorted[sorted.len() - 1])
-    }
-}
-
-fn field(value: &Value, name: &str) -> Result<f64, Failure> {
-    value[name].as_f64().ok_or_else(|| format!("no number {name} in {value}").into())
-}
-
-struct Programs {
-    folder: PathBuf,
-}
-
-impl Programs {
-    fn beside_this_one() -> Result<Self, Failure> {
-        let folder = std::env::current_exe()?.parent().ok_or("this program lies in no folder")?.to_owned();
-        for name in ["flowstone", "bare"] {
-            if !folder.join(name).is_file() {
-                return Err(format!(
-                    "{} is missing: run cargo build --release -p flowstone-cli -p flowstone-tests",
-                    folder.join(name).display()
-                )
-                .into());
-            }
-        }
-        Ok(Self { folder })
-    }
-
-    fn bare(&self, args: &[&str]) -> Result<Value, Failure> {
-        json(Command::new(self.folder.join("bare")).args(args))
-    }
-}
-
-fn json(command: &mut Command) -> Result<Value, Failure> {
-    let output = command.stdin(Stdio::null()).stderr(Stdio::inherit()).output()?;
-    if !output.status.success() {
-        return Err(format!("{command:?} ended with {}", output.status).into());
-    }
-    Ok(serde_json::from_slice(&output.stdout).unwrap_or(Value::Null))
-}
-
-/// A broker of this run: killed when dropped, should the run end early.
-struct Broker {
-    child: Child,
-    flowstone: PathBuf,
-    server: String,
-    ready_after: Duration,
-}
-
-impl Broker {
-    fn start(programs: &Programs, data: &Path) -> Result<Self, Failure> {
-        let flowstone = programs.folder.join("flowstone");
-        let port = free_ports()?;
-        let from = Instant::now();
-        let mut child = Command::new(&flowstone)
-            .args(["dev", "--port", &port.to_string(), "--data-dir"])
-            .arg(data)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .spawn()?;
-        let stdout = child.stdout.take().ok_or("the broker has no output")?;
-        let server = format!("127.0.0.1:{port}");
-        let mut broker = Self { child, flowstone, server, ready_after: Duration::ZERO };
-        let mut lines = BufReader::new(stdout);
-        let mut line = String::new();
-        while !line.contains("is ready") {
-            line.clear();
-            if lines.read_line(&mut line)? == 0 {
-                return Err("the broker ended before it was ready: start flowstone dev by hand to see why".into());
-            }
-        }
-        broker.ready_after = from.elapsed();
-        // The rest of what it prints is read away, so that it never waits for us.
-        std::thread::spawn(move || io::copy(&mut lines, &mut io::sink()));
-        Ok(broker)
-    }
-
-    fn flowstone(&self, args: &[&str]) -> Result<Value, Failure> {
-        json(Command::new(&self.flowstone).args(args).args([
-            "--server",
-            &self.server,
-            "--timeout",
-            "60s",
-            "-o",
-            "json",
-        ]))
-    }
-
-    /// One run of `flowstone bench` into a topic of its own, removed afterwards.
-    fn bench(&self, what: &str, size: u64, megabytes: u64, partitions: u32, flush: &str) -> Result<Value, Failure> {
-        let records = (megabytes * 1_000_000 / size).to_string();
-        let config = format!("flowstone.flush={flush}");
-        self.flowstone(&[
-            "bench",
-            what,
-            "--records",
-            &records,
-            "--size",
-            &size.to_string(),
-            "--partitions",
-            &partitions.to_string(),
-            "-c",
-            &config,
-        ])
-    }
-
-    fn delete(&self, topic: &str) -> Result<(), Failure> {
-        self.flowstone(&["topic", "delete", topic, "--yes"]).map(drop)
-    }
-
-    /// Memory of its own: what maps of files show of the page cache is not counted.
-    fn resident_mib(&self) -> Result<f64, Failure> {
-        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()))?;
-        let kib = |name: &str| {
-            let line = status.lines().find(|line| line.starts_with(name))?;
-            line.split_whitespace().nth(1)?.parse::<f64>().ok()
-        };
-        let (anonymous, file) = kib("RssAnon:").zip(kib("RssFile:")).ok_or("no RssAnon in /proc")?;
-        // The program's own text is part of RssFile; the maps of an idle broker add next to nothing.
-        Ok((anonymous + file) / 1024.0)
-    }
-
-    fn stop(mut self) -> Result<(), Failure> {
-        // SIGTERM by the shell's own kill: the standard library only knows SIGKILL.
-        let killed = Command::new("kill").args(["-TERM", &self.child.id().to_string()]).status()?;
-        let ended = self.child.wait()?;
-        if killed.success() && ended.success() { Ok(()) } else { Err(format!("the broker ended with {ended}").into()) }
-    }
-
-    fn kill(mut self) -> Result<(), Failure> {
-        self.child.kill()?;
-        self.child.wait()?;
-        Ok(())
-    }
-}
-
-impl Drop for Broker {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// A port whose two successors are free as well: `dev` takes three.
-fn free_ports() -> Result<u16, Failure> {
-    for _ in 0..100 {
-        let first = TcpListener::bind(("127.0.0.1", 0))?;
-        let port = first.local_addr()?.port();
-        let next = |by: u16| port.checked_add(by).is_some_and(|port| TcpListener::bind(("127.0.0.1", port)).is_ok());
-        if next(1) && next(2) {
-            return Ok(port);
-        }
-    }
-    Err("no three free ports in a row".into())
-}
-
-/// A folder of this run, removed at its end.
-struct Folder(PathBuf);
-
-impl Folder {
-    fn new(parent: &Path) -> Result<Self, Failure> {
-        let path = parent.join(format!("targets-{}", std::process::id()));
-        fs::create_dir_all(&path).map_err(|error| format!("{}: {error}", path.display()))?;
-        Ok(Self(fs::canonicalize(path)?))
-    }
-}
-
-impl Drop for Folder {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0);
-    }
+    broker.stop()?;
+    Ok(vec![few.line("8 partitions, MB/s"), many.line("1000 partitions, MB/s"), ratio.line("1000 / 8")])
 }
