@@ -113,6 +113,13 @@ impl<T> Inbox<T> {
         self.waiting.store(0, Ordering::Relaxed);
     }
 
+    /// Moves all that waits into `taken` (which must be empty).
+    pub(crate) fn take_waiting(&self, taken: &mut Vec<T>) {
+        debug_assert!(taken.is_empty());
+        std::mem::swap(&mut self.lock().queue, taken);
+        self.waiting.store(0, Ordering::Relaxed);
+    }
+
     /// Takes nothing more; gives what still waits.
     pub(crate) fn close(&self) -> Vec<T> {
         let mut state = self.lock();

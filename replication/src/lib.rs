@@ -28,6 +28,7 @@ mod reply;
 mod request;
 mod shard;
 mod stripe;
+mod workers;
 
 pub use effects::{Answer, Effects, Ended, Event};
 pub use flowstone_storage::{LogConfig, ReadBytes, RetentionConfig};
@@ -42,4 +43,5 @@ pub use request::{
     Acks, FlushMode, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure,
     ReplicaSpec, ReplicaStatus, Role, TrimTo,
 };
-pub use shard::{Clock, Shards, ShardsConfig, StartError, system_clock};
+pub use shard::{Clock, ManualShards, Shards, ShardsConfig, StartError, system_clock};
+pub use workers::{JobKind, Workers};

@@ -15,7 +15,7 @@
 //! (`parked_reads_max`, then `OVERLOADED`), reads on their way to the disk (`disk_reads_max`, then `OVERLOADED`).
 //! What pools report back is bounded by what was given to them: a flush, a checkpoint, an opening per replica.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -25,7 +25,7 @@ use std::time::{Duration, Instant, SystemTime};
 use flowstone_protocol::{Error, ErrorCode, Offset, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
 use flowstone_storage::{
-    CheckpointDone, DataDir, Disk, FlushDone, FlushPool, HardState, OpenError, RetentionConfig, StorageError,
+    CheckpointDone, DataDir, Disk, FlushDone, HardState, OpenError, RetentionConfig, StorageError,
 };
 
 use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, LookupOrder, ReadOrder};
@@ -38,6 +38,7 @@ use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
 use crate::request::{FlushMode, Health, ReadAnswer, Reconfigure, ReplicaSpec, ReplicaStatus, Role};
 use crate::stripe::{Stripe, Waiter, Written};
+use crate::workers::{JobKind, StopTheProcess, ThreadPools, Workers};
 
 /// The leader's clock.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
@@ -174,57 +175,10 @@ impl<M: Machine> Shards<M> {
     /// # Errors
     /// When the hard states can not be read, or threads can not be started.
     pub fn start(config: ShardsConfig, data_dir: Arc<DataDir>, clock: Clock) -> Result<Self, StartError> {
-        let disk = Arc::clone(data_dir.disk());
-        let lost_memory = mark_running(&disk, &data_dir, &config.boot_id)
-            .map_err(|source| StartError::Io { action: "note in the data directory that a broker runs", source })?;
-        let pool = |name, threads| {
-            FlushPool::new(name, threads)
-                .map(Arc::new)
-                .map_err(|source| StartError::Io { action: "start a pool's threads", source })
-        };
-        let pools = Pools {
-            flush: pool("flush", config.flush_threads)?,
-            read: pool("read", config.read_threads)?,
-            work: pool("work", config.work_threads)?,
-            disk_reads: Arc::new(AtomicUsize::new(0)),
-        };
-        let shards = config.shards.max(1);
-        let hard_state_dir = data_dir.hard_state_dir();
-        let mut stripes: Vec<HashMap<u32, Stripe>> = (0..shards).map(|_| HashMap::new()).collect();
-        for number in 0..data_dir.stripes() {
-            let stripe = Stripe::open(&disk, &hard_state_dir, number)?;
-            stripes[number as usize % shards].insert(number, stripe);
-        }
-        let mut all = Self { ports: Vec::new(), threads: Mutex::new(Vec::new()), data_dir };
-        for (number, stripes) in stripes.into_iter().enumerate() {
-            let port = Arc::new(Port {
-                inbox: Inbox::new(config.inbox_requests_max),
-                budget: ByteBudget::new(config.inbox_bytes_max),
-                counters: Counters::default(),
-            });
-            let shard = Shard {
-                config: config.clone(),
-                data_dir: Arc::clone(&all.data_dir),
-                disk: Arc::clone(&disk),
-                hard_state_dir: hard_state_dir.clone(),
-                clock: Arc::clone(&clock),
-                lost_memory,
-                port: Arc::clone(&port),
-                pools: pools.clone(),
-                stripes,
-                slots: Vec::new(),
-                free: Vec::new(),
-                by_partition: HashMap::new(),
-                touched: Vec::new(),
-                flushes: Vec::new(),
-                flushes_in_flight: 0,
-                flush_time: Duration::ZERO,
-                answers: Vec::new(),
-                timers: Timers::new(&config),
-                stopping: None,
-                unclean: false,
-            };
-            all.ports.push(port);
+        let workers = ThreadPools::start(config.flush_threads, config.read_threads, config.work_threads)
+            .map_err(|source| StartError::Io { action: "start a pool's threads", source })?;
+        let (all, shards) = Self::assemble(&config, data_dir, clock, Arc::new(workers))?;
+        for (number, shard) in shards.into_iter().enumerate() {
             let thread = std::thread::Builder::new()
                 .name(format!("shard-{number}"))
                 .spawn(move || {
@@ -235,6 +189,63 @@ impl<M: Machine> Shards<M> {
             all.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         }
         Ok(all)
+    }
+
+    /// The shards, and their cores: to be put on threads, or stepped by hand.
+    fn assemble(
+        config: &ShardsConfig,
+        data_dir: Arc<DataDir>,
+        clock: Clock,
+        workers: Arc<dyn Workers>,
+    ) -> Result<(Self, Vec<Shard<M>>), StartError> {
+        let disk = Arc::clone(data_dir.disk());
+        let lost_memory = mark_running(&disk, &data_dir, &config.boot_id)
+            .map_err(|source| StartError::Io { action: "note in the data directory that a broker runs", source })?;
+        let disk_reads = Arc::new(AtomicUsize::new(0));
+        let shards = config.shards.max(1);
+        let hard_state_dir = data_dir.hard_state_dir();
+        let mut stripes: Vec<BTreeMap<u32, Stripe>> = (0..shards).map(|_| BTreeMap::new()).collect();
+        for number in 0..data_dir.stripes() {
+            let stripe = Stripe::open(&disk, &hard_state_dir, number)?;
+            stripes[number as usize % shards].insert(number, stripe);
+        }
+        let mut all = Self { ports: Vec::new(), threads: Mutex::new(Vec::new()), data_dir };
+        let now = workers.now();
+        let mut cores = Vec::with_capacity(shards);
+        for stripes in stripes {
+            let port = Arc::new(Port {
+                inbox: Inbox::new(config.inbox_requests_max),
+                budget: ByteBudget::new(config.inbox_bytes_max),
+                counters: Counters::default(),
+            });
+            cores.push(Shard {
+                config: config.clone(),
+                data_dir: Arc::clone(&all.data_dir),
+                disk: Arc::clone(&disk),
+                hard_state_dir: hard_state_dir.clone(),
+                clock: Arc::clone(&clock),
+                lost_memory,
+                port: Arc::clone(&port),
+                workers: Arc::clone(&workers),
+                disk_reads: Arc::clone(&disk_reads),
+                now,
+                taken: Vec::new(),
+                stripes,
+                slots: Vec::new(),
+                free: Vec::new(),
+                by_partition: HashMap::new(),
+                touched: Vec::new(),
+                flushes: Vec::new(),
+                flushes_in_flight: 0,
+                flush_time: Duration::ZERO,
+                answers: Vec::new(),
+                timers: Timers::new(config),
+                stopping: None,
+                unclean: false,
+            });
+            all.ports.push(port);
+        }
+        Ok((all, cores))
     }
 
     fn port(&self, tp: TopicPartition) -> &Arc<Port<M>> {
@@ -277,6 +288,10 @@ impl<M: Machine> Shards<M> {
 
 impl<M: Machine> Drop for Shards<M> {
     fn drop(&mut self) {
+        // Stepped by hand: whoever steps them ends them.
+        if self.threads.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            return;
+        }
         let (done, finished) = mpsc::channel();
         for port in &self.ports {
             // A shard that is gone already has nothing to stop.
@@ -290,6 +305,91 @@ impl<M: Machine> Drop for Shards<M> {
         if clean {
             mark_stopped(&self.data_dir);
         }
+    }
+}
+
+/// The same shards without threads and without a clock, stepped by hand: for simulations. Jobs go to the given
+/// [`Workers`]; whatever runs them, between two rounds, is a function of its seed.
+///
+/// Dropping it is what a kill does: nothing is finished, nothing is flushed.
+#[derive(Debug)]
+pub struct ManualShards<M: Machine> {
+    shards: Shards<M>,
+    cores: Vec<Shard<M>>,
+    /// How the stop ended, once one was asked for.
+    finished: Option<(mpsc::Receiver<bool>, usize)>,
+    clean: bool,
+}
+
+impl<M: Machine> ManualShards<M> {
+    /// As [`Shards::start`], with the caller in the place of the threads.
+    ///
+    /// # Errors
+    /// When the hard states can not be read.
+    pub fn start(
+        config: &ShardsConfig,
+        data_dir: Arc<DataDir>,
+        clock: Clock,
+        workers: Arc<dyn Workers>,
+    ) -> Result<Self, StartError> {
+        let (shards, cores) = Shards::assemble(config, data_dir, clock, workers)?;
+        Ok(Self { shards, cores, finished: None, clean: true })
+    }
+
+    /// The shards as callers hold them.
+    pub fn shards(&self) -> &Shards<M> {
+        &self.shards
+    }
+
+    /// Whether anything waits in an inbox.
+    pub fn is_waiting(&self) -> bool {
+        self.shards.ports.iter().any(|port| !port.inbox.is_empty())
+    }
+
+    /// When the next round is due, if nothing arrives before.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.cores.iter().filter_map(Shard::next_deadline).min()
+    }
+
+    /// One round of every shard: all that waits, and all that is due.
+    pub fn round(&mut self, now: Instant) {
+        self.cores.retain_mut(|core| {
+            core.port.inbox.take_waiting(&mut core.taken);
+            !core.round(now)
+        });
+    }
+
+    /// Begins to stop, as [`Shards::shutdown`] does; rounds and jobs go on until [`ManualShards::stopped`].
+    pub fn stop(&mut self) {
+        let (done, finished) = mpsc::channel();
+        for port in &self.shards.ports {
+            drop(port.inbox.report(Message::Shutdown { done: done.clone() }));
+        }
+        self.finished.get_or_insert((finished, self.shards.ports.len()));
+    }
+
+    /// Whether all shards have stopped, and if so whether cleanly.
+    pub fn stopped(&mut self) -> Option<bool> {
+        let (finished, left) = self.finished.as_mut()?;
+        while let Ok(clean) = finished.try_recv() {
+            self.clean &= clean;
+            *left -= 1;
+        }
+        if *left > 0 {
+            return None;
+        }
+        if self.clean {
+            mark_stopped(&self.shards.data_dir);
+        }
+        Some(self.clean)
+    }
+
+    /// The replicas that run, to look at.
+    pub fn replicas(&self) -> impl Iterator<Item = &Replica<M>> {
+        self.cores.iter().flat_map(|core| &core.slots).filter_map(|slot| match &slot.state {
+            State::Running(replica) => Some(&**replica),
+            _ => None,
+        })
     }
 }
 
@@ -360,27 +460,6 @@ impl<M: Machine> Message<M> {
             | Self::Removed { .. }
             | Self::HardStatesFlushed { .. }
             | Self::LogClosed { .. } => {}
-        }
-    }
-}
-
-#[derive(Debug, Clone)]
-struct Pools {
-    flush: Arc<FlushPool>,
-    read: Arc<FlushPool>,
-    work: Arc<FlushPool>,
-    /// Reads submitted and not answered yet.
-    disk_reads: Arc<AtomicUsize>,
-}
-
-/// A shard or a job that panics has found a broken invariant: nothing it would do from here on could be trusted.
-struct StopTheProcess;
-
-impl Drop for StopTheProcess {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            tracing::error!("a broken invariant: the process stops, so that nothing is acknowledged that is not so");
-            std::process::abort();
         }
     }
 }
@@ -478,8 +557,15 @@ struct Shard<M: Machine> {
     clock: Clock,
     lost_memory: bool,
     port: Arc<Port<M>>,
-    pools: Pools,
-    stripes: HashMap<u32, Stripe>,
+    workers: Arc<dyn Workers>,
+    /// Reads submitted and not answered yet, of all shards.
+    disk_reads: Arc<AtomicUsize>,
+    /// When this round began.
+    now: Instant,
+    /// Empty between rounds.
+    taken: Vec<Message<M>>,
+    /// In the order of their numbers: what is written when must not depend on a hash.
+    stripes: BTreeMap<u32, Stripe>,
     slots: Vec<Slot<M>>,
     free: Vec<u32>,
     by_partition: HashMap<TopicPartition, u32>,
@@ -496,23 +582,35 @@ struct Shard<M: Machine> {
     unclean: bool,
 }
 
+impl<M: Machine> std::fmt::Debug for Shard<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shard").field("slots", &self.slots).finish_non_exhaustive()
+    }
+}
+
 impl<M: Machine> Shard<M> {
     fn run(mut self) {
-        let mut taken = Vec::new();
         loop {
             let deadline = self.next_deadline();
-            self.port.inbox.take(&mut taken, deadline);
-            let now = Instant::now();
-            for message in taken.drain(..) {
-                self.take(message);
-            }
-            self.on_time(now);
-            self.settle(now);
-            self.hand_out_flushes();
-            if self.stopping.is_some() && self.try_finish() {
+            self.port.inbox.take(&mut self.taken, deadline);
+            if self.round(self.workers.now()) {
                 return;
             }
         }
+    }
+
+    /// Performs what was taken and what is due; whether it was the last round.
+    fn round(&mut self, now: Instant) -> bool {
+        self.now = now;
+        let mut taken = std::mem::take(&mut self.taken);
+        for message in taken.drain(..) {
+            self.take(message);
+        }
+        self.taken = taken;
+        self.on_time(now);
+        self.settle(now);
+        self.hand_out_flushes();
+        self.stopping.is_some() && self.try_finish()
     }
 
     // ---- messages --------------------------------------------------------------------------------------------------
@@ -546,7 +644,7 @@ impl<M: Machine> Shard<M> {
             slot.spec.flush = change.flush;
             slot.spec.max_message_bytes = change.max_message_bytes;
             if change.retention != RetentionConfig::default() {
-                self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
+                self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
             }
         }
         let partition = self.slots.get(key.index as usize).map(|slot| slot.spec.tp.partition);
@@ -635,7 +733,7 @@ impl<M: Machine> Shard<M> {
                 health: Health::Ok,
             },
             ends: 0,
-            running_since: Instant::now(),
+            running_since: self.now,
             opened: Some(opened),
             closing: None,
         };
@@ -691,10 +789,12 @@ impl<M: Machine> Shard<M> {
             now: (self.clock)(),
         };
         let port = Arc::clone(&self.port);
-        self.pools.work.submit(Box::new(move || {
-            let _guard = StopTheProcess;
-            drop(port.inbox.report(Message::Opened { slot: key, outcome: job.run(machine) }));
-        }));
+        self.workers.submit(
+            JobKind::Work,
+            Box::new(move || {
+                drop(port.inbox.report(Message::Opened { slot: key, outcome: job.run(machine) }));
+            }),
+        );
     }
 
     fn on_opened(&mut self, key: SlotKey, outcome: Opened<M>) {
@@ -708,7 +808,7 @@ impl<M: Machine> Shard<M> {
             Opened::Replica(replica) => {
                 let alone = replica.is_only_voter();
                 slot.state = State::Running(replica);
-                slot.running_since = Instant::now();
+                slot.running_since = self.now;
                 slot.events.clear();
                 // They may have changed while it was opened.
                 slot.events.push(Event::Reconfigure(Reconfigure {
@@ -718,14 +818,14 @@ impl<M: Machine> Shard<M> {
                     max_message_bytes: slot.spec.max_message_bytes,
                 }));
                 if slot.spec.retention != RetentionConfig::default() {
-                    self.timers.retention_at.get_or_insert(Instant::now() + self.timers.retention_step);
+                    self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
                 }
                 if alone {
                     slot.events.push(Event::Campaign);
                 } else {
                     self.timers.ticking.retain(|&other| other != key.index);
                     self.timers.ticking.push(key.index);
-                    self.timers.tick_at.get_or_insert(Instant::now() + self.config.tick);
+                    self.timers.tick_at.get_or_insert(self.now + self.config.tick);
                 }
                 self.touch(key.index);
             }
@@ -755,12 +855,12 @@ impl<M: Machine> Shard<M> {
 
     fn set_failed(&mut self, index: u32, machine: M, message: String) {
         let slot = &mut self.slots[index as usize];
-        if slot.running_since.elapsed() > RECOVERED_AFTER {
+        if self.now.saturating_duration_since(slot.running_since) > RECOVERED_AFTER {
             slot.ends = 0;
         }
         let wait = REOPEN_AFTER_MIN.saturating_mul(1 << slot.ends.min(16)).min(REOPEN_AFTER_MAX);
         slot.ends += 1;
-        slot.state = State::Failed { machine, message, reopen_at: Instant::now() + wait };
+        slot.state = State::Failed { machine, message, reopen_at: self.now + wait };
         self.timers.reopen.push(index);
         self.show(index);
     }
@@ -802,24 +902,28 @@ impl<M: Machine> Shard<M> {
         if delete_files {
             drop(state);
             let (data_dir, tp) = (Arc::clone(&self.data_dir), slot.spec.tp);
-            self.pools.work.submit(Box::new(move || {
-                let _guard = StopTheProcess;
-                if let Err(error) = data_dir.remove_replica(tp) {
-                    tracing::error!(%tp, %error, "cannot remove the files of a replica");
-                }
-                drop(port.inbox.report(Message::Removed { slot: key }));
-            }));
+            self.workers.submit(
+                JobKind::Work,
+                Box::new(move || {
+                    if let Err(error) = data_dir.remove_replica(tp) {
+                        tracing::error!(%tp, %error, "cannot remove the files of a replica");
+                    }
+                    drop(port.inbox.report(Message::Removed { slot: key }));
+                }),
+            );
         } else if let State::Running(mut replica) = state {
             // Nothing of it is in flight: whoever still waits, waits for something that can not come any more.
             let error = if self.stopping.is_some() { shutting_down() } else { gone() };
             let mut fx = replica.close(&error.with_partition(slot.spec.tp.partition));
             self.answers.append(&mut fx.answers);
-            self.pools.work.submit(Box::new(move || {
-                let _guard = StopTheProcess;
-                let says = replica.hard_state();
-                let says = close_log(replica.into_log()).map(|flushed| HardState { flushed, ..says });
-                drop(port.inbox.report(Message::LogClosed { slot: key, says }));
-            }));
+            self.workers.submit(
+                JobKind::Work,
+                Box::new(move || {
+                    let says = replica.hard_state();
+                    let says = close_log(replica.into_log()).map(|flushed| HardState { flushed, ..says });
+                    drop(port.inbox.report(Message::LogClosed { slot: key, says }));
+                }),
+            );
         } else {
             drop(state);
             drop(port.inbox.report(Message::LogClosed { slot: key, says: None }));
@@ -841,7 +945,8 @@ impl<M: Machine> Shard<M> {
             None => self.unclean = true,
             Some(says) => {
                 let (tp, replica) = (slot.spec.tp, slot.spec.replica);
-                self.stripe_mut(tp).mark(replica, says, Instant::now());
+                let now = self.now;
+                self.stripe_mut(tp).mark(replica, says, now);
             }
         }
         self.free_slot(key.index);
@@ -942,7 +1047,7 @@ impl<M: Machine> Shard<M> {
                 stripe.put(key, number, replica, state);
             }
             if let Some(state) = flushed {
-                stripe.mark(replica, state, Instant::now());
+                stripe.mark(replica, state, self.now);
             }
         }
         if let Some(order) = flush {
@@ -952,10 +1057,12 @@ impl<M: Machine> Shard<M> {
         if let Some(job) = checkpoint {
             slot.jobs += 1;
             let port = Arc::clone(&self.port);
-            self.pools.work.submit(Box::new(move || {
-                let _guard = StopTheProcess;
-                drop(port.inbox.report(Message::CheckpointWritten { slot: key, done: job.run() }));
-            }));
+            self.workers.submit(
+                JobKind::Work,
+                Box::new(move || {
+                    drop(port.inbox.report(Message::CheckpointWritten { slot: key, done: job.run() }));
+                }),
+            );
         }
         for order in tickets {
             self.read_from_disk(order);
@@ -978,15 +1085,15 @@ impl<M: Machine> Shard<M> {
         if slot.spec.flush == FlushMode::Relaxed && replica.is_dirty() && !slot.awaits_flush {
             slot.awaits_flush = true;
             self.timers.relaxed.push(index);
-            self.timers.relaxed_at.get_or_insert_with(|| Instant::now() + self.config.relaxed_flush_within);
+            self.timers.relaxed_at.get_or_insert(self.now + self.config.relaxed_flush_within);
         }
         if replica.is_disk_full() && !slot.awaits_room {
             slot.awaits_room = true;
             self.timers.full.push(index);
-            self.timers.probe_at.get_or_insert_with(|| Instant::now() + PROBE_EVERY);
+            self.timers.probe_at.get_or_insert(self.now + PROBE_EVERY);
         }
         if replica.has_parked_reads() {
-            self.timers.abandoned_at.get_or_insert_with(|| Instant::now() + DROP_ABANDONED_EVERY);
+            self.timers.abandoned_at.get_or_insert(self.now + DROP_ABANDONED_EVERY);
         }
     }
 
@@ -1042,7 +1149,7 @@ impl<M: Machine> Shard<M> {
 
     /// Counts one more who waits for the disk, if there is room for one.
     fn wait_for_disk(&self) -> Result<Arc<AtomicUsize>, Error> {
-        let waiting = &self.pools.disk_reads;
+        let waiting = &self.disk_reads;
         if waiting.fetch_add(1, Ordering::Relaxed) >= self.config.disk_reads_max {
             waiting.fetch_sub(1, Ordering::Relaxed);
             return Err(Error::new(ErrorCode::Overloaded, "too many readers wait for the disk; try again in a moment"));
@@ -1053,11 +1160,13 @@ impl<M: Machine> Shard<M> {
     fn look_up_on_disk(&mut self, order: LookupOrder) {
         match self.wait_for_disk() {
             Err(error) => order.reply.send(Err(error)),
-            Ok(waiting) => self.pools.read.submit(Box::new(move || {
-                let _guard = StopTheProcess;
-                order.run();
-                waiting.fetch_sub(1, Ordering::Relaxed);
-            })),
+            Ok(waiting) => self.workers.submit(
+                JobKind::Read,
+                Box::new(move || {
+                    order.run();
+                    waiting.fetch_sub(1, Ordering::Relaxed);
+                }),
+            ),
         }
     }
 
@@ -1066,15 +1175,17 @@ impl<M: Machine> Shard<M> {
             Err(error) => return order.reply.send(Err(error)),
             Ok(waiting) => waiting,
         };
-        self.pools.read.submit(Box::new(move || {
-            let _guard = StopTheProcess;
-            let ReadOrder { ticket, reply, log_start, high_watermark } = order;
-            if !reply.is_abandoned() {
-                let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
-                reply.send(answer.map_err(|error| read_error(&error)));
-            }
-            waiting.fetch_sub(1, Ordering::Relaxed);
-        }));
+        self.workers.submit(
+            JobKind::Read,
+            Box::new(move || {
+                let ReadOrder { ticket, reply, log_start, high_watermark } = order;
+                if !reply.is_abandoned() {
+                    let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
+                    reply.send(answer.map_err(|error| read_error(&error)));
+                }
+                waiting.fetch_sub(1, Ordering::Relaxed);
+            }),
+        );
     }
 
     // ---- flushes ---------------------------------------------------------------------------------------------------
@@ -1101,13 +1212,16 @@ impl<M: Machine> Shard<M> {
             }
             for (slot, order) in std::mem::take(&mut self.flushes) {
                 self.flushes_in_flight += 1;
-                let port = Arc::clone(&self.port);
-                self.pools.flush.submit(Box::new(move || {
-                    let _guard = StopTheProcess;
-                    let began = Instant::now();
-                    let done = order.job.run();
-                    drop(port.inbox.report(Message::Flushed { slot, done, took: began.elapsed() }));
-                }));
+                let (port, workers) = (Arc::clone(&self.port), Arc::clone(&self.workers));
+                self.workers.submit(
+                    JobKind::Flush,
+                    Box::new(move || {
+                        let began = workers.now();
+                        let done = order.job.run();
+                        let took = workers.now().saturating_duration_since(began);
+                        drop(port.inbox.report(Message::Flushed { slot, done, took }));
+                    }),
+                );
             }
             self.send_answers();
             return;
@@ -1119,9 +1233,10 @@ impl<M: Machine> Shard<M> {
     fn flush_here(&mut self) {
         let Some((key, order)) = self.flushes.pop() else { return };
         self.port.counters.flushes_inline.fetch_add(1, Ordering::Relaxed);
-        let began = Instant::now();
+        let began = self.workers.now();
         let done = order.job.run();
-        let ended = Instant::now();
+        let ended = self.workers.now();
+        self.now = ended;
         self.note_flush_time(ended - began);
         self.report(key, Event::Flushed(done));
         // How far the log is flushed is written before anybody is told that it is.
@@ -1145,10 +1260,12 @@ impl<M: Machine> Shard<M> {
                     durable.append(&mut waited);
                     if let Some(job) = flush {
                         let port = Arc::clone(&self.port);
-                        self.pools.flush.submit(Box::new(move || {
-                            let _guard = StopTheProcess;
-                            drop(port.inbox.report(Message::HardStatesFlushed { stripe: number, done: job.run() }));
-                        }));
+                        self.workers.submit(
+                            JobKind::Flush,
+                            Box::new(move || {
+                                drop(port.inbox.report(Message::HardStatesFlushed { stripe: number, done: job.run() }));
+                            }),
+                        );
                     }
                 }
                 Err(error) => failed.push((number, error.to_string())),

@@ -151,7 +151,10 @@ impl Stripe {
         for replica in gone.into_iter().filter(|&replica| self.state(replica).is_none()) {
             anew.file.forget(replica);
         }
-        let known: Vec<_> = self.file.states().chain(self.to_append.iter().copied()).collect();
+        let mut known: Vec<_> = self.file.states().collect();
+        // The same states make the same bytes.
+        known.sort_unstable_by_key(|(replica, _)| *replica);
+        known.extend(self.to_append.iter().copied());
         anew.file.append(&known).and_then(|()| anew.file.flush()).map_err(|error| error.to_string())?;
         *self = anew;
         Ok(())
