@@ -3,6 +3,7 @@
 //! ```text
 //! LOCK                           held by the process that uses the directory
 //! manifest                       format version, directory id, cluster id once known, number of stripes
+//! founding                       how the cluster began and which replica of its metadata is here; the broker's own words
 //! hard-state-00000 ...           one per stripe
 //! topics/<topic id>/<partition>/ a replica
 //! ```
@@ -22,6 +23,9 @@ use crate::small_file::{self, Fields, FrameError};
 const LOCK_NAME: &str = "LOCK";
 const MANIFEST_NAME: &str = "manifest";
 const TOPICS_NAME: &str = "topics";
+const FOUNDING_NAME: &str = "founding";
+const FOUNDING_MAGIC: [u8; 8] = *b"FLOWFOUN";
+const FOUNDING_FORMAT_VERSION: u32 = 1;
 /// Kept here by whoever runs on the directory: a stop that was not clean.
 const RUNNING_NAME: &str = "running";
 const MANIFEST_MAGIC: [u8; 8] = *b"FLOWDATA";
@@ -181,6 +185,30 @@ impl DataDir {
                 Ok(())
             }
         }
+    }
+
+    /// What the broker wrote about its cluster's founding; `None` where it never did.
+    pub fn founding(&self) -> Result<Option<Bytes>, DataDirError> {
+        let path = self.path.join(FOUNDING_NAME);
+        let file = match small_file::read_file(&self.disk, &path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(DataDirError::io(&path)(error)),
+        };
+        match small_file::unframe(FOUNDING_MAGIC, FOUNDING_FORMAT_VERSION, &file) {
+            Ok(body) => Ok(Some(Bytes::copy_from_slice(body))),
+            Err(FrameError::Newer { found }) => {
+                Err(DataDirError::Newer { path: self.path.clone(), found, known: FOUNDING_FORMAT_VERSION })
+            }
+            Err(FrameError::Invalid(detail)) => Err(DataDirError::Damaged { path, detail }),
+        }
+    }
+
+    /// Replaces it; durable when this returns.
+    pub fn set_founding(&self, body: &[u8]) -> Result<(), DataDirError> {
+        let path = self.path.join(FOUNDING_NAME);
+        let file = small_file::frame(FOUNDING_MAGIC, FOUNDING_FORMAT_VERSION, body);
+        small_file::replace_file(&self.disk, &path, &file).map(|_| ()).map_err(DataDirError::io(&path))
     }
 
     /// Number of hard state files, fixed when it was made.
