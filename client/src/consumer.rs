@@ -697,6 +697,8 @@ impl Consumer {
                 partition: partition.partition,
                 offset: partition.fetch_position,
                 last_epoch: partition.last_epoch,
+                from_any_replica: false,
+                known_high_watermark: partition.high_watermark.unwrap_or(-1),
             });
         }
         for (leader, set) in sets {
