@@ -13,6 +13,7 @@ pub mod topic_config;
 
 mod admin_http;
 mod broker;
+mod cluster;
 mod connections;
 mod controller;
 mod coordinator;

@@ -142,6 +142,8 @@ impl AdminService {
             log_bytes: 0,
             records: 0,
             error: None,
+            in_sync: Vec::new(),
+            leaving: Vec::new(),
         };
         match find(&self.node, tp) {
             Ok(partition) => {
@@ -304,5 +306,75 @@ impl Admin for AdminService {
         _request: Request<pb::DescribeClusterRequest>,
     ) -> Result<Response<pb::DescribeClusterResponse>, Status> {
         counted(&self.node, Api::Admin, async { Ok(self.cluster()) }).await
+    }
+
+    async fn cluster_health(
+        &self,
+        _request: Request<pb::ClusterHealthRequest>,
+    ) -> Result<Response<pb::ClusterHealthResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn drain_broker(
+        &self,
+        _request: Request<pb::DrainBrokerRequest>,
+    ) -> Result<Response<pb::DrainBrokerResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn decommission_broker(
+        &self,
+        _request: Request<pb::DecommissionBrokerRequest>,
+    ) -> Result<Response<pb::DecommissionBrokerResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn replace_broker(
+        &self,
+        _request: Request<pb::ReplaceBrokerRequest>,
+    ) -> Result<Response<pb::ReplaceBrokerResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn move_partition(
+        &self,
+        _request: Request<pb::MovePartitionRequest>,
+    ) -> Result<Response<pb::MovePartitionResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn cancel_move(
+        &self,
+        _request: Request<pb::CancelMoveRequest>,
+    ) -> Result<Response<pb::CancelMoveResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn list_moves(
+        &self,
+        _request: Request<pb::ListMovesRequest>,
+    ) -> Result<Response<pb::ListMovesResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn transfer_leader(
+        &self,
+        _request: Request<pb::TransferLeaderRequest>,
+    ) -> Result<Response<pb::TransferLeaderResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn rebalance(
+        &self,
+        _request: Request<pb::RebalanceRequest>,
+    ) -> Result<Response<pb::RebalanceResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
+    }
+
+    async fn recover_partition(
+        &self,
+        _request: Request<pb::RecoverPartitionRequest>,
+    ) -> Result<Response<pb::RecoverPartitionResponse>, Status> {
+        Err(Error::new(ErrorCode::Unsupported, "not in this version").to_status())
     }
 }

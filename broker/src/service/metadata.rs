@@ -118,6 +118,7 @@ fn topic_metadata(node: &Node, topic: &Topic) -> pb::TopicMetadata {
             leader_id,
             leader_epoch,
             replicas: places.iter().map(|place| place.broker.get()).collect(),
+            alive: Vec::new(),
         }
     });
     pb::TopicMetadata {
