@@ -92,11 +92,6 @@ impl Ranges {
         let after = self.0.partition_point(|(from, _)| *from <= offset);
         after > 0 && offset < self.0[after - 1].1
     }
-
-    /// The ranges.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (i64, i64)> + '_ {
-        self.0.iter().copied()
-    }
 }
 
 #[cfg(test)]
@@ -125,7 +120,7 @@ mod tests {
             ranges.add(from, to);
         }
         ranges.merge();
-        assert_eq!(ranges.iter().collect::<Vec<_>>(), [(0, 7), (10, 21)]);
+        assert_eq!(ranges.0, [(0, 7), (10, 21)]);
         let there: Vec<i64> = (-1..32).filter(|offset| ranges.contains(*offset)).collect();
         assert_eq!(there, (0..7).chain(10..21).collect::<Vec<_>>());
     }

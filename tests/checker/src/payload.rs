@@ -10,8 +10,8 @@ use crate::history::ValueId;
 /// With what a value begins.
 const MAGIC: &str = "flowstone-checker";
 
-/// Bytes of a value without filling.
-pub const BYTES_MIN: usize = MAGIC.len() + 1 + 16 + 1 + 16 + 1 + 8 + 1;
+/// Bytes of the shortest value: what it tells, and as much filling as shows that its number is right.
+pub const BYTES_MIN: usize = MAGIC.len() + 1 + 16 + 1 + 16 + 1 + 8 + 1 + 16;
 
 /// One run of a workload, so that values of another run in the same topic are told apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

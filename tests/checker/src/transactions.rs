@@ -4,6 +4,13 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TransactionId(pub(crate) u32);
 
+impl TransactionId {
+    /// Its number in its history, from 0.
+    pub const fn number(self) -> u32 {
+        self.0
+    }
+}
+
 /// How a transaction ended, as far as its sender knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TransactionEnd {
