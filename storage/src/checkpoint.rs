@@ -12,7 +12,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use flowstone_protocol::{LeaderEpoch, Offset, PartitionId, RaftIndex, ReplicaId, Term, TopicId, TopicPartition};
 
 use crate::disk::Disk;
-use crate::error::{OpenError, StorageError};
+use crate::error::{OpenError, ReadError, StorageError};
 use crate::small_file::{self, Fields, FrameError};
 
 /// The manifest's name.
@@ -44,25 +44,33 @@ pub struct ReplicaIdentity {
 }
 
 impl ReplicaIdentity {
-    fn encode(&self) -> Bytes {
-        let mut body = BytesMut::with_capacity(32);
+    pub(crate) fn put(&self, body: &mut BytesMut) {
         body.put_u64_le(self.replica.get());
         body.put_u128_le(self.topic_partition.topic.get());
         body.put_i32_le(self.topic_partition.partition.get());
         body.put_u32_le(self.feature_level);
-        small_file::frame(MANIFEST_MAGIC, LOG_FORMAT_VERSION, &body)
     }
 
-    fn decode(file: &[u8]) -> Result<Self, FrameError> {
-        let mut fields = Fields(small_file::unframe(MANIFEST_MAGIC, LOG_FORMAT_VERSION, file)?);
-        let identity = Self {
+    pub(crate) fn take(fields: &mut Fields<'_>) -> Result<Self, FrameError> {
+        Ok(Self {
             replica: ReplicaId::new(fields.u64()?),
             topic_partition: TopicPartition {
                 topic: TopicId::new(fields.u128()?),
                 partition: PartitionId::new(fields.i32()?),
             },
             feature_level: fields.u32()?,
-        };
+        })
+    }
+
+    fn encode(&self) -> Bytes {
+        let mut body = BytesMut::with_capacity(32);
+        self.put(&mut body);
+        small_file::frame(MANIFEST_MAGIC, LOG_FORMAT_VERSION, &body)
+    }
+
+    fn decode(file: &[u8]) -> Result<Self, FrameError> {
+        let mut fields = Fields(small_file::unframe(MANIFEST_MAGIC, LOG_FORMAT_VERSION, file)?);
+        let identity = Self::take(&mut fields)?;
         fields.end()?;
         Ok(identity)
     }
@@ -170,7 +178,7 @@ impl Checkpoint {
         small_file::frame(CHECKPOINT_MAGIC, CHECKPOINT_FORMAT_VERSION, &body)
     }
 
-    pub(crate) fn decode(file: &Bytes) -> Result<Self, FrameError> {
+    fn parse(file: &Bytes) -> Result<Self, FrameError> {
         let mut fields = Fields(small_file::unframe(CHECKPOINT_MAGIC, CHECKPOINT_FORMAT_VERSION, file)?);
         let applied = RaftIndex::new(fields.u64()?);
         let term = Term::new(fields.u64()?);
@@ -224,9 +232,9 @@ impl Checkpoint {
         }
     }
 
-    /// Reads a checkpoint's bytes; the error says what is wrong with them.
-    pub fn from_bytes(file: &Bytes) -> Result<Self, String> {
-        Self::decode(file).map_err(|error| match error {
+    /// Reads a checkpoint file's bytes; the error says what is wrong with them.
+    pub fn decode(file: &Bytes) -> Result<Self, String> {
+        Self::parse(file).map_err(|error| match error {
             FrameError::Invalid(detail) => detail.to_owned(),
             FrameError::Newer { found } => format!("format version {found} is newer than {CHECKPOINT_FORMAT_VERSION}"),
         })
@@ -265,6 +273,19 @@ impl CheckpointJob {
     }
 }
 
+/// The bytes of a checkpoint file ([`Log::newest_checkpoint_file`](crate::log::Log::newest_checkpoint_file)), whole: they
+/// are checked. Run it on a pool.
+///
+/// Fails with [`ReadError::Io`] of kind `NotFound` where newer ones took its place meanwhile: ask the log again.
+pub fn read_file(disk: &Arc<dyn Disk>, path: &Path) -> Result<Bytes, ReadError> {
+    let io = |source| ReadError::Io { path: path.to_owned(), source };
+    let file = small_file::read_file(disk, path).map_err(io)?;
+    match Checkpoint::decode(&file) {
+        Ok(_) => Ok(file),
+        Err(detail) => Err(io(io::Error::new(io::ErrorKind::InvalidData, format!("it is rotten ({detail})")))),
+    }
+}
+
 /// A checkpoint file as it was found.
 #[derive(Debug)]
 pub(crate) enum Found {
@@ -279,7 +300,7 @@ pub(crate) fn read(disk: &Arc<dyn Disk>, dir: &Path, applied: RaftIndex) -> Resu
         Err(error) if error.kind() == io::ErrorKind::InvalidData => return Ok(Found::Rotten(error.to_string())),
         Err(source) => return Err(OpenError::Io { action: "open", path, source }),
     };
-    match Checkpoint::decode(&file) {
+    match Checkpoint::parse(&file) {
         Ok(checkpoint) if checkpoint.applied == applied => Ok(Found::Valid(Box::new(checkpoint))),
         Ok(_) => Ok(Found::Rotten("its name is not its index".to_owned())),
         Err(FrameError::Invalid(detail)) => Ok(Found::Rotten(detail.to_owned())),

@@ -6,6 +6,7 @@
 //! founding                       how the cluster began and which replica of its metadata is here; the broker's own words
 //! hard-state-00000 ...           one per stripe
 //! topics/<topic id>/<partition>/ a replica
+//! topics/<topic id>/<partition>.incoming/ one that is being installed
 //! ```
 
 use std::io;
@@ -18,6 +19,7 @@ use flowstone_protocol::{ClusterId, DirectoryId, PartitionId, TopicId, TopicPart
 use crate::disk::{DirLock, Disk};
 use crate::error::StorageError;
 use crate::hard_state::HardStateFile;
+use crate::install::{INCOMING_SUFFIX, incoming_dir};
 use crate::small_file::{self, Fields, FrameError};
 
 const LOCK_NAME: &str = "LOCK";
@@ -246,7 +248,8 @@ impl DataDir {
         topic.join(topic_partition.partition.to_string())
     }
 
-    /// The partitions that have a folder here, in order; it may not be a whole replica.
+    /// The partitions that have a folder here, in order; it may not be a whole replica, nor more than an install that was
+    /// under way.
     pub fn replicas(&self) -> Result<Vec<TopicPartition>, DataDirError> {
         let topics = self.path.join(TOPICS_NAME);
         let mut found = Vec::new();
@@ -254,21 +257,32 @@ impl DataDir {
             let Ok(topic) = topic_name.parse::<TopicId>() else { continue };
             let partitions = topics.join(&topic_name);
             for name in self.disk.read_dir(&partitions).map_err(DataDirError::io(&partitions))? {
-                if let Ok(partition) = name.parse::<i32>() {
+                if let Ok(partition) = name.strip_suffix(INCOMING_SUFFIX).unwrap_or(&name).parse::<i32>() {
                     found.push(TopicPartition { topic, partition: PartitionId::new(partition) });
                 }
             }
         }
         found.sort_unstable();
+        found.dedup();
         Ok(found)
     }
 
-    /// Removes a replica's folder; fine if there is none. Durable when this returns.
+    /// Removes a replica's folder, and that of an install; fine if there is none. Durable when this returns.
     pub fn remove_replica(&self, topic_partition: TopicPartition) -> Result<(), DataDirError> {
         let dir = self.replica_dir(topic_partition);
-        match self.disk.remove_dir_all(&dir) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            removed => removed.map_err(DataDirError::io(&dir))?,
+        let mut removed_any = false;
+        // The install first: one that is whole would take the replica's place.
+        for dir in [&incoming_dir(&dir), &dir] {
+            match self.disk.remove_dir_all(dir) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                removed => {
+                    removed.map_err(DataDirError::io(dir))?;
+                    removed_any = true;
+                }
+            }
+        }
+        if !removed_any {
+            return Ok(());
         }
         let Some(topic) = dir.parent() else { return Ok(()) };
         // Another partition of the topic may be made or removed at this moment: the folder goes if it is empty, and

@@ -39,7 +39,7 @@ pub trait Disk: Send + Sync + Debug {
     fn create_dir_all(&self, path: &Path) -> io::Result<()>;
     /// The names in a directory, in no order.
     fn read_dir(&self, path: &Path) -> io::Result<Vec<String>>;
-    /// Renames a file, replacing what has the new name.
+    /// Renames a file, replacing what has the new name; or a directory, where nothing has it.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Removes a file.
     fn remove_file(&self, path: &Path) -> io::Result<()>;

@@ -62,6 +62,14 @@ pub enum StorageError {
         /// Why.
         detail: String,
     },
+    /// A replica cannot be made of what was pulled for it; nothing that was there before has changed.
+    #[error("cannot install a replica in {}: {detail}; pull it from another replica", path.display())]
+    NotInstallable {
+        /// The folder that it would take.
+        path: PathBuf,
+        /// Why not.
+        detail: String,
+    },
     /// The entry is not in the log (any more).
     #[error("no entry {index}: the log holds {first} to {last}")]
     NoEntry {
@@ -130,6 +138,16 @@ pub enum OpenError {
 impl OpenError {
     pub(crate) fn io<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Self + 'a {
         move |source| Self::Io { action, path: path.to_owned(), source }
+    }
+}
+
+impl OpenError {
+    /// What an opening did on the way, failed: it may succeed the next time.
+    pub(crate) fn of_storage(error: StorageError) -> Self {
+        match error {
+            StorageError::Io { action, path, source } => Self::Io { action, path, source },
+            other => Self::Io { action: "open", path: PathBuf::new(), source: io::Error::other(other) },
+        }
     }
 }
 

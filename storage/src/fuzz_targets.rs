@@ -98,7 +98,7 @@ pub fn read_hard_state(bytes: &[u8]) {
 /// A checkpoint of any bytes: what decodes encodes to the same bytes.
 pub fn read_checkpoint(bytes: &[u8]) {
     let file = Bytes::copy_from_slice(bytes);
-    if let Ok(checkpoint) = Checkpoint::from_bytes(&file) {
+    if let Ok(checkpoint) = Checkpoint::decode(&file) {
         assert_eq!(checkpoint.encode(), file, "one form for each checkpoint");
     }
 }

@@ -14,7 +14,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +30,7 @@ use crate::checkpoint::{
 };
 use crate::disk::{Disk, DiskFile, OpenMode, is_disk_full};
 use crate::error::StorageError;
+use crate::install;
 use crate::segment::{Active, IndexFile, Sealed, SegmentName};
 use crate::slots::SealedFiles;
 use crate::walk::{ZEROS, is_own_control};
@@ -296,9 +297,9 @@ impl Log {
         identity.write(disk, dir)
     }
 
-    /// Whether `dir` holds a replica that was wholly created.
+    /// Whether `dir` holds a replica that was wholly created, or a wholly installed one is about to take it.
     pub fn exists(disk: &Arc<dyn Disk>, dir: &Path) -> io::Result<bool> {
-        disk.exists(&dir.join(MANIFEST_NAME))
+        Ok(disk.exists(&dir.join(MANIFEST_NAME))? || install::is_whole(disk, dir)?)
     }
 
     /// Ends cleanly: flushes all, cuts the zeros, completes the index file. Returns the last index, which is flushed;
@@ -718,6 +719,16 @@ impl Log {
         self.roll_unless_it_fails(0)
     }
 
+    /// Closes the active segment if it has any batches, whatever its size: so that what is rotten in it can be repaired.
+    /// Whether it did; where it could not (a full disk), it can be tried again.
+    pub fn seal(&mut self) -> Result<bool, StorageError> {
+        self.check_writable()?;
+        if self.active.slots.is_empty() {
+            return Ok(false);
+        }
+        self.roll_unless_it_fails(0)
+    }
+
     /// Rolls where the old segment can be used on as well; whether it did. Fails only where a failure poisoned the log.
     fn roll_unless_it_fails(&mut self, bytes: u64) -> Result<bool, StorageError> {
         let Err(error) = self.roll(bytes) else {
@@ -1101,6 +1112,18 @@ impl Log {
     /// The newest durable checkpoint.
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
+    }
+
+    /// The newest durable checkpoint, and its file; read it with
+    /// [`checkpoint::read_file`](crate::checkpoint::read_file). Together with [`Self::first_index`] of the same moment it
+    /// is what another replica needs to begin from: the log holds all entries behind it.
+    pub fn newest_checkpoint_file(&self) -> (&Checkpoint, PathBuf) {
+        (&self.checkpoint, self.dir.join(Checkpoint::file_name(self.checkpoint.applied)))
+    }
+
+    /// Offset of the first entry held; the end offset when there is none.
+    pub fn first_offset(&self) -> Offset {
+        self.sealed.front().map_or(self.active.name.base_offset, |segment| segment.name.base_offset)
     }
 
     /// A checkpoint of all up to `applied`, the last entry that `membership` and `machine` reflect; what the log knows

@@ -25,7 +25,7 @@ use crate::walk::is_own_control;
 
 /// A segment of a log: the `n`th sealed one, or the active one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Which {
+pub(crate) enum Which {
     Sealed(usize),
     Active,
 }
@@ -75,7 +75,7 @@ impl Log {
         read_now(self.source_of(which), extent)
     }
 
-    fn source_of(&self, which: Which) -> Source {
+    pub(crate) fn source_of(&self, which: Which) -> Source {
         match which {
             Which::Sealed(number) => Source::Sealed(Arc::clone(&self.sealed[number].files)),
             Which::Active => {
@@ -418,7 +418,7 @@ impl Log {
     }
 
     /// The segment that holds `offset`, or the one that it comes after.
-    fn segment_of_offset(&self, offset: Offset) -> Which {
+    pub(crate) fn segment_of_offset(&self, offset: Offset) -> Which {
         if offset >= self.active.name.base_offset {
             return Which::Active;
         }
@@ -426,7 +426,7 @@ impl Log {
         Which::Sealed(after.saturating_sub(1))
     }
 
-    fn segment_of_index(&self, index: RaftIndex) -> Result<(Which, usize), StorageError> {
+    pub(crate) fn segment_of_index(&self, index: RaftIndex) -> Result<(Which, usize), StorageError> {
         let (first, last) = (self.first_index(), self.last_index());
         if index < first || index > last {
             return Err(StorageError::NoEntry { index, first, last });
@@ -439,7 +439,7 @@ impl Log {
         Ok((which, (index.get() - self.name_of(which).first_index.get()) as usize))
     }
 
-    fn view(&self, which: Which) -> View {
+    pub(crate) fn view(&self, which: Which) -> View {
         let end = match which {
             Which::Sealed(number) => self.sealed[number].bytes,
             Which::Active => self.active.end,

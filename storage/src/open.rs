@@ -18,6 +18,7 @@ use crate::batch_index::{BLOCK_BYTES, BLOCK_SLOTS, Slot, blocks_of, decode_block
 use crate::checkpoint::{self, CREATION_INDEX, CREATION_TERM, Checkpoint, EpochStart, Found, ReplicaIdentity};
 use crate::disk::{Disk, DiskFile, OpenMode};
 use crate::error::OpenError;
+use crate::install::{self, PROGRESS_NAME};
 use crate::log::{Log, LogConfig, write_blocks};
 use crate::recovery::{
     CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
@@ -45,10 +46,29 @@ impl Log {
         flushed: RaftIndex,
         now: Timestamp,
     ) -> Result<Self, OpenError> {
+        install::swap_in(&disk, dir).map_err(OpenError::of_storage)?;
         let identity = ReplicaIdentity::read(&disk, dir)?;
-        let found = FoundFiles::list(&disk, dir)?;
+        let mut found = FoundFiles::list(&disk, dir)?;
+        if found.was_installed {
+            found.temporary.push(PROGRESS_NAME.to_owned());
+        }
         let checkpoint = found.checkpoint(&disk, dir, flushed)?;
         let durable = flushed.max(checkpoint.applied);
+        Self::open_from(disk, dir, config, identity, found, checkpoint, durable, now)
+    }
+
+    /// Opens a log from the files found, beginning with `checkpoint`; entries up to `durable` must be there.
+    #[allow(clippy::too_many_arguments, reason = "each is one fact, and there are two callers")]
+    pub(crate) fn open_from(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        config: LogConfig,
+        identity: ReplicaIdentity,
+        found: FoundFiles,
+        checkpoint: Checkpoint,
+        durable: RaftIndex,
+        now: Timestamp,
+    ) -> Result<Self, OpenError> {
         let mut walk = LogWalk {
             disk: &disk,
             dir,
@@ -148,17 +168,19 @@ impl Log {
 
 /// The files of a replica's folder, by their names.
 #[derive(Debug, Default)]
-struct FoundFiles {
+pub(crate) struct FoundFiles {
     /// Ascending.
     segments: Vec<SegmentName>,
     index_files: Vec<SegmentName>,
     /// Descending.
     checkpoints: Vec<RaftIndex>,
     temporary: Vec<String>,
+    /// Whether there is the file that said how far its install was.
+    was_installed: bool,
 }
 
 impl FoundFiles {
-    fn list(disk: &Arc<dyn Disk>, dir: &Path) -> Result<Self, OpenError> {
+    pub(crate) fn list(disk: &Arc<dyn Disk>, dir: &Path) -> Result<Self, OpenError> {
         let mut found = Self::default();
         for name in disk.read_dir(dir).map_err(OpenError::io("read", dir))? {
             if let Some(segment) = SegmentName::of_log_file(&name) {
@@ -169,6 +191,8 @@ impl FoundFiles {
                 found.checkpoints.push(applied);
             } else if name.ends_with(TEMPORARY_SUFFIX) {
                 found.temporary.push(name);
+            } else if name == PROGRESS_NAME {
+                found.was_installed = true;
             }
         }
         found.segments.sort_unstable_by_key(|segment| (segment.first_index, segment.base_offset));

@@ -150,7 +150,7 @@ impl Source {
         }
     }
 
-    fn file(&self) -> Result<Arc<dyn DiskFile>, ReadError> {
+    pub(crate) fn file(&self) -> Result<Arc<dyn DiskFile>, ReadError> {
         match self {
             Self::Sealed(files) => files.log().map_err(ReadError::from),
             Self::Active { file, .. } => Ok(Arc::clone(file)),
@@ -164,14 +164,20 @@ impl Source {
         }
     }
 
-    fn read(&self, file: &dyn DiskFile, buffer: &mut [u8], position: u64, offset: Offset) -> Result<(), ReadError> {
+    pub(crate) fn read(
+        &self,
+        file: &dyn DiskFile,
+        buffer: &mut [u8],
+        position: u64,
+        offset: Offset,
+    ) -> Result<(), ReadError> {
         file.read_exact_at(buffer, position).map_err(|source| match source.kind() {
             io::ErrorKind::UnexpectedEof => self.corrupt(position, offset, "the file ends too early".to_owned()),
             _ => ReadError::Io { path: self.path(), source },
         })
     }
 
-    fn corrupt(&self, position: u64, offset: Offset, detail: String) -> ReadError {
+    pub(crate) fn corrupt(&self, position: u64, offset: Offset, detail: String) -> ReadError {
         ReadError::Corrupt { segment: self.name().log_file(), position, offset, detail }
     }
 }

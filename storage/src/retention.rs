@@ -57,10 +57,10 @@ impl Log {
                 // The segments that stay must not be lost by a power failure that these removals survive.
                 self.disk.sync_dir(&self.dir).map_err(StorageError::io("flush", &self.dir))?;
             }
+            // First: nothing may give these names to files again.
+            segment.files.retire();
             self.remove_segment_files(segment.name)?;
-            if let Some(gone) = self.sealed.pop_front() {
-                gone.files.retire();
-            }
+            self.sealed.pop_front();
             removed += 1;
         }
         if removed > 0 {

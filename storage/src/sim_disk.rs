@@ -95,6 +95,9 @@ struct State {
     durable_names: BTreeMap<PathBuf, u64>,
     /// Changes from the one to the other, in order.
     name_changes: Vec<NameChange>,
+    /// Folders renamed since their parent was flushed, old and new name: each may have its old name back, with all that
+    /// it holds by then.
+    dir_renames: Vec<(PathBuf, PathBuf)>,
     files: BTreeMap<u64, File>,
     next_file: u64,
     /// Files opened in an earlier life are dead.
@@ -123,6 +126,26 @@ impl NameChange {
     fn is_in(&self, dir: &Path) -> bool {
         let (Self::Create { path, .. } | Self::Remove { path } | Self::Rename { to: path, .. }) = self;
         path.parent() == Some(dir)
+    }
+
+    /// The same change, in a folder that got another name.
+    fn moved(self, from: &Path, to: &Path) -> Self {
+        match self {
+            Self::Create { path, file } => Self::Create { path: moved(path, from, to), file },
+            Self::Remove { path } => Self::Remove { path: moved(path, from, to) },
+            Self::Rename { from: old, to: new } => {
+                Self::Rename { from: moved(old, from, to), to: moved(new, from, to) }
+            }
+        }
+    }
+}
+
+/// What `path` is called once the folder `from` is called `to`.
+fn moved(path: PathBuf, from: &Path, to: &Path) -> PathBuf {
+    match path.strip_prefix(from) {
+        Ok(rest) if rest.as_os_str().is_empty() => to.to_owned(),
+        Ok(rest) => to.join(rest),
+        Err(_) => path,
     }
 }
 
@@ -240,6 +263,7 @@ impl SimDisk {
                 names: BTreeMap::new(),
                 durable_names: BTreeMap::new(),
                 name_changes: Vec::new(),
+                dir_renames: Vec::new(),
                 files: BTreeMap::new(),
                 next_file: 0,
                 life: 0,
@@ -484,7 +508,39 @@ impl State {
                 self.durable_names.retain(|lost, _| !lost.starts_with(&dir));
             }
         }
+        for (from, to) in std::mem::take(&mut self.dir_renames).into_iter().rev() {
+            if self.random.below(8) >= keep_of_8 && self.dirs.contains(&to) && !self.dirs.contains(&from) {
+                self.counts.names_lost += 1;
+                self.move_dir(&to, &from);
+            }
+        }
         self.names.clone_from(&self.durable_names);
+    }
+
+    /// Gives a folder another name, in both images: what is in it goes with it.
+    fn move_dir(&mut self, from: &Path, to: &Path) {
+        let move_all = |names: &mut BTreeMap<PathBuf, u64>| {
+            *names = std::mem::take(names).into_iter().map(|(path, file)| (moved(path, from, to), file)).collect();
+        };
+        move_all(&mut self.names);
+        move_all(&mut self.durable_names);
+        let move_dirs = |dirs: &mut BTreeSet<PathBuf>| {
+            *dirs = std::mem::take(dirs).into_iter().map(|dir| moved(dir, from, to)).collect();
+        };
+        move_dirs(&mut self.dirs);
+        move_dirs(&mut self.new_dirs);
+        let changes = std::mem::take(&mut self.name_changes);
+        self.name_changes = changes.into_iter().map(|change| change.moved(from, to)).collect();
+    }
+
+    fn rename_dir(&mut self, from: &Path, to: &Path) -> io::Result<()> {
+        if self.dirs.contains(to) || self.names.contains_key(to) {
+            return Err(system_error(rustix::io::Errno::NOTEMPTY));
+        }
+        self.change_at_once(Operation::Rename, |state| {
+            state.move_dir(from, to);
+            state.dir_renames.push((from.to_owned(), to.to_owned()));
+        })
     }
 
     /// Lets go of files that nothing can bring back.
@@ -553,6 +609,8 @@ impl Disk for SimDisk {
             return Ok(());
         }
         state.change_at_once(Operation::Rename, |state| {
+            // A name that was given up cannot be taken again before that is durable.
+            state.dir_renames.retain(|(from, _)| !path.starts_with(from));
             for dir in path.ancestors() {
                 if state.dirs.insert(dir.to_owned()) && dir.parent().is_some() && state.loses_dirs {
                     state.new_dirs.insert(dir.to_owned());
@@ -575,6 +633,9 @@ impl Disk for SimDisk {
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.lock();
+        if state.dirs.contains(from) {
+            return state.rename_dir(from, to);
+        }
         state.file(from)?;
         state.change_at_once(Operation::Rename, |state| {
             let change = NameChange::Rename { from: from.to_owned(), to: to.to_owned() };
@@ -620,6 +681,7 @@ impl Disk for SimDisk {
             });
             state.dirs.retain(|dir| !dir.starts_with(path));
             state.new_dirs.retain(|dir| !dir.starts_with(path));
+            state.dir_renames.retain(|(_, to)| !to.starts_with(path));
         })
     }
 
@@ -630,6 +692,7 @@ impl Disk for SimDisk {
         }
         state.change_at_once(Operation::SyncDir, |state| {
             state.new_dirs.retain(|dir| dir.parent() != Some(path));
+            state.dir_renames.retain(|(_, to)| to.parent() != Some(path));
             let changes = std::mem::take(&mut state.name_changes);
             let (flushed, rest) = changes.into_iter().partition::<Vec<_>, _>(|change| change.is_in(path));
             for change in &flushed {

@@ -281,6 +281,19 @@ impl SealedFiles {
         self.name.log_path(&self.dir)
     }
 
+    pub(crate) fn disk(&self) -> &Arc<dyn Disk> {
+        &self.disk
+    }
+
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The epoch of the entry before the segment, if known.
+    pub(crate) fn epoch_before(&self) -> Option<LeaderEpoch> {
+        self.epoch_before
+    }
+
     /// The log file, if it is open.
     pub(crate) fn log_now(&self) -> Option<Arc<dyn DiskFile>> {
         self.state_now()?.log.clone()
@@ -300,6 +313,25 @@ impl SealedFiles {
     /// From here on nothing is written to these files by a lookup.
     pub(crate) fn retire(&self) {
         self.state().is_retired = true;
+    }
+
+    /// Whether the segment is deleted, or appended to again.
+    pub(crate) fn is_retired(&self) -> bool {
+        self.state().is_retired
+    }
+
+    /// Gives the file at `new` the log file's name; whether it did: not where the segment is retired, whose name may be
+    /// gone for good. Not durable yet.
+    pub(crate) fn replace_log(&self, new: &Path) -> io::Result<bool> {
+        // Held meanwhile: who deletes the segment retires it first.
+        let mut state = self.state();
+        if state.is_retired {
+            return Ok(false);
+        }
+        self.disk.rename(new, &self.log_path())?;
+        state.log = None;
+        state.rot = None;
+        Ok(true)
     }
 
     /// A block of the index, if it is cached and right.

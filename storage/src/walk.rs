@@ -131,9 +131,23 @@ impl Walker {
     }
 }
 
-enum Wrong {
+/// Why a batch is not the one that belongs somewhere.
+pub(crate) enum Wrong {
     Bad(String),
-    Newer { ctype: i16 },
+    /// It is whole; a newer program wrote it.
+    Newer {
+        ctype: i16,
+    },
+}
+
+impl Wrong {
+    /// What is wrong with the bytes; nothing where only a newer program understands them.
+    pub(crate) fn unless_newer(self) -> Result<(), String> {
+        match self {
+            Self::Bad(detail) => Err(detail),
+            Self::Newer { .. } => Ok(()),
+        }
+    }
 }
 
 /// Whether `batch` is the batch that belongs at this offset and index, after one of `epoch`; its control type if it is
@@ -141,7 +155,7 @@ enum Wrong {
 ///
 /// Offset and epoch lie outside the CRC. The offset must be the next one. The epoch may change only at a no-op, which
 /// repeats it inside its CRC; so one flipped bit there never looks like a higher term.
-fn check(
+pub(crate) fn check(
     batch: &[u8],
     header: &BatchHeader,
     offset: Offset,

@@ -130,11 +130,11 @@ fn checkpoint() {
         ],
     };
     let file = checkpoint.encode();
-    assert_eq!(Checkpoint::from_bytes(&file), Ok(checkpoint));
+    assert_eq!(Checkpoint::decode(&file), Ok(checkpoint));
     check(read_checkpoint, &file, 2_000);
     for bit in 0..file.len() * 8 {
         let mut flipped = file.to_vec();
         flipped[bit / 8] ^= 1 << (bit % 8);
-        assert!(Checkpoint::from_bytes(&Bytes::from(flipped)).is_err(), "bit {bit}");
+        assert!(Checkpoint::decode(&Bytes::from(flipped)).is_err(), "bit {bit}");
     }
 }
