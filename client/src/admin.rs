@@ -1,18 +1,28 @@
 //! Administration: topics, offsets, the cluster.
 
+mod operations;
+
 use std::sync::Arc;
 
+use bytes::Bytes;
 use flowstone_protocol::pb;
 use serde::Serialize;
 
 use crate::address::ServerAddress;
+use crate::cluster::Cluster;
 use crate::error::{Error, ErrorCode, Result};
-use crate::metadata::{Cluster, TopicInfo};
+use crate::metadata::TopicInfo;
 use crate::retry::{Backoff, BackoffPolicy};
+
+pub use operations::{
+    BrokerHealth, BrokerState, ClusterHealth, MoveDescription, PartitionHealth, PartitionProblem, PlannedMove,
+    RebalancePlan, RecoveredPartition,
+};
 
 /// Creates, lists, describes, changes and deletes; made by [`Client::admin`](crate::Client::admin).
 ///
-/// Every call retries what is retriable until the client's request timeout, and may fail with `TIMED_OUT`.
+/// Any broker may be asked for anything. Every call retries what is retriable until the client's request timeout, and may
+/// fail with `TIMED_OUT`. What was done by an attempt whose answer was lost is not reported as an error by the next.
 ///
 /// ```no_run
 /// # async fn run(client: flowstone_client::Client) -> flowstone_client::Result<()> {
@@ -111,8 +121,12 @@ pub struct PartitionDescription {
     pub leader: Option<i32>,
     /// The leader's epoch.
     pub leader_epoch: i32,
-    /// The brokers that hold it.
+    /// The brokers that hold it, the preferred leader first.
     pub replicas: Vec<i32>,
+    /// Those whose replica votes and has all that is committed, as the leader sees it.
+    pub in_sync: Vec<i32>,
+    /// The brokers whose replica is on its way out.
+    pub leaving: Vec<i32>,
     /// First offset that can be read.
     pub log_start: i64,
     /// One past the last offset that can be read.
@@ -279,21 +293,50 @@ impl Admin {
     /// `TOPIC_ALREADY_EXISTS`, `INVALID_TOPIC_NAME`, `INVALID_PARTITIONS`, `INVALID_REPLICATION_FACTOR`,
     /// `INVALID_CONFIG`, `INTERNAL_TOPIC`.
     pub async fn create_topic(&self, topic: NewTopic) -> Result<TopicDescription> {
-        let name = topic.request.name.clone();
-        let validate_only = topic.request.validate_only;
         let request = topic.request;
-        let response = self
+        let name = request.name.clone();
+        // A retry must know whose topic it is that exists already.
+        let before = match self.cluster.ask_for_topic(&name).await {
+            Ok(known) => Some(known.id.clone()),
+            Err(_) => None,
+        };
+        let mut retried = false;
+        let created = self
             .cluster
-            .call_admin(self.cluster.controller().as_ref(), |mut admin| {
-                let request = request.clone();
-                async move { admin.create_topic(request).await }
-            })
+            .call_admin_once(
+                |mut admin| {
+                    let request = request.clone();
+                    async move { admin.create_topic(request).await }
+                },
+                &mut retried,
+            )
             .await
-            .map_err(|error| error.at_topic(&name))?;
-        if !validate_only {
-            self.cluster.topic(&name).await?;
+            .map_err(|error| error.at_topic(&name));
+        let created = match created {
+            Err(error) if retried && error.code() == ErrorCode::TopicAlreadyExists && !request.validate_only => {
+                self.created_before(&request, before).await.ok_or(error)?
+            }
+            created => description(created?.topic)?,
+        };
+        if !request.validate_only {
+            self.cluster.created_topic(&name).await?;
         }
-        description(response.topic)
+        Ok(created)
+    }
+
+    /// The topic that an earlier attempt created, whose answer was lost: it was not there before, and is as it should be.
+    async fn created_before(
+        &self,
+        request: &pb::CreateTopicRequest,
+        before: Option<Bytes>,
+    ) -> Option<TopicDescription> {
+        let there = self.cluster.ask_for_topic(&request.name).await.ok()?;
+        let described = self.describe_topic(&request.name).await.ok()?;
+        let partitions = i32::try_from(described.partitions.len()).ok()?;
+        let as_wanted = partitions == request.partitions.max(1)
+            && (request.replication_factor == 0 || described.replication_factor == request.replication_factor)
+            && request.configs.iter().all(|wanted| has_config(&described, wanted));
+        (before.as_ref() != Some(&there.id) && as_wanted).then_some(described)
     }
 
     /// The topics, by name, without the cluster's own.
@@ -315,9 +358,7 @@ impl Admin {
     async fn list(&self, include_internal: bool) -> Result<Vec<TopicSummary>> {
         let response = self
             .cluster
-            .call_admin(self.cluster.controller().as_ref(), |mut admin| async move {
-                admin.list_topics(pb::ListTopicsRequest { include_internal }).await
-            })
+            .call_admin(|mut admin| async move { admin.list_topics(pb::ListTopicsRequest { include_internal }).await })
             .await?;
         let mut topics: Vec<TopicSummary> = response.topics.into_iter().map(TopicSummary::from_pb).collect();
         topics.sort_by(|a, b| a.name.cmp(&b.name));
@@ -331,7 +372,7 @@ impl Admin {
     pub async fn describe_topic(&self, name: &str) -> Result<TopicDescription> {
         let response = self
             .cluster
-            .call_admin(None, |mut admin| {
+            .call_admin(|mut admin| {
                 let request = pb::DescribeTopicRequest { name: name.to_owned() };
                 async move { admin.describe_topic(request).await }
             })
@@ -346,15 +387,28 @@ impl Admin {
     /// `UNKNOWN_TOPIC`, `INVALID_CONFIG`, `INVALID_PARTITIONS`, `INTERNAL_TOPIC`.
     pub async fn alter_topic(&self, change: AlterTopic) -> Result<TopicDescription> {
         let request = change.request;
-        let response = self
+        let mut retried = false;
+        let altered = self
             .cluster
-            .call_admin(self.cluster.controller().as_ref(), |mut admin| {
-                let request = request.clone();
-                async move { admin.alter_topic(request).await }
-            })
+            .call_admin_once(
+                |mut admin| {
+                    let request = request.clone();
+                    async move { admin.alter_topic(request).await }
+                },
+                &mut retried,
+            )
             .await
-            .map_err(|error| error.at_topic(&request.name))?;
-        description(response.topic)
+            .map_err(|error| error.at_topic(&request.name));
+        match altered {
+            // The first attempt added the partitions, and its answer was lost: there can be no more added up to there.
+            Err(error) if retried && error.code() == ErrorCode::InvalidPartitions && !request.validate_only => {
+                let described = self.describe_topic(&request.name).await?;
+                let done = i32::try_from(described.partitions.len()) == Ok(request.partitions)
+                    && request.set.iter().all(|wanted| has_config(&described, wanted));
+                if done { Ok(described) } else { Err(error) }
+            }
+            altered => description(altered?.topic),
+        }
     }
 
     /// Deletes a topic with all that is in it.
@@ -362,13 +416,22 @@ impl Admin {
     /// # Errors
     /// `UNKNOWN_TOPIC`, `INTERNAL_TOPIC`.
     pub async fn delete_topic(&self, name: &str) -> Result<()> {
-        self.cluster
-            .call_admin(self.cluster.controller().as_ref(), |mut admin| {
-                let request = pb::DeleteTopicRequest { name: name.to_owned() };
-                async move { admin.delete_topic(request).await }
-            })
-            .await
-            .map_err(|error| error.at_topic(name))?;
+        let mut retried = false;
+        let deleted = self
+            .cluster
+            .call_admin_once(
+                |mut admin| {
+                    let request = pb::DeleteTopicRequest { name: name.to_owned() };
+                    async move { admin.delete_topic(request).await }
+                },
+                &mut retried,
+            )
+            .await;
+        match deleted {
+            // The first attempt deleted it, and its answer was lost.
+            Err(error) if retried && error.code() == ErrorCode::UnknownTopic => {}
+            deleted => drop(deleted.map_err(|error| error.at_topic(name))?),
+        }
         self.cluster.forget(name);
         Ok(())
     }
@@ -397,10 +460,15 @@ impl Admin {
         let leader = self.leader(topic, partition).await?;
         let response = self
             .cluster
-            .call_admin(leader.as_ref(), |mut admin| {
-                let request = pb::TrimPartitionRequest { topic: topic.to_owned(), partition, offset };
-                async move { admin.trim_partition(request).await }
-            })
+            .call_admin_at(
+                leader.as_ref(),
+                |mut admin| {
+                    let request = pb::TrimPartitionRequest { topic: topic.to_owned(), partition, offset };
+                    async move { admin.trim_partition(request).await }
+                },
+                // Trimming twice to the same offset is trimming once.
+                &mut false,
+            )
             .await
             .map_err(|error| error.at(topic, partition))?;
         Ok(response.log_start)
@@ -409,7 +477,7 @@ impl Admin {
     async fn leader(&self, topic: &str, partition: i32) -> Result<Option<ServerAddress>> {
         known_partition(&*self.cluster.topic(topic).await?, partition)?;
         let snapshot = self.cluster.snapshot();
-        Ok(snapshot.leader(topic, partition).and_then(|leader| snapshot.brokers.get(&leader)).cloned())
+        Ok(snapshot.leader(topic, partition).and_then(|leader| snapshot.address(leader)).cloned())
     }
 
     /// The cluster and its brokers.
@@ -419,9 +487,7 @@ impl Admin {
     pub async fn describe_cluster(&self) -> Result<ClusterDescription> {
         let response = self
             .cluster
-            .call_admin(self.cluster.controller().as_ref(), |mut admin| async move {
-                admin.describe_cluster(pb::DescribeClusterRequest {}).await
-            })
+            .call_admin(|mut admin| async move { admin.describe_cluster(pb::DescribeClusterRequest {}).await })
             .await?;
         Ok(ClusterDescription {
             cluster_id: response.cluster_id,
@@ -446,10 +512,22 @@ impl Admin {
 
     /// Looks up places of partitions' logs; the answers are in the order of the questions.
     ///
+    /// A leader answers from what it knows. One that was just replaced and has not heard of it knows less than there is;
+    /// [`list_offsets_linearizable`](Self::list_offsets_linearizable) does not take its word.
+    ///
     /// # Errors
     /// `UNKNOWN_TOPIC`, `UNKNOWN_PARTITION`: the first that occurs, for all.
     pub async fn list_offsets(&self, queries: &[(&str, i32, OffsetSpec)]) -> Result<Vec<OffsetInfo>> {
-        list_offsets(&self.cluster, queries).await
+        list_offsets(&self.cluster, queries, false).await
+    }
+
+    /// As [`list_offsets`](Self::list_offsets), and each leader makes sure that it still leads before it answers: all that
+    /// was acknowledged before this call, to whomever, lies below the end.
+    ///
+    /// # Errors
+    /// As [`list_offsets`](Self::list_offsets); `TIMED_OUT` for a partition whose majority is away.
+    pub async fn list_offsets_linearizable(&self, queries: &[(&str, i32, OffsetSpec)]) -> Result<Vec<OffsetInfo>> {
+        list_offsets(&self.cluster, queries, true).await
     }
 
     /// Looks up one place in every partition of a topic, by partition.
@@ -459,7 +537,7 @@ impl Admin {
     pub async fn topic_offsets(&self, topic: &str, at: OffsetSpec) -> Result<Vec<OffsetInfo>> {
         let partitions = self.cluster.topic(topic).await?.partition_count();
         let queries: Vec<_> = (0..partitions).map(|partition| (topic, partition, at)).collect();
-        list_offsets(&self.cluster, &queries).await
+        list_offsets(&self.cluster, &queries, false).await
     }
 }
 
@@ -476,6 +554,7 @@ pub(crate) fn known_partition(topic: &TopicInfo, partition: i32) -> Result<()> {
 pub(crate) async fn list_offsets(
     cluster: &Arc<Cluster>,
     queries: &[(&str, i32, OffsetSpec)],
+    linearizable: bool,
 ) -> Result<Vec<OffsetInfo>> {
     let deadline = tokio::time::Instant::now() + cluster.request_timeout();
     let mut found: Vec<Option<OffsetInfo>> = vec![None; queries.len()];
@@ -490,8 +569,8 @@ pub(crate) async fn list_offsets(
         }
         let mut retriable = None;
         for (leader, numbers) in by_leader {
-            let address = leader.and_then(|leader| cluster.snapshot().brokers.get(&leader).cloned());
-            let mut request = pb::ListOffsetsRequest::default();
+            let address = leader.and_then(|leader| cluster.snapshot().address(leader).cloned());
+            let mut request = pb::ListOffsetsRequest { linearizable, ..Default::default() };
             for number in &numbers {
                 let (name, partition, at) = queries[*number];
                 let topic_id = cluster.topic(name).await?.id.clone();
@@ -513,13 +592,13 @@ pub(crate) async fn list_offsets(
                 let (name, partition, _) = queries[number];
                 if let Some(detail) = &answer.error {
                     let error = Error::from_detail(detail).at(name, partition);
-                    if error.code() == ErrorCode::UnknownTopic {
+                    if error.is_not_found() {
+                        // It was there: either it is gone, which the next round finds out, or that broker is behind.
                         cluster.forget(name);
-                    }
-                    if !error.is_retriable() {
+                    } else if !error.is_retriable() {
                         return Err(error);
                     }
-                    cluster.heed_hint(name, partition, &error);
+                    cluster.refused(name, partition, &error);
                     retriable = Some(error);
                     continue;
                 }
@@ -566,6 +645,12 @@ impl TopicSummary {
     }
 }
 
+/// Whether the topic itself sets this key to this value.
+fn has_config(topic: &TopicDescription, wanted: &pb::ConfigEntry) -> bool {
+    let known = topic.configs.iter().find(|config| config.key == wanted.key);
+    known.is_some_and(|config| config.source == ConfigSource::Topic && config.value == wanted.value)
+}
+
 fn uuid(bytes: &[u8]) -> String {
     flowstone_protocol::TopicId::from_slice(bytes).map(|id| id.to_string()).unwrap_or_default()
 }
@@ -588,6 +673,8 @@ fn description(topic: Option<pb::TopicDescription>) -> Result<TopicDescription> 
         leader: (partition.leader_id >= 0).then_some(partition.leader_id),
         leader_epoch: partition.leader_epoch,
         replicas: partition.replicas,
+        in_sync: partition.in_sync,
+        leaving: partition.leaving,
         log_start: partition.log_start,
         high_watermark: partition.high_watermark,
         end_offset: partition.end_offset,

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use crate::address::ServerAddress;
 use crate::admin::Admin;
+use crate::cluster::Cluster;
 use crate::connection::ConnectionSettings;
 use crate::consumer::ConsumerBuilder;
 use crate::error::{Error, ErrorCode, Result};
-use crate::metadata::Cluster;
 use crate::producer::ProducerBuilder;
 
 /// A cluster that was reached. Cheap to clone; the last clone, producer, consumer or [`Admin`] that goes ends its

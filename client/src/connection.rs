@@ -6,7 +6,7 @@
 
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use flowstone_protocol::pb::admin_client::AdminClient;
 use flowstone_protocol::pb::log_client::LogClient;
@@ -24,6 +24,14 @@ pub(crate) const CREDIT_BYTES_MAX: usize = WINDOW_BYTES as usize / 2;
 
 /// Largest payload of one HTTP/2 frame to us: with the default, 16 KiB, a MiB of records costs 64 frames.
 const FRAME_BYTES: u32 = 1 << 20;
+
+/// Silence after which a control connection is asked whether it is still there, and how long the answer may take: the
+/// metadata comes over it, and with it who leads when a broker hangs.
+const CONTROL_PING_AFTER: Duration = Duration::from_secs(2);
+const CONTROL_PONG_MAX: Duration = Duration::from_secs(3);
+
+/// For how long a broker that did not answer is asked after all others.
+const TROUBLE_REMEMBERED: Duration = Duration::from_secs(10);
 
 /// How connections are made.
 #[derive(Clone, Debug)]
@@ -78,11 +86,31 @@ pub(crate) struct ControlConnections {
     settings: ConnectionSettings,
     // Guards the map alone; never held across an await.
     channels: Mutex<HashMap<ServerAddress, Channel>>,
+    /// When each that did not answer was last asked. Guards the map alone; never held across an await.
+    troubles: Mutex<HashMap<ServerAddress, Instant>>,
 }
 
 impl ControlConnections {
     pub(crate) fn new(settings: ConnectionSettings) -> Self {
-        Self { settings, channels: Mutex::default() }
+        Self { settings, channels: Mutex::default(), troubles: Mutex::default() }
+    }
+
+    /// It answered: it is as good as any.
+    pub(crate) fn answered(&self, address: &ServerAddress) {
+        crate::locked(&self.troubles).remove(address);
+    }
+
+    /// It did not answer.
+    pub(crate) fn failed(&self, address: &ServerAddress) {
+        crate::locked(&self.troubles).insert(address.clone(), Instant::now());
+    }
+
+    /// Puts those last that did not answer lately, the latest at the very end; the others keep their order.
+    pub(crate) fn best_first(&self, list: &mut [ServerAddress]) {
+        let mut troubles = crate::locked(&self.troubles);
+        let now = Instant::now();
+        troubles.retain(|_, since| now.saturating_duration_since(*since) < TROUBLE_REMEMBERED);
+        list.sort_by_key(|address| troubles.get(address).copied());
     }
 
     pub(crate) fn settings(&self) -> &ConnectionSettings {
@@ -94,7 +122,10 @@ impl ControlConnections {
         if let Some(channel) = channels.get(address) {
             return Ok(channel.clone());
         }
-        let channel = self.settings.endpoint(address)?.connect_lazy();
+        let pong_max = CONTROL_PONG_MAX.min(self.settings.keep_alive_timeout);
+        let endpoint = self.settings.endpoint(address)?.keep_alive_timeout(pong_max);
+        let channel =
+            endpoint.http2_keep_alive_interval(CONTROL_PING_AFTER.min(self.settings.keep_alive_timeout)).connect_lazy();
         channels.insert(address.clone(), channel.clone());
         Ok(channel)
     }

@@ -17,9 +17,10 @@ use futures::{FutureExt, Stream};
 use tokio::time::Sleep;
 
 use crate::admin::{OffsetSpec, known_partition, list_offsets};
+use crate::cluster::{Cluster, MetadataChanges};
 use crate::connection::CREDIT_BYTES_MAX;
 use crate::error::{Error, ErrorCode, Result};
-use crate::metadata::{Cluster, MetadataChanges, TopicInfo};
+use crate::metadata::{Snapshot, TopicInfo};
 use crate::record::unix_millis;
 use crate::retry::BackoffPolicy;
 
@@ -105,6 +106,7 @@ pub struct ConsumerBuilder {
     on_out_of_range: OnOutOfRange,
     prefetch_bytes: usize,
     decompressed_bytes_max: usize,
+    rack: Arc<str>,
 }
 
 impl ConsumerBuilder {
@@ -118,6 +120,7 @@ impl ConsumerBuilder {
             on_out_of_range: OnOutOfRange::default(),
             prefetch_bytes: 8 << 20,
             decompressed_bytes_max: 256 << 20,
+            rack: Arc::from(""),
         }
     }
 
@@ -177,7 +180,18 @@ impl ConsumerBuilder {
         self
     }
 
+    /// Where this program runs: partitions are read from a replica on a broker of the same rack, up to what that replica
+    /// knows to be committed, and from their leader where there is none; without a rack always from the leader. What
+    /// reaches the program is the same either way, a little later from a follower.
+    pub fn rack(mut self, rack: impl AsRef<str>) -> Self {
+        self.rack = Arc::from(rack.as_ref());
+        self
+    }
+
     /// Looks up where to begin and to end. Reading begins with the first poll.
+    ///
+    /// The ends are asked for [linearizably](crate::Admin::list_offsets_linearizable): with [`StopAt::End`], all that was
+    /// acknowledged before this call is read.
     ///
     /// # Errors
     /// `UNKNOWN_TOPIC`, `UNKNOWN_PARTITION`; `INVALID_REQUEST` for settings that make no sense, such as nothing to
@@ -228,10 +242,18 @@ impl ConsumerBuilder {
             };
             queries.extend(start.into_iter().chain(stop).map(|at| (&*topic.name, *partition, at)));
         }
-        let mut found = list_offsets(&self.cluster, &queries).await?.into_iter().map(|info| info.offset);
+        let at_end = |(_, _, at): &(&str, i32, OffsetSpec)| matches!(at, OffsetSpec::End);
+        let linearizable = queries.iter().any(at_end);
+        let mut found = list_offsets(&self.cluster, &queries, linearizable).await?.into_iter();
         let mut partitions = Vec::new();
         for (topic, partition, start_at) in &wanted {
-            let mut next = || found.next().unwrap_or_default();
+            let mut high_watermark = None;
+            let mut next = || {
+                found.next().map_or(0, |info| {
+                    high_watermark = high_watermark.max(Some(info.high_watermark));
+                    info.offset
+                })
+            };
             let start = match start_at {
                 StartAt::Offset(offset) => *offset,
                 _ => next(),
@@ -245,7 +267,7 @@ impl ConsumerBuilder {
                 StopAt::Offset(offset) => offset,
                 StopAt::End | StopAt::Timestamp(_) => next(),
             };
-            partitions.push(Partition::new(topic, *partition, start, until));
+            partitions.push(Partition { high_watermark, ..Partition::new(topic, *partition, start, until) });
         }
         let mut consumer = Consumer {
             changed: next_change(self.cluster.changes()),
@@ -285,9 +307,17 @@ struct Partition {
     last_epoch: i32,
     paused: bool,
     failures: u32,
+    /// The highest that any broker told: it never goes back, whichever replica is read next.
     high_watermark: Option<i64>,
+    /// A broker in our rack that did not serve this partition, and until when it is not asked again.
+    avoided: Option<(i32, Instant)>,
     state: Fetching,
 }
+
+/// For how long a follower is passed over that did not serve a partition.
+const AVOIDED_FOR: Duration = Duration::from_secs(5);
+/// Time between two looks at a partition without a leader.
+const LEADERLESS_WAIT: Duration = Duration::from_millis(200);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fetching {
@@ -319,10 +349,26 @@ impl Partition {
             paused: false,
             failures: 0,
             high_watermark: None,
+            avoided: None,
             state: Fetching::Unset,
         };
         partition.check_done();
         partition
+    }
+
+    /// The broker to read it from: the nearest, or its leader.
+    fn source(&self, snapshot: &Snapshot, rack: &str, now: Instant) -> Option<i32> {
+        let leader = || snapshot.leader(&self.topic, self.partition);
+        if rack.is_empty() {
+            return leader();
+        }
+        let avoided = |broker| self.avoided.is_some_and(|(known, until)| known == broker && until > now);
+        snapshot.nearest(&self.topic, self.partition, rack, avoided).or_else(leader)
+    }
+
+    /// This broker did not serve it. Where another may, it is passed over for a while.
+    fn avoid(&mut self, broker: i32) {
+        self.avoided = Some((broker, Instant::now() + AVOIDED_FOR));
     }
 
     fn check_done(&mut self) {
@@ -485,7 +531,7 @@ impl Consumer {
             StartAt::Timestamp(millis) => OffsetSpec::Timestamp(millis),
             StartAt::FromEnd(records) => OffsetSpec::FromEnd(records),
         };
-        let found = list_offsets(&self.settings.cluster, &[(topic, partition, at)]).await?;
+        let found = list_offsets(&self.settings.cluster, &[(topic, partition, at)], false).await?;
         self.seek(topic, partition, found.first().map_or(0, |info| info.offset))
     }
 
@@ -537,7 +583,8 @@ impl Consumer {
         self.partitions.iter().map(position).collect()
     }
 
-    /// One past the last offset that could be read when this partition's broker last sent something.
+    /// One past the last offset that could be read when this partition's broker last sent something; it never goes back,
+    /// whichever replica that is, but for a log that was recovered with loss.
     ///
     /// # Errors
     /// `UNKNOWN_PARTITION` for one that is not read here.
@@ -545,14 +592,15 @@ impl Consumer {
         Ok(self.partitions[self.index(topic, partition)?].high_watermark)
     }
 
-    /// Where the partitions end now: one past the last offset that can be read, as the brokers say.
+    /// Where the partitions end now: one past the last offset that can be read. All that was acknowledged before this
+    /// call lies below.
     ///
     /// # Errors
-    /// `TIMED_OUT` where no broker answers; `UNKNOWN_TOPIC` for one that was deleted.
+    /// `TIMED_OUT` where no broker answers, or a partition's majority is away; `UNKNOWN_TOPIC` for one that was deleted.
     pub async fn end_offsets(&self) -> Result<Vec<Position>> {
         let queries: Vec<_> =
             self.partitions.iter().map(|partition| (&*partition.topic, partition.partition, OffsetSpec::End)).collect();
-        let found = list_offsets(&self.settings.cluster, &queries).await?;
+        let found = list_offsets(&self.settings.cluster, &queries, true).await?;
         let position = |(partition, info): (&Partition, crate::admin::OffsetInfo)| Position {
             topic: partition.topic.clone(),
             partition: partition.partition,
@@ -622,9 +670,16 @@ impl Consumer {
                 FetchEvent::Down(error) => {
                     let broker = self.streams[at].broker;
                     tracing::debug!(broker, %error, "fetch stream ended");
+                    let snapshot = self.settings.cluster.snapshot();
                     for index in 0..self.partitions.len() {
                         let partition = &mut self.partitions[index];
-                        if partition.state != Fetching::Set(broker) {
+                        let source = partition.source(&snapshot, &self.settings.rack, Instant::now());
+                        let set = partition.state == Fetching::Set(broker);
+                        if set || partition.state == Fetching::Unset && source == Some(broker) {
+                            partition.avoid(broker);
+                            self.settings.cluster.doubt(&partition.topic);
+                        }
+                        if !set {
                             continue;
                         }
                         partition.session = partition.session.wrapping_add(1);
@@ -677,32 +732,38 @@ impl Consumer {
             if partition.state != Fetching::Unset || partition.paused {
                 continue;
             }
-            // Without a leader it waits for the metadata to name one.
-            let Some(leader) = snapshot.leader(&partition.topic, partition.partition) else { continue };
-            let at = self.streams.iter().position(|stream| stream.broker == leader).unwrap_or_else(|| {
-                self.streams.push(BrokerStream::new(leader, self.settings.prefetch_bytes));
+            let Some(broker) = partition.source(&snapshot, &self.settings.rack, now) else {
+                // The metadata will name a leader, sooner or later.
+                self.settings.cluster.doubt(&partition.topic);
+                let until = now + LEADERLESS_WAIT;
+                partition.state = Fetching::Waiting(until);
+                earliest = Some(earliest.map_or(until, |known| known.min(until)));
+                continue;
+            };
+            let at = self.streams.iter().position(|stream| stream.broker == broker).unwrap_or_else(|| {
+                self.streams.push(BrokerStream::new(broker, self.settings.prefetch_bytes));
                 self.streams.len() - 1
             });
             let stream = &mut self.streams[at];
             if !stream.is_open() {
-                stream.connect(self.settings.cluster.settings(), snapshot.brokers.get(&leader));
+                stream.connect(self.settings.cluster.settings(), snapshot.address(broker));
                 continue;
             }
             partition.session = partition.session.wrapping_add(1);
-            partition.state = Fetching::Set(leader);
-            sets.entry(leader).or_default().push(pb::FetchPartition {
+            partition.state = Fetching::Set(broker);
+            sets.entry(broker).or_default().push(pb::FetchPartition {
                 fetch_id: index as u32,
                 session: partition.session,
                 topic_id: partition.topic_id.clone(),
                 partition: partition.partition,
                 offset: partition.fetch_position,
                 last_epoch: partition.last_epoch,
-                from_any_replica: false,
+                from_any_replica: !self.settings.rack.is_empty(),
                 known_high_watermark: partition.high_watermark.unwrap_or(-1),
             });
         }
-        for (leader, set) in sets {
-            if let Some(stream) = self.streams.iter().find(|stream| stream.broker == leader) {
+        for (broker, set) in sets {
+            if let Some(stream) = self.streams.iter().find(|stream| stream.broker == broker) {
                 stream.send(pb::FetchRequest { set, ..Default::default() });
             }
         }
@@ -723,14 +784,16 @@ impl Consumer {
         for index in 0..self.partitions.len() {
             let partition = &self.partitions[index];
             let known = snapshot.topic(&partition.topic).is_some_and(|topic| topic.id == partition.topic_id);
-            let leader = snapshot.leader(&partition.topic, partition.partition);
+            let source = partition.source(&snapshot, &self.settings.rack, Instant::now());
             match partition.state {
                 Fetching::Done | Fetching::Stopped => {}
                 _ if !known => {
                     let error = Error::new(ErrorCode::UnknownTopic, "the topic was deleted");
                     self.stop(index, error);
                 }
-                Fetching::Set(broker) if leader.is_some_and(|leader| leader != broker) => self.unset(index),
+                Fetching::Set(broker) if source.is_some_and(|source| source != broker) => self.unset(index),
+                // What it waits for may be here.
+                Fetching::Waiting(_) if partition.failures == 0 => self.partitions[index].state = Fetching::Unset,
                 _ => {}
             }
         }
@@ -770,7 +833,7 @@ impl Consumer {
             return None;
         }
         partition.failures = 0;
-        partition.high_watermark = Some(response.high_watermark);
+        partition.high_watermark = partition.high_watermark.max(Some(response.high_watermark));
         let wanted = Wanted {
             from: partition.fetch_position,
             until: partition.until,
@@ -797,18 +860,35 @@ impl Consumer {
 
     /// The broker does not send this partition any more until it is set again.
     fn refused(&mut self, index: usize, error: Error) {
+        let snapshot = self.settings.cluster.snapshot();
+        let partition = &mut self.partitions[index];
+        let follower = match partition.state {
+            Fetching::Set(broker) if snapshot.leader(&partition.topic, partition.partition) != Some(broker) => {
+                partition.avoid(broker);
+                true
+            }
+            _ => false,
+        };
         let policy = self.settings.on_out_of_range;
-        if error.code() == ErrorCode::OffsetOutOfRange && policy != OnOutOfRange::Error {
+        let out_of_range = error.code() == ErrorCode::OffsetOutOfRange;
+        if out_of_range && !follower && policy != OnOutOfRange::Error {
             let at = if policy == OnOutOfRange::Earliest { OffsetSpec::Start } else { OffsetSpec::End };
             self.look_up(index, at);
             return;
         }
-        let partition = &mut self.partitions[index];
-        if !error.is_retriable() {
+        // Whoever does not know a topic that the metadata has may be behind it; a follower that says that an offset is out
+        // of range may be behind its leader, and the leader decides.
+        let known = snapshot.topic(&partition.topic).is_some_and(|topic| topic.id == partition.topic_id);
+        let behind = error.is_not_found() && known || follower && out_of_range;
+        if !error.is_retriable() && !behind {
+            if error.code() == ErrorCode::LogDiverged {
+                // Its end is what it is now, not what it was.
+                partition.high_watermark = None;
+            }
             self.stop(index, error);
             return;
         }
-        self.settings.cluster.heed_hint(&partition.topic, partition.partition, &error);
+        self.settings.cluster.refused(&partition.topic, partition.partition, &error);
         partition.failures = partition.failures.saturating_add(1);
         let wait: Duration = BackoffPolicy::REQUEST.wait(partition.failures, rand::random::<f64>());
         partition.state = Fetching::Waiting(Instant::now() + wait);
@@ -823,7 +903,7 @@ impl Consumer {
         let (topic, number, session) = (partition.topic.clone(), partition.partition, partition.session);
         let cluster = self.settings.cluster.clone();
         self.lookups.push(Box::pin(async move {
-            let found = list_offsets(&cluster, &[(&topic, number, at)]).await;
+            let found = list_offsets(&cluster, &[(&topic, number, at)], false).await;
             (index, session, found.map(|found| found.first().map_or(0, |info| info.offset)))
         }));
     }

@@ -59,6 +59,7 @@
 mod address;
 pub mod admin;
 mod client;
+mod cluster;
 mod connection;
 pub mod consumer;
 pub mod error;
@@ -71,8 +72,9 @@ pub mod testkit;
 mod wire;
 
 pub use admin::{
-    Admin, AlterTopic, BrokerDescription, ClusterDescription, ConfigSource, ConfigValue, NewTopic, OffsetInfo,
-    OffsetSpec, PartitionDescription, TopicDescription, TopicSummary,
+    Admin, AlterTopic, BrokerDescription, BrokerHealth, BrokerState, ClusterDescription, ClusterHealth, ConfigSource,
+    ConfigValue, MoveDescription, NewTopic, OffsetInfo, OffsetSpec, PartitionDescription, PartitionHealth,
+    PartitionProblem, PlannedMove, RebalancePlan, RecoveredPartition, TopicDescription, TopicSummary,
 };
 pub use client::{Client, ClientBuilder};
 pub use consumer::{

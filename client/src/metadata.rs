@@ -1,18 +1,18 @@
-//! What the cluster looks like: brokers, topics, leaders. A cache that one task keeps fresh by watching a broker.
+//! What the cluster looks like: brokers, topics, who leads and who follows. Pure: updates in, a snapshot out.
+//!
+//! Updates come from several brokers, and not in order: from the one that is watched, from another that is watched after
+//! it, from whoever was asked because the watched one seemed to be behind. Two numbers tell old from new. The metadata
+//! offset orders everything but leaders; a leader's epoch orders the leaders of one partition, which brokers know from
+//! one another sooner than from the metadata's log.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Weak};
-use std::time::Duration;
+use std::sync::Arc;
 
 use bytes::Bytes;
 use flowstone_protocol::pb;
-use tokio::sync::watch;
-use tokio::time::Instant;
 
 use crate::address::ServerAddress;
-use crate::connection::{ConnectionSettings, ControlConnections};
-use crate::error::{Error, ErrorCode, Result};
-use crate::retry::{Backoff, BackoffPolicy};
+use crate::error::Error;
 
 /// One topic as last heard of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -22,6 +22,10 @@ pub(crate) struct TopicInfo {
     pub(crate) id: Bytes,
     /// Leader of each partition, by its number; `None` where there is none now.
     pub(crate) leaders: Vec<Option<i32>>,
+    /// The epochs of these leaders.
+    epochs: Vec<i32>,
+    /// Brokers that are alive and hold a replica, of each partition.
+    alive: Vec<Box<[i32]>>,
     pub(crate) internal: bool,
 }
 
@@ -31,15 +35,58 @@ impl TopicInfo {
     }
 
     fn from_pb(topic: &pb::TopicMetadata) -> Self {
-        let mut leaders = vec![None; topic.partitions.len()];
+        let count = topic.partitions.len();
+        let mut info = Self {
+            name: Arc::from(topic.name.as_str()),
+            id: topic.topic_id.clone(),
+            leaders: vec![None; count],
+            epochs: vec![-1; count],
+            alive: vec![Box::default(); count],
+            internal: topic.internal,
+        };
         for partition in &topic.partitions {
-            let place = usize::try_from(partition.partition).ok().and_then(|number| leaders.get_mut(number));
+            let place = usize::try_from(partition.partition).ok().filter(|number| *number < count);
             if let Some(place) = place {
-                *place = (partition.leader_id >= 0).then_some(partition.leader_id);
+                info.leaders[place] = (partition.leader_id >= 0).then_some(partition.leader_id);
+                info.epochs[place] = partition.leader_epoch;
+                info.alive[place] = partition.alive.clone().into();
             }
         }
-        Self { name: Arc::from(topic.name.as_str()), id: topic.topic_id.clone(), leaders, internal: topic.internal }
+        info
     }
+
+    /// Whether the other knows of a leader of a later epoch.
+    fn is_behind(&self, other: &Self) -> bool {
+        self.id == other.id && self.epochs.iter().zip(&other.epochs).any(|(ours, theirs)| theirs > ours)
+    }
+
+    /// Takes over every leader of a later epoch than ours.
+    fn heed_later_leaders(&mut self, other: &Self) {
+        if self.id == other.id {
+            for (number, epoch) in self.epochs.iter_mut().enumerate().take(other.epochs.len()) {
+                if other.epochs[number] > *epoch {
+                    *epoch = other.epochs[number];
+                    self.leaders[number] = other.leaders[number];
+                }
+            }
+        }
+    }
+}
+
+/// One broker as last heard of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct BrokerInfo {
+    pub(crate) address: ServerAddress,
+    /// Empty where not set.
+    pub(crate) rack: Arc<str>,
+}
+
+/// Who leads a partition, as a broker said that does not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hint {
+    number: usize,
+    broker: i32,
+    address: ServerAddress,
 }
 
 /// The cluster at one moment.
@@ -47,7 +94,7 @@ impl TopicInfo {
 pub(crate) struct Snapshot {
     pub(crate) cluster_id: String,
     pub(crate) controller: Option<i32>,
-    pub(crate) brokers: HashMap<i32, ServerAddress>,
+    pub(crate) brokers: HashMap<i32, BrokerInfo>,
     topics: HashMap<Arc<str>, Arc<TopicInfo>>,
     metadata_offset: i64,
     /// Topics that were asked for by name, and the metadata offset of the answer: the watch may be behind it, and does
@@ -65,355 +112,181 @@ impl Snapshot {
         *topic.leaders.get(usize::try_from(partition).ok()?)?
     }
 
-    /// Takes in an update; `whole` replaces everything. A broker that is behind what is known says nothing new.
-    fn apply(&mut self, update: &pb::MetadataResponse, deleted: &[Bytes], whole: bool) {
+    pub(crate) fn address(&self, broker: i32) -> Option<&ServerAddress> {
+        self.brokers.get(&broker).map(|broker| &broker.address)
+    }
+
+    /// The broker in this rack from which to read a partition: its leader if that one is there, else one of the replicas
+    /// that are, partitions spread over them. Those that `avoided` says are passed over. `None`: the leader will do.
+    pub(crate) fn nearest(
+        &self,
+        topic: &str,
+        partition: i32,
+        rack: &str,
+        avoided: impl Fn(i32) -> bool,
+    ) -> Option<i32> {
+        let info = self.topics.get(topic)?;
+        let number = usize::try_from(partition).ok()?;
+        let near =
+            |broker: &i32| self.brokers.get(broker).is_some_and(|known| &*known.rack == rack) && !avoided(*broker);
+        let leader = info.leaders.get(number).copied().flatten();
+        if let Some(leader) = leader.filter(near) {
+            return Some(leader);
+        }
+        let there: Vec<i32> = info.alive.get(number)?.iter().copied().filter(near).collect();
+        there.get(number % there.len().max(1)).copied()
+    }
+
+    /// Takes in an update of the watch; `whole` replaces everything.
+    ///
+    /// A broker that is behind what is known says nothing new but, perhaps, who leads.
+    pub(crate) fn apply(&mut self, update: &pb::MetadataResponse, deleted: &[Bytes], whole: bool) {
         let same_cluster = self.cluster_id == update.cluster_id;
         if same_cluster && update.metadata_offset < self.metadata_offset {
+            self.heed_leaders(update);
             return;
         }
         self.ahead.retain(|_, known_at| same_cluster && *known_at > update.metadata_offset);
+        let mut before = HashMap::new();
         if whole {
-            self.topics.retain(|name, _| self.ahead.contains_key(name));
+            let (kept, gone) =
+                std::mem::take(&mut self.topics).into_iter().partition(|(name, _)| self.ahead.contains_key(name));
+            self.topics = kept;
+            if same_cluster {
+                before = gone;
+            }
             self.cluster_id.clone_from(&update.cluster_id);
         }
         self.metadata_offset = update.metadata_offset;
         self.controller = (update.controller_id >= 0).then_some(update.controller_id);
         if !update.brokers.is_empty() {
-            self.brokers = brokers(&update.brokers);
+            self.brokers = brokers(&update.brokers).collect();
         }
         if !deleted.is_empty() {
             self.topics.retain(|_, topic| !deleted.contains(&topic.id));
         }
         for topic in update.topics.iter().filter(|topic| topic.error.is_none()) {
-            let info = TopicInfo::from_pb(topic);
+            let mut info = TopicInfo::from_pb(topic);
+            if let Some(known) = self.topics.get(&info.name).or_else(|| before.get(&info.name)) {
+                info.heed_later_leaders(known);
+            }
             self.topics.insert(info.name.clone(), Arc::new(info));
         }
     }
 
-    /// A topic that was asked for by name, ahead of what the watch has told.
-    fn add(&mut self, info: TopicInfo, metadata_offset: i64) {
-        self.ahead.insert(info.name.clone(), metadata_offset);
-        self.topics.insert(info.name.clone(), Arc::new(info));
+    /// Takes in the answer to a question for topics by name, from any broker. Tells whether it knew of another leader than
+    /// we did, or that a topic is gone.
+    pub(crate) fn learn(&mut self, answer: &pb::MetadataResponse) -> bool {
+        if self.cluster_id != answer.cluster_id {
+            return false;
+        }
+        for (id, broker) in brokers(&answer.brokers) {
+            self.brokers.entry(id).or_insert(broker);
+        }
+        if answer.metadata_offset < self.metadata_offset {
+            let mut news = self.heed_leaders(answer);
+            // A topic that we forgot is better known late than not at all: who uses it learns what became of it.
+            for topic in answer.topics.iter().filter(|topic| topic.error.is_none()) {
+                if !self.topics.contains_key(topic.name.as_str()) {
+                    let info = TopicInfo::from_pb(topic);
+                    self.topics.insert(info.name.clone(), Arc::new(info));
+                    news = true;
+                }
+            }
+            return news;
+        }
+        let mut news = false;
+        for topic in &answer.topics {
+            if topic.error.is_some() {
+                let heard_later = self.ahead.get(topic.name.as_str()).is_some_and(|at| *at > answer.metadata_offset);
+                news |= !heard_later && self.topics.remove(topic.name.as_str()).is_some();
+                continue;
+            }
+            let mut info = TopicInfo::from_pb(topic);
+            match self.topics.get(&info.name) {
+                Some(known) => {
+                    info.heed_later_leaders(known);
+                    news |= info.leaders != known.leaders || info.id != known.id;
+                }
+                None => news = true,
+            }
+            if answer.metadata_offset > self.metadata_offset {
+                self.ahead.insert(info.name.clone(), answer.metadata_offset);
+            }
+            self.topics.insert(info.name.clone(), Arc::new(info));
+        }
+        news
     }
 
-    /// A broker said who leads; whatever the watch tells next counts more.
-    fn set_leader(&mut self, topic: &str, partition: i32, broker: i32, address: Option<ServerAddress>) {
-        if let Some(address) = address {
-            self.brokers.insert(broker, address);
+    /// Of an answer that is behind what is known, only leaders of later epochs count.
+    fn heed_leaders(&mut self, answer: &pb::MetadataResponse) -> bool {
+        let mut heeded = false;
+        for topic in answer.topics.iter().filter(|topic| topic.error.is_none()) {
+            let told = TopicInfo::from_pb(topic);
+            if let Some(known) = self.topics.get_mut(&told.name).filter(|known| known.is_behind(&told)) {
+                Arc::make_mut(known).heed_later_leaders(&told);
+                heeded = true;
+            }
         }
+        heeded
+    }
+
+    /// What a broker's word for who leads would change: the partition's place and the leader; `None` where it is known,
+    /// or the address of that broker is not.
+    pub(crate) fn heeds_hint(&self, topic: &str, partition: i32, error: &Error) -> Option<Hint> {
+        let (broker, address) = error.leader_hint().filter(|(broker, _)| *broker >= 0)?;
+        let leaders = &self.topics.get(topic)?.leaders;
+        let number = usize::try_from(partition).ok().filter(|number| *number < leaders.len())?;
+        let address = ServerAddress::parse(address).ok().or_else(|| self.address(broker).cloned())?;
+        (leaders[number] != Some(broker)).then_some(Hint { number, broker, address })
+    }
+
+    /// Takes a broker's word for who leads. It did not say since which epoch: what comes next from the metadata counts
+    /// more.
+    pub(crate) fn heed_hint(&mut self, topic: &str, hint: Hint) {
+        let Hint { number, broker, address } = hint;
+        let rack = self.brokers.get(&broker).map_or_else(|| Arc::from(""), |known| known.rack.clone());
+        self.brokers.insert(broker, BrokerInfo { address, rack });
         if let Some(info) = self.topics.get_mut(topic) {
-            let place = usize::try_from(partition).ok().filter(|number| *number < info.leaders.len());
-            if let Some(place) = place {
-                Arc::make_mut(info).leaders[place] = Some(broker);
-            }
+            Arc::make_mut(info).leaders[number] = Some(broker);
         }
+    }
+
+    pub(crate) fn forget(&mut self, name: &str) {
+        self.topics.remove(name);
+    }
+
+    pub(crate) fn forget_ids(&mut self, deleted: &[Bytes]) {
+        self.topics.retain(|_, topic| !deleted.contains(&topic.id));
     }
 }
 
-fn brokers(list: &[pb::Broker]) -> HashMap<i32, ServerAddress> {
-    list.iter().filter_map(|broker| Some((broker.id, ServerAddress::parse(&broker.address).ok()?))).collect()
-}
-
-/// What the watching task tells: the newest snapshot, and why there is none or why it grows stale.
-#[derive(Clone, Debug, Default)]
-struct Watched {
-    snapshot: Option<Arc<Snapshot>>,
-    failure: Option<Error>,
-}
-
-/// The cache and the control connections: what producers, consumers and administration share. Dropping the last
-/// holder ends the watch.
-#[derive(Debug)]
-pub(crate) struct Cluster {
-    connections: ControlConnections,
-    bootstrap: Vec<ServerAddress>,
-    request_timeout: Duration,
-    watched: watch::Sender<Watched>,
-}
-
-impl Cluster {
-    /// Starts to watch, and waits for the first answer for as long as a request may take.
-    pub(crate) async fn connect(
-        bootstrap: Vec<ServerAddress>,
-        settings: ConnectionSettings,
-        request_timeout: Duration,
-    ) -> Result<Arc<Self>> {
-        let cluster = Arc::new(Self {
-            connections: ControlConnections::new(settings),
-            bootstrap,
-            request_timeout,
-            watched: watch::Sender::default(),
-        });
-        let mut watched = cluster.watched.subscribe();
-        tokio::spawn(watch_metadata(Arc::downgrade(&cluster), watched.clone()));
-        let refused = |watched: &Watched| watched.failure.as_ref().is_some_and(|failure| !failure.is_retriable());
-        let first = watched.wait_for(|watched| watched.snapshot.is_some() || refused(watched));
-        let answered = tokio::time::timeout(request_timeout, first).await.is_ok_and(|first| first.is_ok());
-        if !answered || cluster.watched.borrow().snapshot.is_none() {
-            let failure = cluster.watched.borrow().failure.clone();
-            let tried = cluster.bootstrap.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            return Err(failure.unwrap_or_else(|| {
-                Error::unreachable(format!(
-                    "no broker answered within {request_timeout:?} at {tried}; is one running there?"
-                ))
-            }));
-        }
-        Ok(cluster)
-    }
-
-    pub(crate) fn settings(&self) -> &ConnectionSettings {
-        self.connections.settings()
-    }
-
-    pub(crate) fn request_timeout(&self) -> Duration {
-        self.request_timeout
-    }
-
-    pub(crate) fn snapshot(&self) -> Arc<Snapshot> {
-        self.watched.borrow().snapshot.clone().unwrap_or_default()
-    }
-
-    /// Tells of every change from now on.
-    pub(crate) fn changes(&self) -> MetadataChanges {
-        MetadataChanges(self.watched.subscribe())
-    }
-
-    /// A topic: from the cache, or asked for where the cache has none.
-    ///
-    /// # Errors
-    /// `UNKNOWN_TOPIC` where a broker that is ready does not know it.
-    pub(crate) async fn topic(&self, name: &str) -> Result<Arc<TopicInfo>> {
-        if let Some(topic) = self.snapshot().topic(name) {
-            return Ok(topic.clone());
-        }
-        let response = self
-            .call_log(None, |mut log| {
-                let request = pb::MetadataRequest { topics: vec![name.to_owned()], include_internal: true };
-                async move { log.metadata(request).await }
-            })
-            .await
-            .map_err(|error| error.at_topic(name))?;
-        let missing = || Error::new(ErrorCode::UnknownTopic, "there is no such topic; create it first").at_topic(name);
-        let topic = response.topics.iter().find(|topic| topic.name == name).ok_or_else(missing)?;
-        if let Some(detail) = &topic.error {
-            return Err(Error::from_detail(detail).at_topic(name));
-        }
-        let info = TopicInfo::from_pb(topic);
-        let known = Arc::new(info.clone());
-        let (brokers, metadata_offset) = (brokers(&response.brokers), response.metadata_offset);
-        self.change(|snapshot| {
-            snapshot.add(info, metadata_offset);
-            for (id, address) in brokers {
-                snapshot.brokers.entry(id).or_insert(address);
-            }
-        });
-        Ok(known)
-    }
-
-    /// Drops a topic that a broker does not know any more, so that its name is asked for anew.
-    pub(crate) fn forget(&self, name: &str) {
-        if self.snapshot().topic(name).is_some() {
-            self.change(|snapshot| {
-                snapshot.topics.remove(name);
-            });
-        }
-    }
-
-    /// Takes a broker's word for who leads a partition.
-    pub(crate) fn heed_hint(&self, topic: &str, partition: i32, error: &Error) {
-        let Some((broker, address)) = error.leader_hint() else { return };
-        let snapshot = self.snapshot();
-        if broker < 0 || snapshot.leader(topic, partition) == Some(broker) {
-            return;
-        }
-        let address = ServerAddress::parse(address).ok();
-        if address.is_some() || snapshot.brokers.contains_key(&broker) {
-            self.change(|snapshot| snapshot.set_leader(topic, partition, broker, address));
-        }
-    }
-
-    fn change(&self, change: impl FnOnce(&mut Snapshot)) {
-        self.watched.send_modify(|watched| {
-            change(Arc::make_mut(watched.snapshot.get_or_insert_default()));
-        });
-    }
-
-    /// Where to ask, best first: the one named, then the known brokers, then the addresses from the start.
-    fn candidates(&self, first: Option<&ServerAddress>) -> Vec<ServerAddress> {
-        let snapshot = self.snapshot();
-        let mut list: Vec<ServerAddress> = first.into_iter().cloned().collect();
-        let mut known: Vec<_> = snapshot.brokers.iter().collect();
-        known.sort();
-        for address in known.into_iter().map(|(_, address)| address).chain(&self.bootstrap) {
-            if !list.contains(address) {
-                list.push(address.clone());
-            }
-        }
-        list
-    }
-
-    /// Asks brokers in turn, `first` before others, until one answers for good or the request timeout is over.
-    async fn call<T, F: Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>>(
-        &self,
-        first: Option<&ServerAddress>,
-        attempt: impl Fn(&ServerAddress) -> Result<F>,
-    ) -> Result<T> {
-        let deadline = Instant::now() + self.request_timeout;
-        let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
-        let mut first = first.cloned();
-        loop {
-            let mut last = None;
-            let candidates = self.candidates(first.as_ref());
-            // One that hangs must not use up the time of the others.
-            let share = self.request_timeout / u32::try_from(candidates.len()).unwrap_or(u32::MAX).max(1);
-            for address in candidates {
-                let until = deadline.min(Instant::now() + share);
-                let error = match tokio::time::timeout_at(until, attempt(&address)?).await {
-                    Ok(Ok(response)) => return Ok(response.into_inner()),
-                    Ok(Err(status)) => Error::from_status(&address, status),
-                    Err(_) => {
-                        let message = format!("the broker at {address} did not answer in {share:?}; is it overloaded?");
-                        Error::unreachable(message)
-                    }
-                };
-                if !error.is_retriable() {
-                    return Err(error);
-                }
-                if let Some((_, hint)) = error.leader_hint() {
-                    first = ServerAddress::parse(hint).ok();
-                }
-                // A broker that gave a reason tells more than the next one's refused connection.
-                if last.as_ref().is_none_or(Error::is_unreachable) || !error.is_unreachable() {
-                    last = Some(error);
-                }
-            }
-            let wait = backoff.failed();
-            if Instant::now() + wait >= deadline {
-                return Err(last.unwrap_or_else(|| Error::unreachable("no broker is known")));
-            }
-            tokio::time::sleep(wait).await;
-        }
-    }
-
-    pub(crate) async fn call_log<T, F: Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>>(
-        &self,
-        first: Option<&ServerAddress>,
-        attempt: impl Fn(pb::log_client::LogClient<tonic::transport::Channel>) -> F,
-    ) -> Result<T> {
-        self.call(first, |address| Ok(attempt(self.connections.log(address)?))).await
-    }
-
-    pub(crate) async fn call_admin<T, F: Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>>(
-        &self,
-        first: Option<&ServerAddress>,
-        attempt: impl Fn(pb::admin_client::AdminClient<tonic::transport::Channel>) -> F,
-    ) -> Result<T> {
-        self.call(first, |address| Ok(attempt(self.connections.admin(address)?))).await
-    }
-
-    /// The controller's address, where it is known.
-    pub(crate) fn controller(&self) -> Option<ServerAddress> {
-        let snapshot = self.snapshot();
-        snapshot.brokers.get(&snapshot.controller?).cloned()
-    }
-}
-
-/// Wakes whoever waits for the metadata to change.
-#[derive(Clone, Debug)]
-pub(crate) struct MetadataChanges(watch::Receiver<Watched>);
-
-impl MetadataChanges {
-    /// Returns once something changed since the last call; never, once the cluster is gone.
-    pub(crate) async fn changed(&mut self) {
-        if self.0.changed().await.is_err() {
-            std::future::pending::<()>().await;
-        }
-    }
-}
-
-/// Keeps the cache fresh for as long as somebody holds the cluster. The receiver is only there to learn of its end:
-/// a task that held the cluster itself would keep it alive for ever.
-async fn watch_metadata(cluster: Weak<Cluster>, mut alive: watch::Receiver<Watched>) {
-    let mut backoff = Backoff::new(BackoffPolicy::CONNECT);
-    let mut turn = 0_usize;
-    loop {
-        let Some(strong) = cluster.upgrade() else { return };
-        let candidates = strong.candidates(None);
-        let address = &candidates[turn % candidates.len()];
-        let client = strong.connections.log(address);
-        drop(strong);
-        let mut heard = false;
-        let failure = match client {
-            Ok(client) => tokio::select! {
-                failure = follow(&cluster, address, client, &mut heard) => failure,
-                () = ended(&mut alive) => return,
-            },
-            Err(error) => error,
-        };
-        if heard {
-            backoff.succeeded();
-        }
-        turn = turn.wrapping_add(1);
-        let Some(strong) = cluster.upgrade() else { return };
-        tracing::debug!(%address, %failure, "metadata watch ended");
-        strong.watched.send_if_modified(|watched| {
-            watched.failure = Some(failure);
-            // Only who waits for the first answer wants to know.
-            watched.snapshot.is_none()
-        });
-        drop(strong);
-        tokio::select! {
-            () = tokio::time::sleep(backoff.failed()) => {}
-            () = ended(&mut alive) => return,
-        }
-    }
-}
-
-async fn ended(alive: &mut watch::Receiver<Watched>) {
-    while alive.changed().await.is_ok() {}
-}
-
-/// One watch, to its end; the error says why it ended.
-async fn follow(
-    cluster: &Weak<Cluster>,
-    address: &ServerAddress,
-    mut client: pb::log_client::LogClient<tonic::transport::Channel>,
-    heard: &mut bool,
-) -> Error {
-    let mut stream = match client.watch_metadata(pb::WatchMetadataRequest { include_internal: true }).await {
-        Ok(response) => response.into_inner(),
-        Err(status) => return Error::from_status(address, status),
-    };
-    loop {
-        match stream.message().await {
-            Ok(Some(update)) => {
-                let Some(strong) = cluster.upgrade() else { return Error::closed("client") };
-                if let Some(metadata) = &update.metadata {
-                    let whole = !*heard;
-                    strong.change(|snapshot| snapshot.apply(metadata, &update.deleted_topic_ids, whole));
-                    *heard = true;
-                } else if *heard && !update.deleted_topic_ids.is_empty() {
-                    strong.change(|snapshot| {
-                        snapshot.topics.retain(|_, topic| !update.deleted_topic_ids.contains(&topic.id));
-                    });
-                }
-            }
-            Ok(None) => return Error::unreachable("the broker ended the metadata watch"),
-            Err(status) => return Error::from_status(address, status),
-        }
-    }
+fn brokers(list: &[pb::Broker]) -> impl Iterator<Item = (i32, BrokerInfo)> {
+    list.iter().filter_map(|broker| {
+        let address = ServerAddress::parse(&broker.address).ok()?;
+        Some((broker.id, BrokerInfo { address, rack: Arc::from(broker.rack.as_str()) }))
+    })
 }
 
 #[cfg(test)]
 mod tests {
+    use flowstone_protocol::{BrokerId, ErrorCode};
+
     use super::*;
 
+    /// Partitions led by these brokers since epoch 1, each on brokers 1 to 3.
     fn topic(name: &str, id: u8, leaders: &[i32]) -> pb::TopicMetadata {
-        let partitions = leaders.iter().zip(0..).map(|(leader, partition)| pb::PartitionMetadata {
+        led_since(name, id, &leaders.iter().map(|leader| (*leader, 1)).collect::<Vec<_>>())
+    }
+
+    /// Partitions with leader and epoch.
+    fn led_since(name: &str, id: u8, leaders: &[(i32, i32)]) -> pb::TopicMetadata {
+        let partitions = leaders.iter().zip(0..).map(|((leader, epoch), partition)| pb::PartitionMetadata {
             partition,
             leader_id: *leader,
-            leader_epoch: 1,
-            replicas: vec![*leader],
+            leader_epoch: *epoch,
+            replicas: vec![1, 2, 3],
+            alive: vec![1, 2, 3],
         });
         pb::TopicMetadata {
             name: name.into(),
@@ -424,20 +297,29 @@ mod tests {
         }
     }
 
+    fn broker(id: i32, rack: &str) -> pb::Broker {
+        pb::Broker { id, address: format!("127.0.0.1:{}", 7000 + id), rack: rack.into(), ..Default::default() }
+    }
+
     fn update(offset: i64, topics: Vec<pb::TopicMetadata>) -> pb::MetadataResponse {
         pb::MetadataResponse {
             cluster_id: "c".into(),
-            brokers: vec![pb::Broker { id: 1, address: "127.0.0.1:7070".into(), ..Default::default() }],
+            brokers: vec![broker(1, "a"), broker(2, "b"), broker(3, "b")],
             controller_id: 1,
             topics,
             metadata_offset: offset,
         }
     }
 
+    fn knowing(update: &pb::MetadataResponse) -> Snapshot {
+        let mut snapshot = Snapshot::default();
+        snapshot.apply(update, &[], true);
+        snapshot
+    }
+
     #[test]
     fn a_whole_update_replaces_and_a_part_adds() {
-        let mut snapshot = Snapshot::default();
-        snapshot.apply(&update(5, vec![topic("a", 1, &[1, -1]), topic("b", 2, &[1])]), &[], true);
+        let mut snapshot = knowing(&update(5, vec![topic("a", 1, &[1, -1]), topic("b", 2, &[1])]));
         assert_eq!((snapshot.leader("a", 0), snapshot.leader("a", 1), snapshot.leader("a", 2)), (Some(1), None, None));
         snapshot.apply(&update(6, vec![topic("a", 1, &[2, 2])]), &[Bytes::copy_from_slice(&[2; 16])], false);
         assert_eq!(snapshot.leader("a", 1), Some(2));
@@ -448,9 +330,8 @@ mod tests {
 
     #[test]
     fn a_topic_asked_for_by_name_outlives_a_watch_that_is_behind() {
-        let mut snapshot = Snapshot::default();
-        snapshot.apply(&update(5, vec![]), &[], true);
-        snapshot.add(TopicInfo::from_pb(&topic("new", 3, &[1])), 8);
+        let mut snapshot = knowing(&update(5, vec![]));
+        assert!(snapshot.learn(&update(8, vec![topic("new", 3, &[1])])));
         snapshot.apply(&update(7, vec![]), &[], true);
         assert!(snapshot.topic("new").is_some(), "the watch is behind the answer");
         snapshot.apply(&update(8, vec![]), &[], true);
@@ -459,8 +340,7 @@ mod tests {
 
     #[test]
     fn a_broker_that_is_behind_changes_nothing() {
-        let mut snapshot = Snapshot::default();
-        snapshot.apply(&update(9, vec![topic("a", 1, &[1])]), &[], true);
+        let mut snapshot = knowing(&update(9, vec![topic("a", 1, &[1])]));
         snapshot.apply(&update(4, vec![]), &[], true);
         assert!(snapshot.topic("a").is_some());
         // Another cluster at the same address starts anew, however small its offsets.
@@ -470,12 +350,75 @@ mod tests {
     }
 
     #[test]
+    fn a_leader_of_a_later_epoch_counts_whoever_tells_of_it_and_when() {
+        let mut snapshot = knowing(&update(9, vec![led_since("a", 1, &[(1, 5), (2, 5)])]));
+        // A broker that is behind in the log knows of an election all the same.
+        snapshot.apply(&update(4, vec![led_since("a", 1, &[(3, 6), (3, 4)])]), &[], true);
+        assert_eq!((snapshot.leader("a", 0), snapshot.leader("a", 1)), (Some(3), Some(2)));
+        // One that is ahead in the log, but has not heard of it, does not undo it; in parts or whole.
+        for (offset, whole) in [(10, false), (11, true)] {
+            snapshot.apply(&update(offset, vec![led_since("a", 1, &[(1, 5), (1, 6)])]), &[], whole);
+            assert_eq!((snapshot.leader("a", 0), snapshot.leader("a", 1)), (Some(3), Some(1)), "{whole}");
+        }
+        // The same epoch without a leader: it is gone.
+        snapshot.apply(&update(12, vec![led_since("a", 1, &[(-1, 6), (1, 6)])]), &[], false);
+        assert_eq!(snapshot.leader("a", 0), None);
+        // The topic made anew begins its epochs anew.
+        snapshot.apply(&update(13, vec![led_since("a", 2, &[(2, 1)])]), &[], false);
+        assert_eq!(snapshot.leader("a", 0), Some(2));
+    }
+
+    #[test]
+    fn whoever_is_asked_by_name_tells_news_or_none() {
+        let mut snapshot = knowing(&update(9, vec![led_since("a", 1, &[(1, 5)]), topic("b", 2, &[1])]));
+        assert!(!snapshot.learn(&update(9, vec![led_since("a", 1, &[(1, 5)])])));
+        assert!(!snapshot.learn(&update(12, vec![led_since("a", 1, &[(2, 4)])])), "an older epoch");
+        assert!(snapshot.learn(&update(3, vec![led_since("a", 1, &[(2, 6)])])), "behind, but with a later epoch");
+        assert_eq!(snapshot.leader("a", 0), Some(2));
+        let error = flowstone_protocol::Error::new(ErrorCode::UnknownTopic, "gone").to_detail();
+        let gone = pb::TopicMetadata { name: "b".into(), error: Some(error), ..Default::default() };
+        assert!(!snapshot.learn(&update(8, vec![gone.clone()])), "it may not have heard of it yet");
+        assert!(snapshot.topic("b").is_some());
+        assert!(snapshot.learn(&update(10, vec![gone])));
+        assert!(snapshot.topic("b").is_none());
+        let other = pb::MetadataResponse { cluster_id: "other".into(), ..update(99, vec![topic("x", 7, &[1])]) };
+        assert!(!snapshot.learn(&other) && snapshot.topic("x").is_none());
+    }
+
+    #[test]
     fn a_hint_moves_one_leader() {
-        let mut snapshot = Snapshot::default();
-        snapshot.apply(&update(1, vec![topic("a", 1, &[1, 1])]), &[], true);
-        snapshot.set_leader("a", 1, 7, ServerAddress::parse("h:1").ok());
-        snapshot.set_leader("a", 9, 7, None);
-        assert_eq!((snapshot.leader("a", 0), snapshot.leader("a", 1)), (Some(1), Some(7)));
-        assert!(snapshot.brokers.contains_key(&7));
+        let mut snapshot = knowing(&update(1, vec![topic("a", 1, &[1, 1])]));
+        let hint = |broker, address: &str| {
+            let error = flowstone_protocol::Error::new(ErrorCode::NotLeader, "no");
+            Error::from(error.with_leader(BrokerId::new(broker), address))
+        };
+        let mut heed = |partition, error: Error| {
+            let hint = snapshot.heeds_hint("a", partition, &error);
+            let heeds = hint.is_some();
+            hint.into_iter().for_each(|hint| snapshot.heed_hint("a", hint));
+            heeds
+        };
+        assert!(heed(1, hint(7, "h:1")));
+        assert!(!heed(1, hint(7, "h:1")), "known");
+        assert!(!heed(9, hint(7, "h:1")), "no such partition");
+        assert!(!heed(0, hint(8, "")), "nobody knows where that is");
+        assert!(heed(0, hint(2, "")), "this one is known");
+        assert_eq!((snapshot.leader("a", 0), snapshot.leader("a", 1)), (Some(2), Some(7)));
+        assert_eq!(snapshot.address(7).unwrap().to_string(), "h:1");
+    }
+
+    #[test]
+    fn the_nearest_replica_is_in_the_same_rack_and_alive() {
+        let mut partitions = led_since("a", 1, &[(1, 1), (1, 1), (2, 1), (-1, 1)]);
+        partitions.partitions[1].alive = vec![1, 3];
+        let snapshot = knowing(&update(1, vec![partitions]));
+        let nearest = |partition, rack| snapshot.nearest("a", partition, rack, |_| false);
+        assert_eq!(nearest(0, "a"), Some(1), "the leader itself");
+        assert_eq!([nearest(0, "b"), nearest(1, "b")], [Some(2), Some(3)], "only 3 holds the second and lives");
+        assert_eq!(nearest(2, "b"), Some(2), "the leader is there");
+        assert_eq!(nearest(3, "b"), Some(3), "no leader is needed; spread by number");
+        assert_eq!([nearest(0, "c"), nearest(9, "b")], [None, None]);
+        assert_eq!(snapshot.nearest("a", 0, "b", |broker| broker == 2), Some(3));
+        assert_eq!(snapshot.nearest("a", 0, "b", |_| true), None);
     }
 }

@@ -12,8 +12,8 @@ use std::time::Duration;
 use flowstone_protocol::Compression;
 use flowstone_protocol::pb;
 
+use crate::cluster::Cluster;
 use crate::error::{Error, ErrorCode, Result};
-use crate::metadata::Cluster;
 use crate::record::Record;
 
 pub use ack::Ack;

@@ -19,9 +19,10 @@ use flowstone_protocol::{ProducerEpoch, ProducerId};
 use futures::Stream;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
+use crate::cluster::Cluster;
 use crate::error::{Error, ErrorCode, Result};
 use crate::locked;
-use crate::metadata::{Cluster, TopicInfo};
+use crate::metadata::TopicInfo;
 use crate::producer::ack::{Ack, Outcome};
 use crate::producer::batcher::{Added, Batch, BatchSettings, Ended, Identity, Next, PartitionBatches};
 use crate::producer::partitioner::{Partitioner, StickyPartition};
@@ -475,10 +476,10 @@ impl ProducerCore {
             let Some(queue) = link.take(result.request_id) else { continue };
             let answer = match &result.error {
                 None => Ok((result.base_offset, (result.log_append_time >= 0).then_some(result.log_append_time))),
-                Some(detail) => Err(Error::from_detail(detail)),
+                Some(detail) => Err(self.judged(&queue, Error::from_detail(detail))),
             };
             if let Err(error) = &answer {
-                self.cluster.heed_hint(&queue.topic, queue.partition, error);
+                self.cluster.refused(&queue.topic, queue.partition, error);
             }
             let ended = locked(&queue.state).batches.answered(result.request_id, answer, now, rand::random::<f64>());
             self.finish(ended);
@@ -489,6 +490,20 @@ impl ProducerCore {
         for queue in touched {
             self.dispatch(&queue);
         }
+    }
+
+    /// A broker that does not know a partition that the metadata has may be behind it: the metadata, asked for anew, will
+    /// say whether the topic is gone.
+    fn judged(&self, queue: &PartitionQueue, error: Error) -> Error {
+        let unknown = matches!(error.code(), ErrorCode::UnknownTopic | ErrorCode::UnknownPartition);
+        let there = || {
+            let snapshot = self.cluster.snapshot();
+            snapshot.topic(&queue.topic).is_some_and(|topic| topic.id == queue.topic_id)
+        };
+        if unknown && there() {
+            return Error::new(ErrorCode::NotLeader, "the broker does not know the partition (yet)").caused_by(error);
+        }
+        error
     }
 
     /// A message that is too large for the broker ends the stream, once all before it are answered: so it is the oldest
@@ -564,9 +579,20 @@ impl ProducerCore {
         }
     }
 
-    /// Gives up what is too old.
+    /// Gives up what is too old; has doubts about who leads where nobody does, or whoever does says nothing.
     fn sweep(&self, now: Instant) {
+        let links: Vec<_> = locked(&self.links).values().cloned().collect();
+        for queue in links.iter().flat_map(|link| link.unheard()) {
+            self.cluster.doubt(&queue.topic);
+        }
         for queue in self.all_queues() {
+            let waits = {
+                let state = locked(&queue.state);
+                state.link.is_none() && !state.batches.is_idle()
+            };
+            if waits {
+                self.cluster.doubt(&queue.topic);
+            }
             let ended = locked(&queue.state).batches.expire(now);
             if !ended.is_empty() {
                 self.finish(ended);
@@ -637,6 +663,9 @@ struct LinkState {
     next_request: u64,
     /// Requests without an answer yet.
     pending: HashMap<u64, Arc<PartitionQueue>>,
+    /// The last request when [`Link::unheard`] was called: one of those that is still pending at the next call has been
+    /// for as long.
+    looked_at: u64,
 }
 
 /// One message on its way out. Bounded by the batches in flight per partition, or (`acks=none`) by the buffer.
@@ -717,6 +746,20 @@ impl Link {
         locked(&self.state).pending.remove(&request_id)
     }
 
+    /// The partitions of requests that were without an answer when this was last called, and are still.
+    fn unheard(&self) -> Vec<Arc<PartitionQueue>> {
+        let mut state = locked(&self.state);
+        let before = state.looked_at;
+        state.looked_at = state.next_request;
+        let mut queues: Vec<Arc<PartitionQueue>> = Vec::new();
+        for (_, queue) in state.pending.iter().filter(|(request_id, _)| **request_id <= before) {
+            if !queues.iter().any(|known| Arc::ptr_eq(known, queue)) {
+                queues.push(queue.clone());
+            }
+        }
+        queues
+    }
+
     fn take_oldest(&self) -> Option<(u64, Arc<PartitionQueue>)> {
         let mut state = locked(&self.state);
         let oldest = *state.pending.keys().min()?;
@@ -764,6 +807,9 @@ impl Stream for OutboundStream {
     }
 }
 
+/// Longest time between two looks at what is under way: a broker that answers nothing for one to two of them is doubted.
+const SWEEP_MAX: Duration = Duration::from_millis(500);
+
 /// How long a broker may take to end its side of a stream that we ended.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 
@@ -804,6 +850,11 @@ async fn run_link(core: Arc<ProducerCore>, link: Arc<Link>) {
                     state.batches.connection_lost(Some(error.clone()));
                 } else if state.link.as_ref().is_some_and(|known| Arc::ptr_eq(known, &link)) {
                     state.batches.set_trouble(error.clone());
+                } else {
+                    continue;
+                }
+                if !state.batches.is_idle() {
+                    core.cluster.doubt(&queue.topic);
                 }
             }
             tokio::select! {
@@ -816,7 +867,7 @@ async fn run_link(core: Arc<ProducerCore>, link: Arc<Link>) {
 
 /// One stream, from connecting to its end; the error says why it ended.
 async fn serve_link(core: &Arc<ProducerCore>, link: &Arc<Link>, answered: &mut bool) -> Error {
-    let address = core.cluster.snapshot().brokers.get(&link.broker).cloned();
+    let address = core.cluster.snapshot().address(link.broker).cloned();
     let Some(address) = address else {
         return Error::unreachable(format!("the address of broker {} is not known", link.broker));
     };
@@ -926,7 +977,7 @@ impl Timers {
 /// Looks at partitions when time or the metadata calls for it, until the producer stops.
 async fn drive(core: Arc<ProducerCore>) {
     let mut changes = core.cluster.changes();
-    let sweep_every = (core.batching.delivery_timeout / 8).clamp(Duration::from_millis(5), Duration::from_secs(1));
+    let sweep_every = (core.batching.delivery_timeout / 8).clamp(Duration::from_millis(5), SWEEP_MAX);
     let mut sweep_at: Option<Instant> = None;
     loop {
         let now = Instant::now();
