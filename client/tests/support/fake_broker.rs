@@ -1,4 +1,5 @@
-//! A broker in memory with the produce and fetch rules of a real one, that refuses, forgets and goes silent on command.
+//! A broker in memory with the produce and fetch rules of a real one, that refuses, forgets and goes silent on command;
+//! or several that share one log and one metadata, each with its own view of both.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -7,8 +8,9 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use flowstone_protocol::batch::stamped_prefix;
+use flowstone_protocol::pb::admin_server::{Admin, AdminServer};
 use flowstone_protocol::pb::log_server::{Log, LogServer};
-use flowstone_protocol::{BatchHeader, Error, ErrorCode, LeaderEpoch, Offset, ProducerId, Sequence, pb};
+use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, LeaderEpoch, Offset, ProducerId, Sequence, pb};
 use futures::Stream;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
@@ -35,12 +37,21 @@ pub enum Verdict {
 
 type Judge = Box<dyn FnMut(&pb::ProduceRequest, &BatchHeader) -> Verdict + Send>;
 
-#[derive(Default)]
 struct Part {
     batches: Vec<(Offset, Bytes)>,
     next: i64,
     log_start: i64,
     producers: HashMap<ProducerId, Known>,
+    leader: i32,
+    epoch: i32,
+    replicas: Vec<i32>,
+}
+
+impl Part {
+    fn on(replicas: Vec<i32>) -> Self {
+        let leader = replicas[0];
+        Self { batches: Vec::new(), next: 0, log_start: 0, producers: HashMap::new(), leader, epoch: 1, replicas }
+    }
 }
 
 struct Known {
@@ -48,22 +59,72 @@ struct Known {
     last: VecDeque<(Sequence, Sequence, i64)>,
 }
 
+/// What all brokers of a cluster share: the log is committed as soon as it is appended.
 struct State {
     topics: Vec<(String, Bytes, Vec<Part>)>,
-    judge: Option<Judge>,
+    /// The next topic's id, repeated.
+    next_topic: u8,
     next_producer: i64,
+    controller: i32,
+    brokers: Vec<Member>,
+}
+
+/// A broker as the others know it.
+struct Member {
+    id: i32,
+    rack: String,
+    address: SocketAddr,
+    alive: bool,
+}
+
+/// A broker's own: what it sees, and what is wrong with it.
+struct Own {
+    judge: Option<Judge>,
     /// Keep nothing, answer at once: to measure the client alone.
     discard: bool,
     fetched_bytes: u64,
     sessions: usize,
+    produced: usize,
+    metadata_calls: usize,
+    watches: usize,
+    /// The metadata as this broker sees it, from then on.
+    frozen: Option<(pb::MetadataResponse, i64)>,
+    /// Whom it takes for the leader when it is asked and does not lead; the truth unless set.
+    hint: Option<i32>,
+    /// A follower knows that much to be committed.
+    committed: Option<i64>,
+    /// A reader that knows more is told to retry, rather than made to wait.
+    impatient: bool,
+    /// High watermarks told to readers, in order.
+    watermarks: Vec<i64>,
+    admin: AdminFault,
+    admin_calls: usize,
 }
 
-pub struct FakeBroker {
-    pub address: SocketAddr,
+/// What happens to administration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum AdminFault {
+    #[default]
+    None,
+    /// The next request is carried out, and its answer lost.
+    LoseAnswer,
+    /// The next request is lost.
+    LoseRequest,
+}
+
+/// The log and the metadata of a cluster.
+#[derive(Clone)]
+pub struct Shared {
     state: Arc<Mutex<State>>,
     grown: watch::Sender<u64>,
     metadata: watch::Sender<i64>,
-    advertised: Arc<Mutex<SocketAddr>>,
+}
+
+pub struct FakeBroker {
+    pub id: i32,
+    pub address: SocketAddr,
+    shared: Shared,
+    own: Arc<Mutex<Own>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -75,44 +136,103 @@ impl Drop for FakeBroker {
 
 #[derive(Clone)]
 struct Service {
-    advertised: Arc<Mutex<SocketAddr>>,
-    state: Arc<Mutex<State>>,
-    grown: watch::Sender<u64>,
-    metadata: watch::Sender<i64>,
+    id: i32,
+    shared: Shared,
+    own: Arc<Mutex<Own>>,
+}
+
+impl Shared {
+    /// Topics with partitions on these brokers, led by the first of them.
+    pub fn new(topics: &[(&str, usize)], replicas: &[i32]) -> Self {
+        let state = State {
+            topics: Vec::new(),
+            next_topic: 1,
+            next_producer: 1000,
+            controller: replicas[0],
+            brokers: Vec::new(),
+        };
+        let shared =
+            Self { state: Arc::new(Mutex::new(state)), grown: watch::Sender::new(0), metadata: watch::Sender::new(1) };
+        for (name, partitions) in topics {
+            shared.state.lock().unwrap().add_topic(name, *partitions, replicas);
+        }
+        shared
+    }
+
+    /// Tells whoever watches.
+    pub fn announce(&self) {
+        self.metadata.send_modify(|offset| *offset += 1);
+    }
+
+    /// Another leader, since the next epoch. Nobody is told.
+    pub fn lead(&self, topic: &str, partition: usize, broker: i32) {
+        let mut state = self.state.lock().unwrap();
+        let (_, _, parts) = state.topics.iter_mut().find(|(name, ..)| name == topic).unwrap();
+        parts[partition].leader = broker;
+        parts[partition].epoch += 1;
+        drop(state);
+        self.grown.send_modify(|grown| *grown += 1);
+    }
+
+    /// The broker that leads the metadata.
+    pub fn set_controller(&self, broker: i32) {
+        self.state.lock().unwrap().controller = broker;
+    }
+
+    /// Whether a broker is there, as the metadata has it.
+    pub fn set_alive(&self, broker: i32, alive: bool) {
+        let mut state = self.state.lock().unwrap();
+        state.brokers.iter_mut().find(|member| member.id == broker).unwrap().alive = alive;
+    }
+
+    /// A topic made by somebody else, which nobody is told of.
+    pub fn add_topic(&self, name: &str, partitions: usize, replicas: &[i32]) {
+        self.state.lock().unwrap().add_topic(name, partitions, replicas);
+    }
+
+    pub fn topic_names(&self) -> Vec<String> {
+        self.state.lock().unwrap().topics.iter().map(|(name, ..)| name.clone()).collect()
+    }
 }
 
 impl FakeBroker {
+    /// A broker alone.
     pub async fn start(topics: &[(&str, usize)]) -> Self {
+        Self::join(1, "", &Shared::new(topics, &[1])).await
+    }
+
+    /// A broker of a cluster.
+    pub async fn join(id: i32, rack: &str, shared: &Shared) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let topics = topics.iter().zip(1_u8..).map(|((name, partitions), id)| {
-            let parts = (0..*partitions).map(|_| Part::default()).collect();
-            ((*name).to_owned(), Bytes::copy_from_slice(&[id; 16]), parts)
-        });
-        let state = State {
-            topics: topics.collect(),
+        let shared = shared.clone();
+        let member = Member { id, rack: rack.to_owned(), address, alive: true };
+        shared.state.lock().unwrap().brokers.push(member);
+        let own = Arc::new(Mutex::new(Own {
             judge: None,
-            next_producer: 1000,
             discard: false,
             fetched_bytes: 0,
             sessions: 0,
-        };
-        let state = Arc::new(Mutex::new(state));
-        let (grown, metadata) = (watch::Sender::new(0), watch::Sender::new(1));
-        let advertised = Arc::new(Mutex::new(address));
-        let service = Service {
-            advertised: advertised.clone(),
-            state: state.clone(),
-            grown: grown.clone(),
-            metadata: metadata.clone(),
-        };
+            produced: 0,
+            metadata_calls: 0,
+            watches: 0,
+            frozen: None,
+            hint: None,
+            committed: None,
+            impatient: false,
+            watermarks: Vec::new(),
+            admin: AdminFault::None,
+            admin_calls: 0,
+        }));
+        let service = Service { id, shared: shared.clone(), own: own.clone() };
         let task = tokio::spawn(async move {
             tonic::transport::Server::builder()
                 .tcp_nodelay(true)
                 .initial_stream_window_size(8 << 20)
                 .initial_connection_window_size(16 << 20)
                 .max_frame_size(256 << 10)
-                .add_service(LogServer::new(service).max_decoding_message_size(64 << 20))
+                .add_service(LogServer::new(service.clone()).max_decoding_message_size(64 << 20))
+                .add_service(AdminServer::new(service))
                 .serve_with_incoming(TcpListenerStream::new(listener).map(|socket| {
                     let socket = socket?;
                     socket.set_nodelay(true)?;
@@ -121,63 +241,115 @@ impl FakeBroker {
                 .await
                 .unwrap();
         });
-        Self { address, state, grown, metadata, advertised, task }
+        Self { id, address, shared, own, task }
+    }
+
+    fn own(&self) -> std::sync::MutexGuard<'_, Own> {
+        self.own.lock().unwrap()
+    }
+
+    /// Sees no change of the metadata any more.
+    pub fn freeze_metadata(&self) {
+        let offset = *self.shared.metadata.borrow();
+        let seen = self.shared.state.lock().unwrap().metadata(&[], offset);
+        self.own().frozen = Some((seen, offset));
+    }
+
+    /// Takes this broker for the leader of whatever it does not lead itself.
+    pub fn hint_at(&self, broker: Option<i32>) {
+        self.own().hint = broker;
+    }
+
+    /// As a follower, knows only so much to be committed.
+    pub fn set_committed(&self, offset: Option<i64>, impatient: bool) {
+        let mut own = self.own();
+        own.committed = offset;
+        own.impatient = impatient;
+        drop(own);
+        self.shared.grown.send_modify(|grown| *grown += 1);
+    }
+
+    pub fn set_admin_fault(&self, fault: AdminFault) {
+        self.own().admin = fault;
+    }
+
+    pub fn admin_calls(&self) -> usize {
+        self.own().admin_calls
+    }
+
+    /// Requests to produce so far.
+    pub fn produced(&self) -> usize {
+        self.own().produced
+    }
+
+    /// Calls of Metadata and watches so far.
+    pub fn metadata_calls(&self) -> (usize, usize) {
+        let own = self.own();
+        (own.metadata_calls, own.watches)
+    }
+
+    /// High watermarks told to readers.
+    pub fn watermarks(&self) -> Vec<i64> {
+        self.own().watermarks.clone()
     }
 
     /// Names another address in the metadata: a proxy's.
     pub fn advertise(self, address: SocketAddr) -> Self {
-        *self.advertised.lock().unwrap() = address;
-        self.metadata.send_modify(|offset| *offset += 1);
+        let mut state = self.shared.state.lock().unwrap();
+        state.brokers.iter_mut().find(|member| member.id == self.id).unwrap().address = address;
+        drop(state);
+        self.shared.announce();
         self
     }
 
     /// Decides what happens to each produce request from now on.
     pub fn judge(&self, judge: impl FnMut(&pb::ProduceRequest, &BatchHeader) -> Verdict + Send + 'static) {
-        self.state.lock().unwrap().judge = Some(Box::new(judge));
+        self.own().judge = Some(Box::new(judge));
     }
 
     pub fn discard(&self) {
-        self.state.lock().unwrap().discard = true;
+        self.own().discard = true;
     }
 
     /// Forgets all producers, as if their state had expired.
     pub fn forget_producers(&self) {
-        for (_, _, parts) in &mut self.state.lock().unwrap().topics {
+        for (_, _, parts) in &mut self.shared.state.lock().unwrap().topics {
             parts.iter_mut().for_each(|part| part.producers.clear());
         }
     }
 
     pub fn trim(&self, topic: &str, partition: usize, to: i64) {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.shared.state.lock().unwrap();
         let (_, _, parts) = state.topics.iter_mut().find(|(name, ..)| name == topic).unwrap();
         parts[partition].log_start = to;
     }
 
     pub fn delete_topic(&self, topic: &str) {
-        self.state.lock().unwrap().topics.retain(|(name, ..)| name != topic);
-        self.metadata.send_modify(|offset| *offset += 1);
+        self.shared.state.lock().unwrap().topics.retain(|(name, ..)| name != topic);
+        self.shared.announce();
     }
 
     pub fn add_partition(&self, topic: &str) {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.shared.state.lock().unwrap();
         let (_, _, parts) = state.topics.iter_mut().find(|(name, ..)| name == topic).unwrap();
-        parts.push(Part::default());
+        let replicas = parts[0].replicas.clone();
+        parts.push(Part::on(replicas));
         drop(state);
-        self.metadata.send_modify(|offset| *offset += 1);
+        self.shared.announce();
     }
 
     pub fn fetched_bytes(&self) -> u64 {
-        self.state.lock().unwrap().fetched_bytes
+        self.own().fetched_bytes
     }
 
     /// Fetch streams opened so far.
     pub fn fetch_sessions(&self) -> usize {
-        self.state.lock().unwrap().sessions
+        self.own().sessions
     }
 
     /// All values of a partition, in order.
     pub fn values(&self, topic: &str, partition: usize) -> Vec<String> {
-        let state = self.state.lock().unwrap();
+        let state = self.shared.state.lock().unwrap();
         let (_, _, parts) = state.topics.iter().find(|(name, ..)| name == topic).unwrap();
         let mut values = Vec::new();
         for (_, batch) in &parts[partition].batches {
@@ -190,7 +362,7 @@ impl FakeBroker {
 
     /// Epoch and base sequence of every batch of a partition, in order.
     pub fn sequences(&self, topic: &str, partition: usize) -> Vec<(i16, i32)> {
-        let state = self.state.lock().unwrap();
+        let state = self.shared.state.lock().unwrap();
         let (_, _, parts) = state.topics.iter().find(|(name, ..)| name == topic).unwrap();
         let header = |(_, batch): &(Offset, Bytes)| BatchHeader::parse(batch).unwrap();
         parts[partition].batches.iter().map(header).map(|h| (h.producer_epoch.get(), h.base_sequence.get())).collect()
@@ -198,14 +370,27 @@ impl FakeBroker {
 }
 
 impl State {
+    fn add_topic(&mut self, name: &str, partitions: usize, replicas: &[i32]) {
+        let parts = (0..partitions).map(|_| Part::on(replicas.to_vec())).collect();
+        self.topics.push((name.to_owned(), Bytes::copy_from_slice(&[self.next_topic; 16]), parts));
+        self.next_topic += 1;
+    }
+
+    fn address(&self, broker: i32) -> String {
+        self.brokers
+            .iter()
+            .find(|member| member.id == broker)
+            .map(|member| member.address.to_string())
+            .unwrap_or_default()
+    }
+
     fn part(&mut self, topic_id: &[u8], partition: i32) -> Result<&mut Part, Error> {
         let unknown = || Error::new(ErrorCode::UnknownTopic, "no such topic");
         let (_, _, parts) = self.topics.iter_mut().find(|(_, id, _)| *id == topic_id).ok_or_else(unknown)?;
         parts.get_mut(partition as usize).ok_or_else(|| Error::new(ErrorCode::UnknownPartition, "no such partition"))
     }
 
-    fn append(&mut self, request: &pb::ProduceRequest, header: &BatchHeader) -> Result<i64, Error> {
-        let discard = self.discard;
+    fn append(&mut self, request: &pb::ProduceRequest, header: &BatchHeader, discard: bool) -> Result<i64, Error> {
         let part = self.part(&request.topic_id, request.partition)?;
         let base = part.next;
         if discard {
@@ -244,19 +429,28 @@ impl State {
             known.last.push_back((first, header.last_sequence(), base));
         }
         let mut batch = request.batch.to_vec();
-        let prefix = stamped_prefix(&batch, Offset::new(base), LeaderEpoch::new(1));
+        let prefix = stamped_prefix(&batch, Offset::new(base), LeaderEpoch::new(part.epoch));
         batch[..16].copy_from_slice(&prefix);
         part.batches.push((Offset::new(base), batch.into()));
         part.next += i64::from(header.record_count);
         Ok(base)
     }
 
-    fn metadata(&self, address: SocketAddr, names: &[String], offset: i64) -> pb::MetadataResponse {
+    fn metadata(&self, names: &[String], offset: i64) -> pb::MetadataResponse {
+        let alive = |broker: &i32| self.brokers.iter().any(|member| member.id == *broker && member.alive);
         let described = |(name, id, parts): &(String, Bytes, Vec<Part>)| pb::TopicMetadata {
             name: name.clone(),
             topic_id: id.clone(),
-            partitions: (0..parts.len() as i32)
-                .map(|partition| pb::PartitionMetadata { partition, leader_id: 1, leader_epoch: 1, replicas: vec![1] })
+            partitions: parts
+                .iter()
+                .zip(0..)
+                .map(|(part, partition)| pb::PartitionMetadata {
+                    partition,
+                    leader_id: part.leader,
+                    leader_epoch: part.epoch,
+                    replicas: part.replicas.clone(),
+                    alive: part.replicas.iter().copied().filter(alive).collect(),
+                })
                 .collect(),
             internal: false,
             error: None,
@@ -276,11 +470,80 @@ impl State {
         };
         pb::MetadataResponse {
             cluster_id: "fake".into(),
-            brokers: vec![pb::Broker { id: 1, address: address.to_string(), ..Default::default() }],
-            controller_id: 1,
+            brokers: self
+                .brokers
+                .iter()
+                .map(|member| pb::Broker {
+                    id: member.id,
+                    address: member.address.to_string(),
+                    rack: member.rack.clone(),
+                    version: "fake".into(),
+                })
+                .collect(),
+            controller_id: self.controller,
             topics,
             metadata_offset: offset,
         }
+    }
+}
+
+impl Service {
+    /// Refused where another broker leads.
+    fn check_leads(&self, state: &mut State, topic_id: &[u8], partition: i32) -> Result<(), Error> {
+        let leader = state.part(topic_id, partition)?.leader;
+        if leader == self.id {
+            return Ok(());
+        }
+        let leader = self.own.lock().unwrap().hint.unwrap_or(leader);
+        let error = Error::new(ErrorCode::NotLeader, format!("broker {} does not lead it", self.id));
+        Err(if leader < 0 { error } else { error.with_leader(BrokerId::new(leader), state.address(leader)) })
+    }
+
+    fn seen_metadata(&self, names: &[String]) -> pb::MetadataResponse {
+        let offset = *self.shared.metadata.borrow();
+        let state = self.shared.state.lock().unwrap();
+        match &self.own.lock().unwrap().frozen {
+            None => state.metadata(names, offset),
+            Some((seen, _)) => {
+                let mut seen = seen.clone();
+                if !names.is_empty() {
+                    seen.topics.retain(|topic| names.contains(&topic.name));
+                    for name in names
+                        .iter()
+                        .filter(|name| !seen.topics.iter().any(|topic| topic.name == **name))
+                        .cloned()
+                        .collect::<Vec<_>>()
+                    {
+                        let error = Some(Error::new(ErrorCode::UnknownTopic, "no such topic; create it").to_detail());
+                        seen.topics.push(pb::TopicMetadata { name, error, ..Default::default() });
+                    }
+                }
+                seen
+            }
+        }
+    }
+
+    /// Carries a request out, unless a fault is set, which then is over. Only the controller carries anything out.
+    fn administer<T>(&self, act: impl FnOnce(&mut State) -> Result<T, Error>) -> Result<Response<T>, Status> {
+        let mut own = self.own.lock().unwrap();
+        own.admin_calls += 1;
+        let fault = std::mem::take(&mut own.admin);
+        let hint = own.hint;
+        drop(own);
+        let lost = || Status::unavailable("lost, as the test wants it");
+        if fault == AdminFault::LoseRequest {
+            return Err(lost());
+        }
+        let mut state = self.shared.state.lock().unwrap();
+        if state.controller != self.id {
+            let controller = hint.unwrap_or(state.controller);
+            let error = Error::new(ErrorCode::NotLeader, "another broker leads the metadata");
+            return Err(error.with_leader(BrokerId::new(controller), state.address(controller)).to_status());
+        }
+        let done = act(&mut state).map_err(|error| error.to_status());
+        drop(state);
+        self.shared.announce();
+        if fault == AdminFault::LoseAnswer { Err(lost()) } else { done.map(Response::new) }
     }
 }
 
@@ -304,10 +567,12 @@ impl Log for Service {
                 Err(status) => return Some(Err(status)),
             };
             let header = BatchHeader::parse(&request.batch).unwrap();
-            let mut state = service.state.lock().unwrap();
-            let verdict = match &mut state.judge {
-                Some(judge) => judge(&request, &header),
-                None => Verdict::Normal,
+            let mut state = service.shared.state.lock().unwrap();
+            let (verdict, discard) = {
+                let mut own = service.own.lock().unwrap();
+                own.produced += 1;
+                let verdict = own.judge.as_mut().map_or(Verdict::Normal, |judge| judge(&request, &header));
+                (verdict, own.discard)
             };
             let told = |answer: Result<i64, Error>| pb::ProduceResponse {
                 results: vec![pb::ProduceResult {
@@ -318,16 +583,20 @@ impl Log for Service {
                 }],
             };
             let refused = |code| Err(Error::new(code, "as the test wants it"));
+            let mut append = || {
+                service.check_leads(&mut state, &request.topic_id, request.partition)?;
+                state.append(&request, &header, discard)
+            };
             let answer = match verdict {
-                Verdict::Normal => Some(Ok(told(state.append(&request, &header)))),
+                Verdict::Normal => Some(Ok(told(append()))),
                 Verdict::Refuse(code) => Some(Ok(told(refused(code)))),
                 // What follows a batch that is missing is refused for that.
-                Verdict::StoreAndRefuse(code) => Some(Ok(told(state.append(&request, &header).and(refused(code))))),
-                Verdict::StoreSilently => state.append(&request, &header).err().map(|error| Ok(told(Err(error)))),
+                Verdict::StoreAndRefuse(code) => Some(Ok(told(append().and(refused(code))))),
+                Verdict::StoreSilently => append().err().map(|error| Ok(told(Err(error)))),
                 Verdict::Ignore => None,
                 Verdict::EndStream(code) => Some(Err(Error::new(code, "as the test wants it").to_status())),
             };
-            service.grown.send_modify(|grown| *grown += 1);
+            service.shared.grown.send_modify(|grown| *grown += 1);
             answer.filter(|_| request.acks() != pb::Acks::None)
         });
         Ok(Response::new(Box::pin(answers)))
@@ -338,18 +607,24 @@ impl Log for Service {
         request: Request<Streaming<pb::FetchRequest>>,
     ) -> Result<Response<Self::FetchStream>, Status> {
         let (sender, receiver) = mpsc::channel(1);
-        let (state, mut grown) = (self.state.clone(), self.grown.subscribe());
-        state.lock().unwrap().sessions += 1;
+        let (service, mut grown) = (self.clone(), self.shared.grown.subscribe());
+        service.own.lock().unwrap().sessions += 1;
         let mut requests = request.into_inner();
         tokio::spawn(async move {
             let mut wanted: HashMap<u32, pb::FetchPartition> = HashMap::new();
             let mut credit = 0_i64;
             loop {
                 let response = {
-                    let mut state = state.lock().unwrap();
+                    let mut state = service.shared.state.lock().unwrap();
                     let mut found = None;
                     for (id, want) in &mut wanted {
                         let response = pb::FetchResponse { fetch_id: *id, session: want.session, ..Default::default() };
+                        if !want.from_any_replica
+                            && let Err(error) = service.check_leads(&mut state, &want.topic_id, want.partition)
+                        {
+                            found = Some(pb::FetchResponse { error: Some(error.to_detail()), ..response });
+                            break;
+                        }
                         let part = match state.part(&want.topic_id, want.partition) {
                             Ok(part) => part,
                             Err(error) => {
@@ -357,7 +632,19 @@ impl Log for Service {
                                 break;
                             }
                         };
-                        let (log_start, high_watermark) = (part.log_start, part.next);
+                        let (log_start, mut high_watermark) = (part.log_start, part.next);
+                        if part.leader != service.id {
+                            let own = service.own.lock().unwrap();
+                            high_watermark = high_watermark.min(own.committed.unwrap_or(i64::MAX));
+                            if want.known_high_watermark > high_watermark {
+                                if own.impatient {
+                                    let error = Error::new(ErrorCode::LeaderNotReady, "this replica is behind");
+                                    found = Some(pb::FetchResponse { error: Some(error.to_detail()), ..response });
+                                    break;
+                                }
+                                continue;
+                            }
+                        }
                         let response = pb::FetchResponse { high_watermark, log_start, ..response };
                         if want.offset < log_start || want.offset > high_watermark {
                             let text = format!("offset {} is out of range {log_start}..{high_watermark}", want.offset);
@@ -369,7 +656,8 @@ impl Log for Service {
                         let held = after
                             .checked_sub(1)
                             .and_then(|at| part.batches.get(at))
-                            .filter(|(_, batch)| BatchHeader::parse(batch).unwrap().next_offset().get() > want.offset);
+                            .filter(|(_, batch)| BatchHeader::parse(batch).unwrap().next_offset().get() > want.offset)
+                            .filter(|(base, _)| base.get() < high_watermark);
                         let Some((_, batch)) = held.filter(|_| credit > 0) else { continue };
                         want.offset = BatchHeader::parse(batch).unwrap().next_offset().get();
                         found = Some(pb::FetchResponse { batches: batch.clone(), ..response });
@@ -380,7 +668,11 @@ impl Log for Service {
                             wanted.remove(&response.fetch_id);
                         }
                         credit -= response.batches.len() as i64;
-                        state.fetched_bytes += response.batches.len() as u64;
+                        let mut own = service.own.lock().unwrap();
+                        own.fetched_bytes += response.batches.len() as u64;
+                        if response.error.is_none() {
+                            own.watermarks.push(response.high_watermark);
+                        }
                     }
                     found
                 };
@@ -407,9 +699,8 @@ impl Log for Service {
     }
 
     async fn metadata(&self, request: Request<pb::MetadataRequest>) -> Result<Response<pb::MetadataResponse>, Status> {
-        let names = request.into_inner().topics;
-        let offset = *self.metadata.borrow();
-        Ok(Response::new(self.state.lock().unwrap().metadata(*self.advertised.lock().unwrap(), &names, offset)))
+        self.own.lock().unwrap().metadata_calls += 1;
+        Ok(Response::new(self.seen_metadata(&request.into_inner().topics)))
     }
 
     async fn watch_metadata(
@@ -417,10 +708,11 @@ impl Log for Service {
         _: Request<pb::WatchMetadataRequest>,
     ) -> Result<Response<Self::WatchMetadataStream>, Status> {
         let service = self.clone();
+        service.own.lock().unwrap().watches += 1;
         let known: Arc<Mutex<Vec<Bytes>>> = Arc::default();
-        let changes = tokio_stream::wrappers::WatchStream::new(self.metadata.subscribe());
-        let updates = changes.map(move |offset| {
-            let metadata = service.state.lock().unwrap().metadata(*service.advertised.lock().unwrap(), &[], offset);
+        let changes = tokio_stream::wrappers::WatchStream::new(self.shared.metadata.subscribe());
+        let updates = changes.map(move |_| {
+            let metadata = service.seen_metadata(&[]);
             let ids: Vec<Bytes> = metadata.topics.iter().map(|topic| topic.topic_id.clone()).collect();
             let mut known = known.lock().unwrap();
             let deleted = known.iter().filter(|id| !ids.contains(id)).cloned().collect();
@@ -434,8 +726,11 @@ impl Log for Service {
         &self,
         request: Request<pb::ListOffsetsRequest>,
     ) -> Result<Response<pb::ListOffsetsResponse>, Status> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.shared.state.lock().unwrap();
         let answers = request.into_inner().queries.into_iter().map(|query| {
+            if let Err(error) = self.check_leads(&mut state, &query.topic_id, query.partition) {
+                return pb::OffsetAnswer { error: Some(error.to_detail()), ..Default::default() };
+            }
             let part = match state.part(&query.topic_id, query.partition) {
                 Ok(part) => part,
                 Err(error) => return pb::OffsetAnswer { error: Some(error.to_detail()), ..Default::default() },
@@ -461,8 +756,140 @@ impl Log for Service {
         &self,
         _: Request<pb::InitProducerRequest>,
     ) -> Result<Response<pb::InitProducerResponse>, Status> {
-        let mut state = self.state.lock().unwrap();
+        let mut state = self.shared.state.lock().unwrap();
         state.next_producer += 1;
         Ok(Response::new(pb::InitProducerResponse { producer_id: state.next_producer, producer_epoch: 0 }))
+    }
+}
+
+fn described(state: &State, name: &str) -> Result<pb::TopicDescription, Error> {
+    let unknown = || Error::new(ErrorCode::UnknownTopic, "no such topic");
+    let (_, id, parts) = state.topics.iter().find(|(known, ..)| known == name).ok_or_else(unknown)?;
+    let partitions = parts.iter().zip(0..).map(|(part, partition)| pb::PartitionDescription {
+        partition,
+        leader_id: part.leader,
+        replicas: part.replicas.clone(),
+        ..Default::default()
+    });
+    Ok(pb::TopicDescription {
+        name: name.to_owned(),
+        topic_id: id.clone(),
+        replication_factor: parts[0].replicas.len() as i32,
+        partitions: partitions.collect(),
+        ..Default::default()
+    })
+}
+
+/// What a fake broker does not do. Written as `async_trait` would: it does not see into macros.
+macro_rules! not_done {
+    ($($call:ident: $request:ident -> $response:ident),* $(,)?) => {
+        $(fn $call<'broker, 'call>(
+            &'broker self,
+            _: Request<pb::$request>,
+        ) -> Pin<Box<dyn Future<Output = Result<Response<pb::$response>, Status>> + Send + 'call>>
+        where
+            'broker: 'call,
+            Self: 'call,
+        {
+            Box::pin(std::future::ready(Err(Status::unimplemented("a fake broker does not do this"))))
+        })*
+    };
+}
+
+#[tonic::async_trait]
+impl Admin for Service {
+    async fn create_topic(
+        &self,
+        request: Request<pb::CreateTopicRequest>,
+    ) -> Result<Response<pb::CreateTopicResponse>, Status> {
+        let request = request.into_inner();
+        self.administer(|state| {
+            if state.topics.iter().any(|(name, ..)| *name == request.name) {
+                return Err(Error::new(ErrorCode::TopicAlreadyExists, "it exists"));
+            }
+            let brokers: Vec<i32> = state.brokers.iter().map(|member| member.id).collect();
+            state.add_topic(&request.name, request.partitions.max(1) as usize, &brokers);
+            Ok(pb::CreateTopicResponse { topic: Some(described(state, &request.name)?) })
+        })
+    }
+
+    async fn describe_topic(
+        &self,
+        request: Request<pb::DescribeTopicRequest>,
+    ) -> Result<Response<pb::DescribeTopicResponse>, Status> {
+        let name = request.into_inner().name;
+        self.administer(|state| Ok(pb::DescribeTopicResponse { topic: Some(described(state, &name)?) }))
+    }
+
+    async fn alter_topic(
+        &self,
+        request: Request<pb::AlterTopicRequest>,
+    ) -> Result<Response<pb::AlterTopicResponse>, Status> {
+        let request = request.into_inner();
+        self.administer(|state| {
+            let unknown = || Error::new(ErrorCode::UnknownTopic, "no such topic");
+            let (_, _, parts) = state.topics.iter_mut().find(|(name, ..)| *name == request.name).ok_or_else(unknown)?;
+            if request.partitions as usize <= parts.len() {
+                return Err(Error::new(ErrorCode::InvalidPartitions, "there can only be more"));
+            }
+            let replicas = parts[0].replicas.clone();
+            parts.resize_with(request.partitions as usize, || Part::on(replicas.clone()));
+            Ok(pb::AlterTopicResponse { topic: Some(described(state, &request.name)?) })
+        })
+    }
+
+    async fn delete_topic(
+        &self,
+        request: Request<pb::DeleteTopicRequest>,
+    ) -> Result<Response<pb::DeleteTopicResponse>, Status> {
+        let name = request.into_inner().name;
+        self.administer(|state| {
+            let topic_id = described(state, &name)?.topic_id;
+            state.topics.retain(|(known, ..)| *known != name);
+            Ok(pb::DeleteTopicResponse { topic_id })
+        })
+    }
+
+    async fn decommission_broker(
+        &self,
+        request: Request<pb::DecommissionBrokerRequest>,
+    ) -> Result<Response<pb::DecommissionBrokerResponse>, Status> {
+        let id = request.into_inner().broker_id;
+        self.administer(|state| {
+            if !state.brokers.iter().any(|member| member.id == id) {
+                return Err(Error::new(ErrorCode::InvalidRequest, "no such broker"));
+            }
+            state.brokers.retain(|member| member.id != id);
+            Ok(pb::DecommissionBrokerResponse {})
+        })
+    }
+
+    async fn describe_cluster(
+        &self,
+        _: Request<pb::DescribeClusterRequest>,
+    ) -> Result<Response<pb::DescribeClusterResponse>, Status> {
+        self.administer(|state| {
+            let metadata = state.metadata(&[], 0);
+            Ok(pb::DescribeClusterResponse {
+                cluster_id: metadata.cluster_id,
+                controller_id: state.controller,
+                brokers: metadata.brokers,
+                ..Default::default()
+            })
+        })
+    }
+
+    not_done! {
+        list_topics: ListTopicsRequest -> ListTopicsResponse,
+        trim_partition: TrimPartitionRequest -> TrimPartitionResponse,
+        cluster_health: ClusterHealthRequest -> ClusterHealthResponse,
+        drain_broker: DrainBrokerRequest -> DrainBrokerResponse,
+        replace_broker: ReplaceBrokerRequest -> ReplaceBrokerResponse,
+        move_partition: MovePartitionRequest -> MovePartitionResponse,
+        cancel_move: CancelMoveRequest -> CancelMoveResponse,
+        list_moves: ListMovesRequest -> ListMovesResponse,
+        transfer_leader: TransferLeaderRequest -> TransferLeaderResponse,
+        rebalance: RebalanceRequest -> RebalanceResponse,
+        recover_partition: RecoverPartitionRequest -> RecoverPartitionResponse,
     }
 }

@@ -5,6 +5,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod fake_broker;
+pub mod fake_cluster;
 pub mod proxy;
 
 use std::time::Duration;
