@@ -312,16 +312,20 @@ impl Admin {
             )
             .await
             .map_err(|error| error.at_topic(&name));
-        let created = match created {
-            Err(error) if retried && error.code() == ErrorCode::TopicAlreadyExists && !request.validate_only => {
+        if request.validate_only {
+            return description(created?.topic);
+        }
+        let topic = match created {
+            Err(error) if retried && error.code() == ErrorCode::TopicAlreadyExists => {
                 self.created_before(&request, before).await.ok_or(error)?
             }
-            created => description(created?.topic)?,
+            created => created?.topic,
         };
-        if !request.validate_only {
-            self.cluster.created_topic(&name).await?;
+        if let Some(topic) = &topic {
+            // Other brokers may not have heard of it yet: who uses it now must not be told that there is no such topic.
+            self.cluster.know_created(topic);
         }
-        Ok(created)
+        description(topic)
     }
 
     /// The topic that an earlier attempt created, whose answer was lost: it was not there before, and is as it should be.
@@ -329,14 +333,17 @@ impl Admin {
         &self,
         request: &pb::CreateTopicRequest,
         before: Option<Bytes>,
-    ) -> Option<TopicDescription> {
-        let there = self.cluster.ask_for_topic(&request.name).await.ok()?;
-        let described = self.describe_topic(&request.name).await.ok()?;
-        let partitions = i32::try_from(described.partitions.len()).ok()?;
-        let as_wanted = partitions == request.partitions.max(1)
-            && (request.replication_factor == 0 || described.replication_factor == request.replication_factor)
-            && request.configs.iter().all(|wanted| has_config(&described, wanted));
-        (before.as_ref() != Some(&there.id) && as_wanted).then_some(described)
+    ) -> Option<Option<pb::TopicDescription>> {
+        let topic = self.described(&request.name).await.ok()?;
+        let there = topic.as_ref()?;
+        let set = |wanted: &pb::ConfigEntry| {
+            let known = there.configs.iter().find(|config| config.key == wanted.key);
+            known.is_some_and(|config| config.source() == pb::ConfigSource::Topic && config.value == wanted.value)
+        };
+        let as_wanted = i32::try_from(there.partitions.len()) == Ok(request.partitions.max(1))
+            && (request.replication_factor == 0 || there.replication_factor == request.replication_factor)
+            && request.configs.iter().all(set);
+        (before.as_ref() != Some(&there.topic_id) && as_wanted).then_some(topic)
     }
 
     /// The topics, by name, without the cluster's own.
@@ -370,6 +377,10 @@ impl Admin {
     /// # Errors
     /// `UNKNOWN_TOPIC`.
     pub async fn describe_topic(&self, name: &str) -> Result<TopicDescription> {
+        description(self.described(name).await?)
+    }
+
+    async fn described(&self, name: &str) -> Result<Option<pb::TopicDescription>> {
         let response = self
             .cluster
             .call_admin(|mut admin| {
@@ -378,7 +389,7 @@ impl Admin {
             })
             .await
             .map_err(|error| error.at_topic(name))?;
-        description(response.topic)
+        Ok(response.topic)
     }
 
     /// Changes configs, adds partitions, or both.

@@ -141,25 +141,9 @@ impl Cluster {
         self.snapshot().topic(name).cloned().ok_or_else(missing)
     }
 
-    /// A topic that was created just now, by a broker that may not be the one that is asked.
-    ///
-    /// # Errors
-    /// As [`Cluster::topic`].
-    pub(crate) async fn created_topic(&self, name: &str) -> Result<Arc<TopicInfo>> {
-        let deadline = Instant::now() + self.request_timeout;
-        let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
-        loop {
-            match self.topic(name).await {
-                Err(error) if error.code() == ErrorCode::UnknownTopic => {
-                    let wait = backoff.failed();
-                    if Instant::now() + wait >= deadline {
-                        return Err(error);
-                    }
-                    tokio::time::sleep(wait).await;
-                }
-                answer => return answer,
-            }
-        }
+    /// Takes in a topic that was created just now.
+    pub(crate) fn know_created(&self, topic: &pb::TopicDescription) {
+        self.change(|snapshot| snapshot.know_created(topic));
     }
 
     /// Drops a topic that a broker does not know any more, so that its name is asked for anew.

@@ -218,6 +218,30 @@ impl Snapshot {
         news
     }
 
+    /// Takes in a topic that was created just now: ahead of what any other broker has told.
+    pub(crate) fn know_created(&mut self, topic: &pb::TopicDescription) {
+        let partitions = topic.partitions.iter().map(|partition| pb::PartitionMetadata {
+            partition: partition.partition,
+            leader_id: partition.leader_id,
+            leader_epoch: partition.leader_epoch,
+            replicas: partition.replicas.clone(),
+            alive: partition.replicas.clone(),
+        });
+        let told = pb::TopicMetadata {
+            name: topic.name.clone(),
+            topic_id: topic.topic_id.clone(),
+            partitions: partitions.collect(),
+            internal: topic.internal,
+            error: None,
+        };
+        let mut info = TopicInfo::from_pb(&told);
+        if let Some(known) = self.topics.get(&info.name) {
+            info.heed_later_leaders(known);
+        }
+        self.ahead.insert(info.name.clone(), self.metadata_offset.saturating_add(1));
+        self.topics.insert(info.name.clone(), Arc::new(info));
+    }
+
     /// Of an answer that is behind what is known, only leaders of later epochs count.
     fn heed_leaders(&mut self, answer: &pb::MetadataResponse) -> bool {
         let mut heeded = false;
@@ -336,6 +360,21 @@ mod tests {
         assert!(snapshot.topic("new").is_some(), "the watch is behind the answer");
         snapshot.apply(&update(8, vec![]), &[], true);
         assert!(snapshot.topic("new").is_none(), "the watch knows better");
+    }
+
+    #[test]
+    fn a_topic_that_was_created_just_now_is_known() {
+        let mut snapshot = knowing(&update(5, vec![]));
+        let partition = pb::PartitionDescription { leader_id: -1, replicas: vec![1, 2], ..Default::default() };
+        let described = pb::TopicDescription { name: "new".into(), partitions: vec![partition], ..Default::default() };
+        snapshot.know_created(&described);
+        assert_eq!(snapshot.topic("new").map(|topic| topic.partition_count()), Some(1));
+        // A broker that has not heard of it yet does not undo it; the leader comes later.
+        snapshot.apply(&update(5, vec![]), &[], true);
+        let mut led = led_since("new", 0, &[(2, 1)]);
+        led.topic_id = Bytes::new();
+        snapshot.apply(&update(6, vec![led]), &[], false);
+        assert_eq!(snapshot.leader("new", 0), Some(2));
     }
 
     #[test]
