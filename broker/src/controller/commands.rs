@@ -1,35 +1,84 @@
 //! What may be asked of the metadata, and what is decided: commands in, records and an answer out.
+//!
+//! Every refusal says what is wrong and what to do about it.
+
+mod brokers;
+mod partitions;
+mod topics;
 
 use std::sync::Arc;
 
 use flowstone_protocol::internal::metadata_record::Record as Kind;
-use flowstone_protocol::internal::{
-    BrokerRegistered, ClusterFounded, PartitionsAdded, TopicConfigChanged, TopicCreated, TopicDeleted,
+use flowstone_protocol::{
+    BrokerId, ClusterId, DirectoryId, Error, ErrorCode, LeaderEpoch, PartitionId, ReplicaId, Timestamp, TopicId,
+    TopicPartition,
 };
-use flowstone_protocol::{ClusterId, Error, ErrorCode, TopicId, TopicName};
 
-use super::placement::{self, Candidate, Draws};
-use super::table::{
-    BrokerEntry, FEATURE_LEVEL, MetadataTable, Place, Topic, show_assignment, show_configs, show_place,
-};
-use crate::topic_config::{self, TopicConfig, TopicOverrides};
+use super::table::{MetadataTable, Place, Topic};
+use crate::topic_config::TopicOverrides;
 
-/// Replicas of a topic whose creator does not say, where there are enough brokers.
-const REPLICATION_FACTOR_DEFAULT: u32 = 3;
+pub(crate) use partitions::can_replace;
 
-/// A change that is asked for. Whatever is random was drawn by the caller.
+/// A change that is asked for. Whatever is random was drawn by the caller, or comes out of the seed in it.
 #[derive(Clone, Debug)]
 pub(crate) enum MetadataCommand {
     /// The cluster begins; answered alike when it exists.
     Found { cluster: ClusterId, voters: Vec<Place> },
     /// A broker started.
-    RegisterBroker(BrokerEntry),
+    RegisterBroker(Registration),
+    /// The broker's session has ended. Ignored if it has started anew meanwhile.
+    FenceBroker { broker: BrokerId, incarnation: u64 },
+    /// The broker is heard of again. Ignored if it has started anew meanwhile.
+    UnfenceBroker { broker: BrokerId, incarnation: u64 },
+    /// Every replica is to move away from the broker, or may come back (`undo`). The moves are begun by
+    /// [`upkeep`](super::upkeep), a few at a time; the answer tells all of them.
+    DrainBroker { broker: BrokerId, undo: bool, seed: u64, validate_only: bool },
+    /// The broker holds nothing any more and is forgotten.
+    DecommissionBroker { broker: BrokerId },
+    /// What a dead broker held, another one gets.
+    ReplaceBroker(ReplaceBroker),
     /// A new topic.
     CreateTopic(CreateTopic),
     /// Other settings, more partitions, or both.
     AlterTopic(AlterTopic),
     /// Away with it.
     DeleteTopic { name: String },
+    /// The partition's replicas shall be on these brokers.
+    MovePartition(MovePartition),
+    /// Back to where the replicas were.
+    CancelMove { topic: String, partition: i32 },
+    /// A replica can never vote again: another id takes its place on the same broker.
+    ReplaceReplica { tp: TopicPartition, replica: ReplicaId, seed: u64 },
+    /// What a partition's leader tells of a change. Old news are ignored.
+    MoveProgress(MoveProgress),
+    /// Leaderships that began on a broker. Old news are ignored.
+    LeadersChanged { broker: BrokerId, leaders: Vec<Leadership> },
+    /// The majority is gone for good: one replica goes on with what it has.
+    RecoverPartition(RecoverPartition),
+}
+
+/// A broker that started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Registration {
+    pub(crate) id: BrokerId,
+    pub(crate) directory: DirectoryId,
+    pub(crate) client_address: String,
+    pub(crate) peer_address: String,
+    pub(crate) rack: String,
+    pub(crate) version: String,
+    /// Random at each start of the broker.
+    pub(crate) incarnation: u64,
+    /// Its replica of the metadata is drawn from this where it has none.
+    pub(crate) seed: u64,
+}
+
+/// Which dead broker is replaced by which.
+#[derive(Clone, Debug)]
+pub(crate) struct ReplaceBroker {
+    pub(crate) old: BrokerId,
+    pub(crate) new: BrokerId,
+    pub(crate) seed: u64,
+    pub(crate) validate_only: bool,
 }
 
 /// What a new topic shall be.
@@ -59,15 +108,89 @@ pub(crate) struct AlterTopic {
     pub(crate) validate_only: bool,
 }
 
+/// Where a partition's replicas shall be.
+#[derive(Clone, Debug)]
+pub(crate) struct MovePartition {
+    pub(crate) topic: String,
+    /// As the user said, unchecked.
+    pub(crate) partition: i32,
+    /// The preferred leader first; another number of them than now changes the partition's replicas.
+    pub(crate) brokers: Vec<BrokerId>,
+    pub(crate) seed: u64,
+    pub(crate) validate_only: bool,
+}
+
+/// How far a change of replicas is.
+#[derive(Clone, Debug)]
+pub(crate) struct MoveProgress {
+    pub(crate) tp: TopicPartition,
+    /// All new replicas vote.
+    pub(crate) may_remove: bool,
+    /// Out of the group for good.
+    pub(crate) removed: Vec<ReplicaId>,
+    /// The replicas at which the leader was told to arrive; `may_remove` counts for no other change.
+    pub(crate) wanted: Vec<ReplicaId>,
+    /// For a new replica of the metadata where a voter of it leaves.
+    pub(crate) seed: u64,
+}
+
+/// A leadership that began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Leadership {
+    pub(crate) tp: TopicPartition,
+    pub(crate) replica: ReplicaId,
+    pub(crate) epoch: LeaderEpoch,
+}
+
+/// Which replica goes on where no majority is left.
+#[derive(Clone, Debug)]
+pub(crate) struct RecoverPartition {
+    pub(crate) tp: TopicPartition,
+    pub(crate) survivor: ReplicaId,
+    /// The id under which it goes on, where it does so already (the metadata itself); else one is drawn.
+    pub(crate) survives_as: Option<ReplicaId>,
+    /// Replicas that can never vote again although their brokers live.
+    pub(crate) known_lost: Vec<ReplicaId>,
+    /// Who asked and why, for the record.
+    pub(crate) reason: String,
+    pub(crate) seed: u64,
+    pub(crate) validate_only: bool,
+}
+
 /// The answer to a command.
 #[derive(Clone, Debug)]
 pub(crate) enum MetadataReply {
     /// It is so.
     Done,
+    /// The broker is one of the cluster.
+    Registered {
+        /// Its replica of the metadata.
+        metadata_replica: ReplicaId,
+        /// The replica is one of those that the metadata's group began with.
+        is_founder: bool,
+    },
     /// The topic as it is, or would be.
     Topic(Arc<Topic>),
     /// The topic that is gone.
     Deleted(TopicId),
+    /// What moves, or would.
+    Moves {
+        moves: Vec<PlannedMove>,
+        /// More than one command takes at a time are to move: it wants to be given again.
+        more: bool,
+    },
+    /// The survivor under its new id, and the replicas that are given up.
+    Recovered { survivor: Place, given_up: Vec<Place> },
+}
+
+/// A move of a partition's replicas.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct PlannedMove {
+    pub(crate) topic: String,
+    pub(crate) tp: TopicPartition,
+    /// The preferred leader first, as in `to`.
+    pub(crate) from: Vec<BrokerId>,
+    pub(crate) to: Vec<BrokerId>,
 }
 
 /// Bounds and defaults of this broker's configuration.
@@ -83,184 +206,32 @@ pub(crate) struct MetadataRules {
 type Decided = (Vec<Kind>, MetadataReply);
 
 /// What follows from `command` in this state.
-pub(crate) fn decide(table: &MetadataTable, command: MetadataCommand) -> Result<Decided, Error> {
+pub(crate) fn decide(table: &MetadataTable, command: MetadataCommand, now: Timestamp) -> Result<Decided, Error> {
     match command {
-        MetadataCommand::Found { cluster, voters } => Ok(found(table, cluster, &voters)),
-        MetadataCommand::RegisterBroker(broker) => register(table, broker),
-        MetadataCommand::CreateTopic(create) => create_topic(table, create),
-        MetadataCommand::AlterTopic(alter) => alter_topic(table, alter),
-        MetadataCommand::DeleteTopic { name } => delete_topic(table, &name),
-    }
-}
-
-fn found(table: &MetadataTable, cluster: ClusterId, voters: &[Place]) -> Decided {
-    if table.founding().is_some() {
-        return (Vec::new(), MetadataReply::Done);
-    }
-    let record = ClusterFounded {
-        cluster_id: cluster.to_bytes().to_vec().into(),
-        feature_level: FEATURE_LEVEL,
-        voters: voters.iter().map(show_place).collect(),
-    };
-    (vec![Kind::ClusterFounded(record)], MetadataReply::Done)
-}
-
-fn register(table: &MetadataTable, broker: BrokerEntry) -> Result<Decided, Error> {
-    if let Some(known) = table.broker(broker.id) {
-        if known.directory != broker.directory {
-            return Err(Error::new(
-                ErrorCode::InvalidRequest,
-                format!(
-                    "node.id {} belongs to a broker with another data directory (id {}); give this broker a node.id of \
-                     its own, or start it with that directory",
-                    broker.id, known.directory
-                ),
-            ));
+        MetadataCommand::Found { cluster, voters } => Ok(brokers::found(table, cluster, &voters)),
+        MetadataCommand::RegisterBroker(registration) => brokers::register(table, registration),
+        MetadataCommand::FenceBroker { broker, incarnation } => Ok(brokers::fence(table, broker, incarnation, true)),
+        MetadataCommand::UnfenceBroker { broker, incarnation } => Ok(brokers::fence(table, broker, incarnation, false)),
+        MetadataCommand::DrainBroker { broker, undo: true, validate_only, .. } => {
+            brokers::undo_drain(table, broker, validate_only)
         }
-        if **known == broker {
-            return Ok((Vec::new(), MetadataReply::Done));
+        MetadataCommand::DrainBroker { broker, undo: false, seed, validate_only } => {
+            brokers::drain(table, broker, seed, validate_only)
         }
-    }
-    let record = BrokerRegistered {
-        broker_id: broker.id.get(),
-        directory_id: broker.directory.to_bytes().to_vec().into(),
-        client_address: broker.client_address,
-        peer_address: broker.peer_address,
-        rack: broker.rack,
-        version: broker.version,
-    };
-    Ok((vec![Kind::BrokerRegistered(record)], MetadataReply::Done))
-}
-
-fn create_topic(table: &MetadataTable, create: CreateTopic) -> Result<Decided, Error> {
-    let name = TopicName::new(create.name.as_str())
-        .map_err(|error| Error::new(ErrorCode::InvalidTopicName, error.to_string()).with_topic(create.name.clone()))?;
-    if name.is_internal() {
-        return Err(internal_topic(name.as_str()));
-    }
-    if table.topic_named(name.as_str()).is_some() {
-        return Err(Error::new(
-            ErrorCode::TopicAlreadyExists,
-            format!("topic `{name}` exists already; choose another name, or delete that one first"),
-        )
-        .with_topic(name.as_str()));
-    }
-    let in_topic = |error: Error| error.with_topic(name.as_str());
-    let rules = table.rules();
-    let partitions = if create.partitions == 0 { 1 } else { create.partitions };
-    let partitions = check_partitions(table, partitions, 0).map_err(in_topic)?;
-    let brokers = table.brokers().count() as u32;
-    let replicas = match create.replication_factor {
-        0 => REPLICATION_FACTOR_DEFAULT.min(brokers),
-        asked => u32::try_from(asked).unwrap_or(0),
-    };
-    if replicas == 0 || replicas > brokers {
-        return Err(in_topic(Error::new(
-            ErrorCode::InvalidReplicationFactor,
-            format!(
-                "{} replica(s) cannot be placed: the cluster has {brokers} broker(s), each holds one of a partition; ask \
-                 for 1 to {brokers}",
-                create.replication_factor
-            ),
-        )));
-    }
-    if table.topic_count() >= rules.topics_max {
-        return Err(in_topic(Error::new(
-            ErrorCode::InvalidRequest,
-            format!("the cluster has {} topics, its limit; delete some, or raise limits.topics", rules.topics_max),
-        )));
-    }
-    let overrides = canonical(&create.configs).map_err(in_topic)?;
-    check_config(rules, &overrides, replicas).map_err(in_topic)?;
-
-    let mut draws = Draws::from_seed(create.seed);
-    let topic = Topic {
-        id: create.topic_id,
-        name: name.as_str().to_owned(),
-        replication_factor: replicas,
-        internal: false,
-        partitions: placement::place(&candidates(table), partitions, replicas, &mut draws),
-        changed_at: table.applied(),
-        overrides,
-    };
-    let record = TopicCreated {
-        topic_id: topic.id.to_bytes().to_vec().into(),
-        name: topic.name.clone(),
-        replication_factor: replicas as i32,
-        configs: show_configs(&topic.overrides),
-        partitions: topic.partitions.iter().map(|places| show_assignment(places)).collect(),
-    };
-    let records = if create.validate_only { Vec::new() } else { vec![Kind::TopicCreated(record)] };
-    Ok((records, MetadataReply::Topic(Arc::new(topic))))
-}
-
-fn alter_topic(table: &MetadataTable, alter: AlterTopic) -> Result<Decided, Error> {
-    let topic = user_topic(table, &alter.name)?;
-    let in_topic = |error: Error| error.with_topic(alter.name.as_str());
-    let rules = table.rules();
-    let mut changed = Topic::clone(topic);
-    let mut records = Vec::new();
-
-    let set = canonical(&alter.set).map_err(in_topic)?;
-    for key in &alter.unset {
-        // Refuses keys that do not exist; the value plays no part.
-        if topic_config::topic_key(key).is_none() {
-            return Err(in_topic(
-                topic_config::canonical_value(key, "")
-                    .err()
-                    .unwrap_or_else(|| Error::new(ErrorCode::InvalidConfig, format!("unknown topic config `{key}`"))),
-            ));
+        MetadataCommand::DecommissionBroker { broker } => brokers::decommission(table, broker),
+        MetadataCommand::ReplaceBroker(replace) => brokers::replace(table, &replace),
+        MetadataCommand::CreateTopic(create) => topics::create(table, create),
+        MetadataCommand::AlterTopic(alter) => topics::alter(table, alter),
+        MetadataCommand::DeleteTopic { name } => topics::delete(table, &name),
+        MetadataCommand::MovePartition(wanted) => partitions::move_to(table, &wanted),
+        MetadataCommand::CancelMove { topic, partition } => partitions::cancel_move(table, &topic, partition),
+        MetadataCommand::ReplaceReplica { tp, replica, seed } => partitions::replace(table, tp, replica, seed),
+        MetadataCommand::MoveProgress(progress) => Ok(partitions::progress(table, &progress)),
+        MetadataCommand::LeadersChanged { broker, leaders } => {
+            Ok(partitions::leaders_changed(table, broker, &leaders))
         }
-        if set.contains_key(key) {
-            return Err(in_topic(Error::new(
-                ErrorCode::InvalidConfig,
-                format!("topic config `{key}` is both set and unset; do one of them"),
-            )));
-        }
-        changed.overrides.remove(key);
+        MetadataCommand::RecoverPartition(recover) => partitions::recover(table, recover, now),
     }
-    changed.overrides.extend(set.clone());
-    if changed.overrides != topic.overrides {
-        check_config(rules, &changed.overrides, topic.replication_factor).map_err(in_topic)?;
-        records.push(Kind::TopicConfigChanged(TopicConfigChanged {
-            topic_id: topic.id.to_bytes().to_vec().into(),
-            set: show_configs(&set),
-            unset: alter.unset.clone(),
-        }));
-    }
-
-    if alter.partitions != 0 {
-        let before = topic.partitions.len() as u32;
-        let wanted = check_partitions(table, alter.partitions, before).map_err(in_topic)?;
-        if wanted > before {
-            let mut draws = Draws::from_seed(alter.seed);
-            let candidates = candidates(table);
-            let added = placement::place(&candidates, wanted - before, topic.replication_factor, &mut draws);
-            records.push(Kind::PartitionsAdded(PartitionsAdded {
-                topic_id: topic.id.to_bytes().to_vec().into(),
-                partitions: added.iter().map(|places| show_assignment(places)).collect(),
-            }));
-            changed.partitions.extend(added);
-        }
-    }
-    if alter.validate_only {
-        records.clear();
-    }
-    Ok((records, MetadataReply::Topic(Arc::new(changed))))
-}
-
-fn delete_topic(table: &MetadataTable, name: &str) -> Result<Decided, Error> {
-    let topic = user_topic(table, name)?;
-    let record = TopicDeleted { topic_id: topic.id.to_bytes().to_vec().into() };
-    Ok((vec![Kind::TopicDeleted(record)], MetadataReply::Deleted(topic.id)))
-}
-
-/// The topic, unless it is the cluster's own.
-fn user_topic<'a>(table: &'a MetadataTable, name: &str) -> Result<&'a Arc<Topic>, Error> {
-    if name.starts_with("__") {
-        return Err(internal_topic(name));
-    }
-    table.topic_named(name).ok_or_else(|| unknown_topic(name))
 }
 
 /// For a name that no topic has.
@@ -281,51 +252,22 @@ pub(crate) fn internal_topic(name: &str) -> Error {
     .with_topic(name)
 }
 
-/// `total` partitions for a topic that has `before`.
-fn check_partitions(table: &MetadataTable, total: i32, before: u32) -> Result<u32, Error> {
-    let rules = table.rules();
-    let refuse = |text: String| Err(Error::new(ErrorCode::InvalidPartitions, text));
-    let per_topic = rules.partitions_per_topic_max;
-    let Some(total) = u32::try_from(total).ok().filter(|total| (1..=per_topic).contains(total)) else {
-        return refuse(format!("{total} partitions: a topic has 1 to {per_topic} (limits.partitions_per_topic)"));
-    };
-    if total < before {
-        return refuse(format!(
-            "the topic has {before} partitions, and {total} would be fewer: partitions are only ever added, as their \
-             records would be lost"
-        ));
-    }
-    let in_all = table.partition_count() + (total - before) as usize;
-    if in_all > rules.partitions_max {
-        return refuse(format!(
-            "the cluster would have {in_all} partitions, and its limit is {}; delete topics, or raise \
-             limits.partitions",
-            rules.partitions_max
-        ));
-    }
-    Ok(total)
+/// For a partition that a topic does not have.
+pub(crate) fn unknown_partition(topic: &Topic, partition: i32) -> Error {
+    let last = topic.partitions.len().saturating_sub(1);
+    Error::new(
+        ErrorCode::UnknownPartition,
+        format!("topic `{}` has no partition {partition}; name one of 0 to {last}", topic.name),
+    )
+    .with_topic(topic.name.as_str())
+    .with_partition(PartitionId::new(partition))
 }
 
-fn canonical(configs: &[(String, String)]) -> Result<TopicOverrides, Error> {
-    let mut overrides = TopicOverrides::new();
-    for (key, value) in configs {
-        if overrides.insert(key.clone(), topic_config::canonical_value(key, value)?).is_some() {
-            return Err(Error::new(
-                ErrorCode::InvalidConfig,
-                format!("topic config `{key}` is given twice; give it once"),
-            ));
-        }
-    }
-    Ok(overrides)
-}
-
-fn check_config(rules: &MetadataRules, overrides: &TopicOverrides, replicas: u32) -> Result<(), Error> {
-    TopicConfig::resolve(&rules.topic_defaults, overrides)?.check(replicas, rules.batch_bytes_max)
-}
-
-fn candidates(table: &MetadataTable) -> Vec<Candidate> {
-    table
-        .brokers()
-        .map(|broker| Candidate { broker: broker.id, directory: broker.directory, rack: broker.rack.clone() })
-        .collect()
+/// For an id that no broker has.
+pub(crate) fn unknown_broker(table: &MetadataTable, broker: BrokerId) -> Error {
+    let known: Vec<String> = table.brokers().map(|broker| broker.id.to_string()).collect();
+    Error::new(
+        ErrorCode::InvalidRequest,
+        format!("there is no broker {broker} in the cluster; name one of {}", known.join(", ")),
+    )
 }

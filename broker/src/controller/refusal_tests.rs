@@ -1,0 +1,1 @@
+//! Commands that are refused, a row each.
