@@ -1,3 +1,6 @@
-//! What spans several crates of Flowstone: multi-process tests, and the programs that measure its figures' limits.
+//! What spans several crates of Flowstone: the simulator, multi-process tests, and the programs that measure its figures'
+//! limits.
 
 #![forbid(unsafe_code)]
+
+pub mod sim;

@@ -1,0 +1,122 @@
+//! Runs seeds of the simulator, many side by side, or one that prints what happens.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use clap::Parser;
+use flowstone_tests::sim::{Counts, Plan, Report, World, run};
+
+/// Runs the simulator.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// How many seeds to run.
+    #[arg(long, default_value_t = 1_000)]
+    seeds: u64,
+    /// The first of them.
+    #[arg(long, default_value_t = 0)]
+    first: u64,
+    /// Run this seed alone.
+    #[arg(long)]
+    seed: Option<u64>,
+    /// With one seed: print every event.
+    #[arg(long)]
+    print: bool,
+    /// With one seed: nothing goes wrong.
+    #[arg(long)]
+    calm: bool,
+    /// Run every seed twice and compare the traces.
+    #[arg(long)]
+    twice: bool,
+    /// Seeds side by side.
+    #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
+    threads: usize,
+    /// Stop after this many findings.
+    #[arg(long, default_value_t = 10)]
+    findings: u64,
+}
+
+fn main() -> std::process::ExitCode {
+    let arguments = Arguments::parse();
+    if let Some(seed) = arguments.seed {
+        let mut plan = if arguments.calm { Plan::calm(seed) } else { Plan::drawn(seed) };
+        plan.prints = arguments.print;
+        let report = World::new(plan).run();
+        show(&report.counts);
+        println!("trace {:016x}", report.hash);
+        return match report.broken {
+            Some(broken) => {
+                println!("BROKEN {broken}");
+                std::process::ExitCode::FAILURE
+            }
+            None => std::process::ExitCode::SUCCESS,
+        };
+    }
+    run_many(&arguments)
+}
+
+fn run_many(arguments: &Arguments) -> std::process::ExitCode {
+    let began = Instant::now();
+    let next = AtomicU64::new(arguments.first);
+    let end = arguments.first + arguments.seeds;
+    let found = AtomicU64::new(0);
+    let total = Mutex::new((Counts::default(), 0_u64));
+    std::thread::scope(|scope| {
+        for _ in 0..arguments.threads.max(1) {
+            scope.spawn(|| {
+                loop {
+                    let seed = next.fetch_add(1, Ordering::Relaxed);
+                    if seed >= end || found.load(Ordering::Relaxed) >= arguments.findings {
+                        return;
+                    }
+                    let mut report = run_caught(seed);
+                    if arguments.twice {
+                        let again = run_caught(seed);
+                        if again.hash != report.hash && report.broken.is_none() {
+                            report.broken = Some(format!(
+                                "seed {seed}: two runs differ: {:016x}, {:016x}",
+                                report.hash, again.hash
+                            ));
+                        }
+                    }
+                    if let Some(broken) = &report.broken {
+                        found.fetch_add(1, Ordering::Relaxed);
+                        println!("BROKEN {broken}\n");
+                    }
+                    let mut total = total.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+                    total.0.add(&report.counts);
+                    total.1 += 1;
+                }
+            });
+        }
+    });
+    let (counts, seeds) = total.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    show(&counts);
+    let took = began.elapsed();
+    println!(
+        "{seeds} seeds, {} findings, {:.1} s, {:.1} ms each, {:.1} simulated minutes per minute of one processor",
+        found.load(Ordering::Relaxed),
+        took.as_secs_f64(),
+        took.as_secs_f64() * 1_000.0 * arguments.threads as f64 / seeds.max(1) as f64,
+        counts.simulated_millis as f64 / 1_000.0 / (took.as_secs_f64() * arguments.threads as f64),
+    );
+    if found.into_inner() == 0 { std::process::ExitCode::SUCCESS } else { std::process::ExitCode::FAILURE }
+}
+
+/// A panic in a run is a finding of its seed.
+fn run_caught(seed: u64) -> Report {
+    std::panic::catch_unwind(|| run(seed)).unwrap_or_else(|panic| {
+        let what = panic
+            .downcast_ref::<String>()
+            .map(String::as_str)
+            .or_else(|| panic.downcast_ref::<&str>().copied())
+            .unwrap_or("no message");
+        Report { seed, hash: 0, counts: Counts::default(), broken: Some(format!("seed {seed}: a panic: {what}")) }
+    })
+}
+
+fn show(counts: &Counts) {
+    for (name, count) in counts.all() {
+        println!("{count:>14}  {}", name.replace('_', " "));
+    }
+}

@@ -1,0 +1,242 @@
+//! One simulated broker: real shards on a simulated disk.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use flowstone_protocol::{BrokerId, DirectoryId, ReplicaId, TopicPartition};
+use flowstone_replication::{FlushMode, JobKind, LogConfig, ManualShards, ReplicaHandle, ReplicaSpec, ShardsConfig};
+use flowstone_replication::{RetentionConfig, Start};
+use flowstone_storage::flush::Job;
+use flowstone_storage::{DataDir, Disk, SimDisk};
+
+use super::groups::{Group, Place};
+use super::machine::{Ears, Listener, SimMachine};
+use super::outbox::{Out, Outbox, SimTransport};
+use super::plan::Plan;
+use super::random::{Random, mix};
+use super::time::LocalClock;
+use super::workers::SimWorkers;
+
+/// Where a broker keeps its data.
+const DATA_DIR: &str = "/data";
+/// What a broker that is full has less than.
+pub(crate) const ROOM_KEPT_BYTES: u64 = 32 << 10;
+
+/// The number of a broker by its place in the cluster.
+pub(crate) fn broker_id(index: usize) -> BrokerId {
+    BrokerId::new(index as i32 + 1)
+}
+
+/// The place of a broker in the cluster by its number.
+pub(crate) fn broker_index(id: BrokerId) -> usize {
+    (id.get() - 1) as usize
+}
+
+/// See the module.
+pub(crate) struct SimBroker {
+    pub(crate) disk: SimDisk,
+    /// Another one after each wipe.
+    pub(crate) directory: u32,
+    pub(crate) clock: Arc<LocalClock>,
+    /// Grows with each start and each end.
+    pub(crate) life: u64,
+    /// Grows with each power failure.
+    pub(crate) boots: u64,
+    pub(crate) running: Option<Running>,
+    pub(crate) is_paused: bool,
+    pub(crate) is_full: bool,
+    /// How long flushes take, where the disk is ill.
+    pub(crate) slow_flushes: Option<Duration>,
+    pub(crate) random: Random,
+}
+
+/// What lives while the process does.
+pub(crate) struct Running {
+    pub(crate) shards: ManualShards<SimMachine>,
+    pub(crate) workers: Arc<SimWorkers>,
+    pub(crate) outbox: Arc<Outbox>,
+    pub(crate) ears: Arc<Ears>,
+    pub(crate) data_dir: Arc<DataDir>,
+    pub(crate) replicas: BTreeMap<TopicPartition, Local>,
+    pub(crate) jobs: BTreeMap<u64, (JobKind, Job)>,
+    pub(crate) round_at: Option<Duration>,
+    /// Replicas that were there after the last round, with the number of their life.
+    pub(crate) seen: BTreeMap<Listener, u64>,
+    /// What it knows of the groups.
+    pub(crate) known: Vec<Group>,
+    pub(crate) is_stopping: bool,
+    pub(crate) ended_before: u64,
+}
+
+/// A replica that is open, or on its way.
+#[derive(Debug)]
+pub(crate) struct Local {
+    pub(crate) replica: ReplicaId,
+    pub(crate) handle: Option<ReplicaHandle<SimMachine>>,
+    pub(crate) is_closing: bool,
+}
+
+impl SimBroker {
+    pub(crate) fn new(index: usize, seed: u64, clock: Arc<LocalClock>) -> Self {
+        let mut broker = Self {
+            disk: SimDisk::new(0),
+            directory: 0,
+            clock,
+            life: 0,
+            boots: 0,
+            running: None,
+            is_paused: false,
+            is_full: false,
+            slow_flushes: None,
+            random: Random::new(seed, 100 + index as u64),
+        };
+        broker.new_disk();
+        broker
+    }
+
+    /// An empty disk in the place of the one that is there.
+    pub(crate) fn new_disk(&mut self) {
+        let counts = self.disk.counts();
+        self.directory += 1;
+        self.disk = SimDisk::new(self.random.next());
+        self.disk.set_loses_dirs(true);
+        self.disk.add_counts(counts);
+    }
+
+    /// Starts the process; `Err` where its disk does not let it.
+    pub(crate) fn start(&mut self, plan: &Plan, index: usize) -> Result<(), String> {
+        let disk: Arc<dyn Disk> = self.disk.shared();
+        let id = u128::from(mix(plan.seed ^ (index as u64) << 32 ^ u64::from(self.directory)));
+        let data_dir = DataDir::open_or_create(disk, Path::new(DATA_DIR), DirectoryId::new(id), 1)
+            .map_err(|error| error.to_string())?;
+        let data_dir = Arc::new(data_dir);
+        let workers = SimWorkers::new(Arc::clone(&self.clock));
+        let outbox = Arc::new(Outbox::default());
+        let config = ShardsConfig {
+            shards: 1,
+            checkpoint_entries: plan.checkpoint_entries,
+            checkpoint_bytes: 1 << 20,
+            retention_every: Duration::from_secs(4),
+            seed: mix(plan.seed ^ index as u64),
+            boot_id: format!("boot {}", self.boots),
+            inline_flush_bytes_max: if self.random.one_in(4) { 256 << 10 } else { 0 },
+            ..ShardsConfig::default()
+        };
+        let shards = ManualShards::start(
+            &config,
+            Arc::clone(&data_dir),
+            self.clock.wall_clock(),
+            workers.clone(),
+            Arc::new(SimTransport(Arc::clone(&outbox))),
+        )
+        .map_err(|error| error.to_string())?;
+        self.life += 1;
+        self.running = Some(Running {
+            shards,
+            workers,
+            outbox,
+            ears: Arc::new(Ears::default()),
+            data_dir,
+            replicas: BTreeMap::new(),
+            jobs: BTreeMap::new(),
+            round_at: None,
+            seen: BTreeMap::new(),
+            known: Vec::new(),
+            is_stopping: false,
+            ended_before: 0,
+        });
+        Ok(())
+    }
+
+    /// The handle of its replica of this partition, where there is one.
+    pub(crate) fn handle(&self, tp: TopicPartition) -> Option<&ReplicaHandle<SimMachine>> {
+        self.running.as_ref()?.replicas.get(&tp)?.handle.as_ref()
+    }
+
+    /// The files that may rot: all but what a data directory is known by.
+    pub(crate) fn files(&self) -> Vec<PathBuf> {
+        let disk = self.disk.shared();
+        let mut found = Vec::new();
+        let mut folders = vec![PathBuf::from(DATA_DIR)];
+        while let Some(folder) = folders.pop() {
+            for name in disk.read_dir(&folder).unwrap_or_default() {
+                let path = folder.join(&name);
+                if self.disk.bytes(&path).is_none() {
+                    folders.push(path);
+                } else if folder != Path::new(DATA_DIR) || name.starts_with("hard-state-") {
+                    found.push(path);
+                }
+            }
+        }
+        found.sort();
+        found
+    }
+}
+
+impl Running {
+    /// Opens what belongs here and closes what does not.
+    pub(crate) fn reconcile(&mut self, index: usize, directory: u32, plan: &Plan) {
+        if self.is_stopping {
+            return;
+        }
+        for group in &self.known {
+            let is_here = |place: &&Place| place.broker == index && place.directory == directory;
+            // One folder for a partition: a new replica begins when the old one's is gone.
+            let wanted = group.wanted.iter().find(is_here).or_else(|| group.leaving.iter().find(is_here));
+            let peers: Arc<[_]> =
+                group.places().map(|place| (place.replica, broker_id(place.broker))).collect::<Vec<_>>().into();
+            match (wanted, self.replicas.get_mut(&group.tp)) {
+                (Some(place), None) => {
+                    let who = Listener { tp: group.tp, replica: place.replica };
+                    let start = if group.founders.contains(&place.replica) {
+                        Start::FirstVoter { voters: Arc::clone(&group.founders) }
+                    } else {
+                        Start::Learner
+                    };
+                    let spec = ReplicaSpec {
+                        tp: group.tp,
+                        replica: place.replica,
+                        dir: self.data_dir.replica_dir(group.tp),
+                        log: log_config(plan),
+                        flush: FlushMode::Quorum,
+                        retention: RetentionConfig::default(),
+                        internal: false,
+                        max_message_bytes: 1 << 20,
+                        peers,
+                        start,
+                    };
+                    let tp = group.tp;
+                    self.replicas.insert(tp, Local { replica: place.replica, handle: None, is_closing: false });
+                    let machine = SimMachine::new(who, Arc::clone(&self.ears));
+                    let opened = self.outbox.reply(move |handle| Out::Opened { tp, handle });
+                    self.shards.shards().open(spec, machine, opened);
+                }
+                (Some(place), Some(local)) if place.replica == local.replica => {
+                    if let Some(handle) = &local.handle {
+                        handle.set_peers(peers);
+                    }
+                }
+                (_, Some(local)) => {
+                    if !local.is_closing {
+                        local.is_closing = true;
+                        let tp = group.tp;
+                        let closed = self.outbox.reply(move |()| Out::Closed { tp });
+                        self.shards.shards().close(tp, true, closed);
+                    }
+                }
+                (None, None) => {}
+            }
+        }
+    }
+}
+
+fn log_config(plan: &Plan) -> LogConfig {
+    LogConfig {
+        segment_bytes: plan.segment_bytes,
+        zero_ahead_bytes: 4 << 10,
+        room_kept_bytes: ROOM_KEPT_BYTES,
+        ..LogConfig::default()
+    }
+}

@@ -1,0 +1,72 @@
+//! When an entry is committed for the first time, a majority of the voters has it on its disk, flushed.
+
+use std::collections::BTreeMap;
+
+use flowstone_protocol::{RaftIndex, ReplicaId, Term, TopicPartition};
+use flowstone_storage::EpochStart;
+use flowstone_storage::checkpoint::CREATION_INDEX;
+
+use super::super::machine::Listener;
+use super::{Held, Invariant, Sight};
+
+/// What one replica has flushed, as it was last seen: a crash leaves it that.
+#[derive(Debug, Default)]
+struct Flushed {
+    index: RaftIndex,
+    epochs: Vec<EpochStart>,
+}
+
+impl Flushed {
+    fn has(&self, index: RaftIndex, term: Term) -> bool {
+        let epoch = self.epochs.iter().rev().find(|start| start.index <= index);
+        self.index >= index && epoch.is_some_and(|start| start.epoch.term() == Some(term))
+    }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct CommittedOnQuorum {
+    flushed: BTreeMap<Listener, Flushed>,
+    committed: BTreeMap<TopicPartition, RaftIndex>,
+    /// Voters, as each replica saw them before this round: what was committed may have changed them.
+    voters: BTreeMap<Listener, Vec<ReplicaId>>,
+}
+
+impl Invariant for CommittedOnQuorum {
+    fn replica(&mut self, sight: &Sight<'_>) -> Held {
+        let Sight { who, replica, is_relaxed, .. } = *sight;
+        let log = replica.log();
+        let flushed = self.flushed.entry(who).or_default();
+        flushed.index = if is_relaxed { log.last_index() } else { log.flushed_index() };
+        if flushed.epochs != log.epochs() {
+            flushed.epochs = log.epochs().to_vec();
+        }
+        let now = &replica.membership().voters;
+        let before = self.voters.insert(who, now.clone()).unwrap_or_else(|| now.clone());
+        let index = replica.applied();
+        // Creation is given with the replicas.
+        let known = self.committed.entry(who.tp).or_insert(CREATION_INDEX);
+        if index <= *known {
+            return Ok(());
+        }
+        *known = index;
+        let Some(term) = log.term_at(index) else { return Ok(()) };
+        let has = |voters: &[ReplicaId]| {
+            let with = voters.iter().filter(|&&replica| {
+                self.flushed.get(&Listener { tp: who.tp, replica }).is_some_and(|flushed| flushed.has(index, term))
+            });
+            with.count() > voters.len() / 2
+        };
+        if has(now) || has(&before) {
+            return Ok(());
+        }
+        let all: Vec<_> = self.flushed.iter().filter(|(other, _)| other.tp == who.tp).collect();
+        Err(format!(
+            "{}: replica {} commits entry {index} of term {term}, voters {now:?} (before: {before:?}), flushed: {all:?}",
+            who.tp, who.replica
+        ))
+    }
+
+    fn damaged(&mut self, _who: Listener) {
+        // What it had when it said so counts: that is why no more than a minority may be damaged.
+    }
+}

@@ -1,0 +1,41 @@
+//! The simulator: whole clusters of the real replicas, logs and shards, in one thread, with seeded time, network, disks
+//! and crashes.
+//!
+//! A run is a function of its seed: nothing in it asks the machine for the time, a random number, or another thread. What
+//! it promises to find, it finds again with the same seed.
+//!
+//! ```text
+//!  clients -> requests -> | shards (real) -> replicas (real) -> logs (real) -> simulated disk
+//!          <- answers  <- |     ^    |
+//!                               |    v
+//!                         simulated network, jobs that end when the seed says, clocks that are wrong
+//! ```
+//!
+//! Reading order: [`Plan`] (what a run is made of), [`World`] (the queue of events), `faults` (what goes wrong),
+//! `invariants` (what must hold after every step), `clients` (whose history is judged at the end).
+
+mod broker;
+mod clients;
+mod counts;
+mod faults;
+mod groups;
+mod invariants;
+mod machine;
+mod network;
+mod outbox;
+mod plan;
+mod producers;
+mod random;
+mod time;
+mod trace;
+mod workers;
+mod world;
+
+pub use counts::Counts;
+pub use plan::{Fault, Plan};
+pub use world::{Report, World};
+
+/// Runs one seed.
+pub fn run(seed: u64) -> Report {
+    World::new(Plan::drawn(seed)).run()
+}

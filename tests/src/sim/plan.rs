@@ -1,0 +1,172 @@
+//! How a run is set up: drawn from its seed, or written down by a scenario.
+
+use std::time::Duration;
+
+use super::network::Weather;
+use super::random::Random;
+
+/// What can go wrong. Each is one kind of fault of the table in the project's guarantees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Fault {
+    /// A process is killed.
+    Kill,
+    /// The power of one broker fails.
+    PowerOff,
+    /// A majority is killed, or all are; perhaps with the power.
+    KillMany,
+    /// A broker crashes in the middle of one of its next operations on the disk.
+    CrashSoon,
+    /// A broker is stopped cleanly and started again.
+    Stop,
+    /// A process is paused (SIGSTOP) and goes on later.
+    Pause,
+    /// A leader alone on its side.
+    CutLeader,
+    /// Two halves.
+    CutHalves,
+    /// Each reaches its neighbours only.
+    CutRing,
+    /// One broker reaches both sides, which do not reach each other.
+    CutBridge,
+    /// One direction between two brokers.
+    CutOneWay,
+    /// The clients do not reach one broker.
+    CutClients,
+    /// A wall clock jumps.
+    ClockJump,
+    /// A disk runs full.
+    DiskFull,
+    /// An operation on a disk fails.
+    DiskFault,
+    /// Flushes take ten seconds.
+    SlowDisk,
+    /// A bit flips in a file of a broker that is down, or in a sealed segment of one that runs.
+    Rot,
+    /// A disk is replaced by an empty one.
+    Wipe,
+    /// A replica is moved to another broker.
+    Move,
+    /// Such a move is called off.
+    CancelMove,
+    /// Leadership is handed over.
+    Transfer,
+    /// The log start is moved.
+    Trim,
+}
+
+impl Fault {
+    /// All of them.
+    pub const ALL: [Self; 22] = [
+        Self::Kill,
+        Self::PowerOff,
+        Self::KillMany,
+        Self::CrashSoon,
+        Self::Stop,
+        Self::Pause,
+        Self::CutLeader,
+        Self::CutHalves,
+        Self::CutRing,
+        Self::CutBridge,
+        Self::CutOneWay,
+        Self::CutClients,
+        Self::ClockJump,
+        Self::DiskFull,
+        Self::DiskFault,
+        Self::SlowDisk,
+        Self::Rot,
+        Self::Wipe,
+        Self::Move,
+        Self::CancelMove,
+        Self::Transfer,
+        Self::Trim,
+    ];
+}
+
+/// See the module.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// Everything random follows from it.
+    pub seed: u64,
+    /// Brokers.
+    pub brokers: usize,
+    /// Partitions.
+    pub groups: usize,
+    /// Replicas of each, at most as many as brokers.
+    pub replicas: usize,
+    /// Idempotent producers of each partition.
+    pub producers: usize,
+    /// Readers of each partition.
+    pub readers: usize,
+    /// A producer's pause between two batches, at most.
+    pub produce_gap: Duration,
+    /// How long faults come.
+    pub faulty_for: Duration,
+    /// How long it takes until the next fault, on average.
+    pub fault_gap: Duration,
+    /// Which faults.
+    pub faults: Vec<Fault>,
+    /// How bad the network is between cuts.
+    pub(crate) weather: Weather,
+    /// Clocks that are fast or slow.
+    pub clock_drift: bool,
+    /// After how many entries a checkpoint is due.
+    pub checkpoint_entries: u64,
+    /// Bytes of a segment.
+    pub segment_bytes: u64,
+    /// Every event is printed.
+    pub prints: bool,
+}
+
+impl Plan {
+    /// Nothing goes wrong.
+    pub fn calm(seed: u64) -> Self {
+        Self {
+            seed,
+            brokers: 3,
+            groups: 1,
+            replicas: 3,
+            producers: 2,
+            readers: 2,
+            produce_gap: Duration::from_millis(60),
+            faulty_for: Duration::ZERO,
+            fault_gap: Duration::from_millis(1_500),
+            faults: Vec::new(),
+            weather: Weather::CALM,
+            clock_drift: false,
+            checkpoint_entries: 60,
+            segment_bytes: 16 << 10,
+            prints: false,
+        }
+    }
+
+    /// What the seed says.
+    pub fn drawn(seed: u64) -> Self {
+        let mut random = Random::new(seed, 1);
+        let brokers = [3, 3, 4, 4, 5][random.index(5)];
+        let mut faults = Fault::ALL.to_vec();
+        // Some runs have few kinds of faults, so that one kind is looked at closely.
+        if random.one_in(3) {
+            let kept = 3 + random.index(6);
+            while faults.len() > kept {
+                faults.swap_remove(random.index(faults.len()));
+            }
+        }
+        Self {
+            seed,
+            brokers,
+            groups: 1 + random.index(2),
+            replicas: if brokers == 5 && random.one_in(3) { 5 } else { 3 },
+            producers: 1 + random.index(3),
+            readers: 2,
+            produce_gap: Duration::from_millis([40, 80, 160][random.index(3)]),
+            faulty_for: Duration::from_secs(10 + random.below(15)),
+            fault_gap: Duration::from_millis([400, 1_000, 2_500][random.index(3)]),
+            faults,
+            weather: Weather::drawn(&mut random),
+            clock_drift: random.one_in(3),
+            checkpoint_entries: [10, 40, 150][random.index(3)],
+            segment_bytes: [4 << 10, 16 << 10, 64 << 10][random.index(3)],
+            prints: false,
+        }
+    }
+}
