@@ -15,6 +15,8 @@ use std::time::Duration;
 
 use futures::Stream;
 use parking_lot::Mutex;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::gauge::Gauge;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -33,11 +35,35 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Refusals are logged this often at most.
 const LOG_EVERY_MS: u64 = 1_000;
 
+/// What is counted of one listener's connections.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct ConnectionMetrics {
+    /// Open now.
+    pub(crate) open: Gauge,
+    /// Turned away by a limit.
+    pub(crate) refused: Counter,
+    /// Cut off by a deadline.
+    pub(crate) timed_out: Counter,
+    /// Accepts that failed.
+    pub(crate) accept_errors: Counter,
+}
+
+impl From<Arc<Metrics>> for ConnectionMetrics {
+    fn from(metrics: Arc<Metrics>) -> Self {
+        Self {
+            open: metrics.connections.clone(),
+            refused: metrics.connections_refused.clone(),
+            timed_out: metrics.connections_timed_out.clone(),
+            accept_errors: metrics.accept_errors.clone(),
+        }
+    }
+}
+
 /// Connections that are open, by address.
 #[derive(Debug)]
 pub(crate) struct Connections {
     limits: LimitsConfig,
-    metrics: Arc<Metrics>,
+    metrics: ConnectionMetrics,
     /// Held for a look and a change; nothing waits inside.
     by_address: Mutex<HashMap<IpAddr, usize>>,
     open: AtomicUsize,
@@ -47,10 +73,10 @@ pub(crate) struct Connections {
 }
 
 impl Connections {
-    pub(crate) fn new(limits: LimitsConfig, metrics: Arc<Metrics>) -> Arc<Self> {
+    pub(crate) fn new(limits: LimitsConfig, metrics: impl Into<ConnectionMetrics>) -> Arc<Self> {
         Arc::new(Self {
             limits,
-            metrics,
+            metrics: metrics.into(),
             by_address: Mutex::new(HashMap::new()),
             open: AtomicUsize::new(0),
             refusal_logged_ms: AtomicU64::new(0),
@@ -70,14 +96,14 @@ impl Connections {
         }
         *from_there += 1;
         self.open.fetch_add(1, Ordering::Relaxed);
-        self.metrics.connections.inc();
+        self.metrics.open.inc();
         Ok(Place { connections: Arc::clone(self), address })
     }
 }
 
 impl Connections {
     fn refused(&self, address: SocketAddr, limit: &str) {
-        self.metrics.connections_refused.inc();
+        self.metrics.refused.inc();
         let now = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX).max(1);
         let last = self.refusal_logged_ms.load(Ordering::Relaxed);
         if last == 0 || now - last >= LOG_EVERY_MS {
@@ -104,7 +130,7 @@ impl Drop for Place {
             }
         }
         self.connections.open.fetch_sub(1, Ordering::Relaxed);
-        self.connections.metrics.connections.dec();
+        self.connections.metrics.open.dec();
     }
 }
 
@@ -252,7 +278,7 @@ impl GuardedSocket {
                 }
                 "no call within limits.idle_timeout"
             };
-            self.place.connections.metrics.connections_timed_out.inc();
+            self.place.connections.metrics.timed_out.inc();
             tracing::debug!(peer = %calls.peer, what, "a connection is closed");
             return Err(io::Error::new(io::ErrorKind::TimedOut, what));
         }

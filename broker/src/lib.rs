@@ -8,6 +8,9 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
+// Public for what measures it; programs start brokers.
+#[doc(hidden)]
+pub mod peer;
 pub mod telemetry;
 pub mod topic_config;
 

@@ -1,0 +1,94 @@
+//! Messages that arrive.
+
+use super::*;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_brokers_send_to_each_other_in_order() {
+    const ROUNDS: u64 = 500;
+    let mut nodes = cluster(3, config()).await;
+    for group in 1..=ROUNDS {
+        for from in &nodes {
+            for to in nodes.iter().filter(|to| to.broker() != from.broker()) {
+                from.send(to, vec![heartbeat(group), append(group, &[100, 10_000])]);
+            }
+        }
+        if group % 50 == 0 {
+            tokio::task::yield_now().await;
+        }
+    }
+    for node in &mut nodes {
+        let own = node.broker();
+        let delivered = node.delivered(4 * ROUNDS as usize).await;
+        assert_eq!(delivered.len(), 2, "from both others: {:?}", delivered.keys());
+        for (from, messages) in delivered {
+            let (appends, heartbeats): (Vec<_>, Vec<_>) =
+                messages.iter().partition(|message| matches!(message.message.body, PeerBody::Append { .. }));
+            for messages in [appends, heartbeats] {
+                let groups: Vec<_> = messages.iter().map(|message| group_of(message)).collect();
+                assert_eq!(groups, (1..=ROUNDS).collect::<Vec<_>>(), "from {from} to {own}");
+                assert_eq!(
+                    format!("{:?}", messages[0]),
+                    format!(
+                        "{:?}",
+                        match &messages[0].message.body {
+                            PeerBody::Append { .. } => append(1, &[100, 10_000]),
+                            _ => heartbeat(1),
+                        }
+                    )
+                );
+            }
+        }
+    }
+    for node in &nodes {
+        let figures = node.network.figures();
+        assert_eq!((figures.messages_sent, figures.messages_received), (4 * ROUNDS, 4 * ROUNDS));
+        assert_eq!((figures.brokers_connected, figures.messages_dropped, figures.refused), (2, 0, 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_leaves_together() {
+    let mut nodes = cluster(2, config()).await;
+    let (one, two) = pair(&mut nodes);
+    // Before there is a stream at all: what has gathered by then goes as one message.
+    one.send(two, (1..=1_000).map(heartbeat).collect());
+    let Told::Delivered(_, messages) = two.next().await else { panic!("something else came first") };
+    assert_eq!(messages.len(), 1_000);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_batch_larger_than_frame_and_window_arrives() {
+    let mut nodes = cluster(2, config()).await;
+    let (one, two) = pair(&mut nodes);
+    one.send(two, vec![append(1, &[40 << 20, 5]), append(2, &[3])]);
+    let delivered = two.delivered(2).await;
+    let PeerBody::Append { entries, .. } = &delivered[&one.broker()][0].message.body else { panic!("no append") };
+    assert_eq!(entries.iter().map(LogEntry::data_bytes).collect::<Vec<_>>(), [40 << 20, 5]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_newer_stream_of_the_same_broker_takes_the_older_ones_place() {
+    let mut nodes = cluster(2, config()).await;
+    let (one, two) = pair(&mut nodes);
+    until_connected(one, two).await;
+    // The same broker, started anew, while its old connection still seems to be there.
+    let again = Node::start(PeerIdentity { incarnation: 2, ..identity(1) }, config()).await;
+    again.knows(two);
+    until_connected(&again, two).await;
+    one.until(|told| matches!(told, Told::Unreachable(broker) if *broker == id(2))).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn draining_ends_streams_and_is_told_as_an_end() {
+    let mut nodes = cluster(2, config()).await;
+    let (one, two) = pair(&mut nodes);
+    until_connected(one, two).await;
+    two.drain.send_replace(true);
+    one.until(|told| matches!(told, Told::Gone(broker) if *broker == id(2))).await;
+    timeout(LONG, &mut two.serving).await.expect("in time").expect("no panic").expect("no error");
+}
+
+fn pair(nodes: &mut [Node]) -> (&mut Node, &mut Node) {
+    let [one, two, ..] = nodes else { panic!("two brokers") };
+    (one, two)
+}
