@@ -142,7 +142,7 @@ pub struct Verdict {
 
 impl Verdict {
     /// Most anomalies of one kind that are kept; the others are counted.
-    pub const KEPT_MAX: usize = 100;
+    pub const KEPT_MAX: usize = 20;
 
     /// Whether nothing was found.
     pub fn is_clean(&self) -> bool {

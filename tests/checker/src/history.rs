@@ -104,6 +104,8 @@ pub(crate) struct Send {
     pub(crate) fenced: bool,
     /// A committed reader was given it.
     pub(crate) seen_committed: bool,
+    /// Where the log was known to end when it was sent: it can only lie there or behind.
+    floor: i64,
     /// Milliseconds from the run's beginning to its acknowledgement.
     pub(crate) acknowledged_after_ms: u32,
     /// Where it was acknowledged; -1: it was not.
@@ -145,7 +147,7 @@ pub(crate) struct Log {
     /// What lies before it may be gone.
     pub(crate) trimmed: i64,
     pub(crate) fully_read: bool,
-    /// One past what is known to be committed: acknowledged to a durable sender, or read.
+    /// One past what is known to be committed: acknowledged to a durable sender, read, or told as high watermark.
     committed_end: i64,
     /// One past what committed readers were given.
     stable_end: i64,
@@ -255,6 +257,7 @@ impl History {
             outcome: Outcome::Pending,
             fenced: self.senders[sender.0 as usize].fenced,
             seen_committed: false,
+            floor: self.logs[log.0 as usize].committed_end,
             acknowledged_after_ms: 0,
             acknowledged_at: -1,
             seen_at: -1,
@@ -271,9 +274,15 @@ impl History {
         let send = self.end(value, Outcome::Acknowledged);
         send.acknowledged_at = offset;
         send.acknowledged_after_ms = u32::try_from(at.as_millis()).unwrap_or(u32::MAX);
-        let (log, sender) = (send.log, send.sender);
+        let Send { log, sender, floor, .. } = *send;
         let durable = self.senders[sender.0 as usize].kind.durable;
         let log = &mut self.logs[log.0 as usize];
+        if durable && offset < floor {
+            let detail = format!(
+                "value {value} was acknowledged at offset {offset}, and the log was known to end at {floor} before it was sent"
+            );
+            self.findings.add(log.anomaly(Kind::Regression, Some(offset), detail));
+        }
         if durable {
             log.committed_end = log.committed_end.max(offset.saturating_add(1));
         }
@@ -483,6 +492,10 @@ impl History {
             let detail = format!("the {} was {floor} before it was asked for, and was told as {offset}", mark.name());
             let anomaly = self.logs[log.0 as usize].anomaly(Kind::Regression, Some(offset), detail);
             self.findings.add(anomaly);
+        }
+        if mark == Mark::HighWatermark {
+            let state = &mut self.logs[log.0 as usize];
+            state.committed_end = state.committed_end.max(offset);
         }
         self.marks.raise(log, mark, view, offset);
         // Whoever asks for the newest may not be told less than someone who asked a replica that is behind.

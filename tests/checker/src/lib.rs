@@ -3,8 +3,7 @@
 //!
 //! ```
 //! use std::time::Duration;
-//! use flowstone_checker::{History, Isolation, Kind, SenderKind};
-//! use flowstone_protocol::{Offset, PartitionId};
+//! use flowstone_checker::{History, Isolation, Kind, Offset, PartitionId, SenderKind};
 //!
 //! let mut history = History::new();
 //! let log = history.log("orders", PartitionId::new(0));
@@ -43,6 +42,8 @@ mod marks;
 mod offsets;
 pub mod payload;
 mod transactions;
+
+pub use flowstone_protocol::{Offset, PartitionId};
 
 pub use anomaly::{Anomaly, Kind, Verdict};
 pub use history::{History, Isolation, LogId, Observed, ReaderId, SenderId, SenderKind, ValueId};

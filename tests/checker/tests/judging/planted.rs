@@ -93,8 +93,9 @@ fn one_value_at_two_offsets() {
 #[test]
 fn a_value_that_a_reader_passed_and_nobody_read() {
     finds(Kind::LostWrite, 1, |scene| {
+        let before = scene.acknowledged(scene.end);
         scene.acknowledged(scene.end + 1);
-        let (before, behind) = (scene.acknowledged(scene.end), scene.acknowledged(scene.end + 2));
+        let behind = scene.acknowledged(scene.end + 2);
         scene.read(&[(scene.end, before), (scene.end + 2, behind)]);
     });
 }
@@ -230,6 +231,15 @@ fn a_stale_mark_is_told_as_fresh() {
             let asked = scene.history.ask(scene.log, Mark::HighWatermark, View::Session(observer));
             scene.history.told(asked, at(told));
         }
+    });
+}
+
+#[test]
+fn what_is_sent_lands_before_what_was_there() {
+    finds(Kind::Regression, 1, |scene| {
+        let before = scene.acknowledged(scene.end + 1);
+        let behind = scene.acknowledged(scene.end);
+        scene.read(&[(scene.end, behind), (scene.end + 1, before)]);
     });
 }
 
