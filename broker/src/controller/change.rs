@@ -170,12 +170,11 @@ impl PartitionEntry {
         !self.leaving().is_empty()
     }
 
-    /// The group's voters, as far as the controller can know: those of before the change, as new ones come last.
+    /// The group's voters, as far as the controller can know: those of before the change, as new ones come last. Once all
+    /// of these are gone, it is the new ones.
     pub(crate) fn voters(&self) -> Vec<Place> {
-        if self.before().is_empty() {
-            return self.replicas.to_vec();
-        }
-        self.before().iter().filter_map(|replica| self.place(*replica).copied()).collect()
+        let old: Vec<Place> = self.before().iter().filter_map(|replica| self.place(*replica).copied()).collect();
+        if old.is_empty() { self.replicas.to_vec() } else { old }
     }
 
     pub(crate) fn leader(&self) -> Option<Leader> {
@@ -243,6 +242,7 @@ impl Assignment {
             return Err(NotCancelled::PastReturn);
         }
         let mut next = Self::of_changed(entry);
+        // All of them are still there: none is removed before there is no way back.
         next.replicas = entry.voters();
         next.leaving = entry.places().filter(|place| !entry.before().contains(&place.replica)).copied().collect();
         next.may_remove = true;
@@ -256,7 +256,8 @@ impl Assignment {
         }
         let mut next = Self::of_changed(entry);
         next.may_remove |= may_remove;
-        next.leaving.retain(|place| !removed.contains(&place.replica));
+        // Nobody is removed before that; what says so is of another change.
+        next.leaving.retain(|place| !next.may_remove || !removed.contains(&place.replica));
         if next.leaving.len() == entry.leaving().len() && next.may_remove == entry.may_remove() {
             return None;
         }
@@ -362,6 +363,8 @@ mod tests {
         assert_eq!(moving.joining().collect::<Vec<_>>(), [&place(4)]);
         assert_eq!(founders(&moving), [1, 2, 3], "the group's first members do not change");
         assert!(moving.is_founder(ReplicaId::new(1)) && !moving.is_founder(ReplicaId::new(4)));
+
+        assert_eq!(Assignment::progressed(&moving, false, &[ReplicaId::new(1)]), None, "nobody may go yet");
 
         let caught_up = PartitionEntry::new(Assignment::progressed(&moving, true, &[]).expect("news"));
         assert_eq!(numbers(&caught_up), (vec![4, 2, 3], vec![1], true));

@@ -227,9 +227,7 @@ pub(crate) fn decide(table: &MetadataTable, command: MetadataCommand, now: Times
         MetadataCommand::CancelMove { topic, partition } => partitions::cancel_move(table, &topic, partition),
         MetadataCommand::ReplaceReplica { tp, replica, seed } => partitions::replace(table, tp, replica, seed),
         MetadataCommand::MoveProgress(progress) => Ok(partitions::progress(table, &progress)),
-        MetadataCommand::LeadersChanged { broker, leaders } => {
-            Ok(partitions::leaders_changed(table, broker, &leaders))
-        }
+        MetadataCommand::LeadersChanged { broker, leaders } => Ok(partitions::leaders_changed(table, broker, &leaders)),
         MetadataCommand::RecoverPartition(recover) => partitions::recover(table, recover, now),
     }
 }

@@ -1,5 +1,6 @@
 //! The metadata's records: how the table's parts are written down and read again, and the whole table as records.
 
+use bytes::Bytes;
 use flowstone_protocol::internal::metadata_record::Record as Kind;
 use flowstone_protocol::internal::{
     BrokerDraining, BrokerFenced, BrokerRegistered, BrokerRemoved, ClusterFounded, MetadataRecord, PartitionAssignment,
@@ -9,7 +10,6 @@ use flowstone_protocol::{
     BrokerId, DirectoryId, Error, ErrorCode, LeaderEpoch, Offset, PartitionId, ReplicaId, Timestamp, TopicId,
     TopicPartition,
 };
-use prost::bytes::Bytes;
 
 use super::change::{Assignment, Founders, Leader, PartitionEntry, Recovered};
 use super::table::{BrokerEntry, METADATA_PARTITION, METADATA_TOPIC_ID, MetadataTable, Place, Recovery};

@@ -10,8 +10,8 @@ use flowstone_protocol::internal::{
     PartitionRecovered, TopicCreated,
 };
 use flowstone_protocol::{
-    BrokerId, ClusterId, DirectoryId, Error, ErrorCode, LeaderEpoch, Offset, PartitionId, ReplicaId, Timestamp, TopicId,
-    TopicPartition,
+    BrokerId, ClusterId, DirectoryId, Error, ErrorCode, LeaderEpoch, Offset, PartitionId, ReplicaId, Timestamp,
+    TopicId, TopicPartition,
 };
 use prost::Message;
 
@@ -273,11 +273,7 @@ impl MetadataTable {
         let metadata = self.partition(METADATA_PARTITION);
         self.brokers
             .values()
-            .map(|broker| Place {
-                broker: broker.id,
-                directory: broker.directory,
-                replica: broker.metadata_replica,
-            })
+            .map(|broker| Place { broker: broker.id, directory: broker.directory, replica: broker.metadata_replica })
             .filter(move |place| metadata.is_none_or(|metadata| metadata.place(place.replica).is_none()))
     }
 
@@ -522,8 +518,7 @@ impl MetadataTable {
     fn lead(&mut self, record: &LeadersChanged, at: Offset) -> Result<(), Error> {
         for row in &record.leaders {
             let tp = records::parse_partition(&row.topic_id, row.partition, at)?;
-            let leader =
-                Leader { broker: BrokerId::new(row.broker_id), epoch: LeaderEpoch::new(row.leader_epoch) };
+            let leader = Leader { broker: BrokerId::new(row.broker_id), epoch: LeaderEpoch::new(row.leader_epoch) };
             let topic = self.topic_mut(tp.topic, at)?;
             let entry = usize::try_from(tp.partition.get()).ok().and_then(|slot| topic.partitions.get_mut(slot));
             let entry = entry.ok_or_else(|| contradiction(at, "a partition is led that is not there"))?;

@@ -3,26 +3,20 @@
 use bytes::Bytes;
 use flowstone_protocol::internal::MetadataRecord;
 use flowstone_protocol::{
-    BatchHeader, BrokerId, ClusterId, DirectoryId, Error, ErrorCode, Offset, RaftIndex, ReplicaId, Term, Timestamp,
-    TopicId,
+    BatchHeader, BrokerId, ClusterId, DirectoryId, Error, ErrorCode, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term,
+    Timestamp, TopicId,
 };
 use flowstone_replication::{Commanded, MachineBody, MachineEntry};
 use prost::Message;
 
-use super::commands::{AlterTopic, CreateTopic, MetadataCommand, MetadataReply, MetadataRules};
+use super::commands::{
+    AlterTopic, CreateTopic, Leadership, MetadataCommand, MetadataReply, MovePartition, MoveProgress, RecoverPartition,
+    ReplaceBroker,
+};
 use super::placement::Draws;
-use super::table::{BrokerEntry, METADATA_TOPIC, MetadataTable, Place};
+use super::table::{METADATA_TOPIC, MetadataTable, Place};
+use super::testing::{Cluster, registration, rules};
 use crate::coordinator::{Coordinator, Published, StateMachine};
-
-fn rules() -> MetadataRules {
-    MetadataRules {
-        topics_max: 100,
-        partitions_per_topic_max: 50,
-        partitions_max: 1_000,
-        batch_bytes_max: 1 << 24,
-        topic_defaults: Default::default(),
-    }
-}
 
 /// One replica of the metadata: a log in memory, and what is committed of it.
 struct Controller {
@@ -97,14 +91,7 @@ impl Controller {
 }
 
 fn register(id: i32, directory: u128) -> MetadataCommand {
-    MetadataCommand::RegisterBroker(BrokerEntry {
-        id: BrokerId::new(id),
-        directory: DirectoryId::new(directory),
-        client_address: format!("127.0.0.1:{id}"),
-        peer_address: String::new(),
-        rack: String::new(),
-        version: "0".to_owned(),
-    })
+    MetadataCommand::RegisterBroker(registration(id, directory, "", 1))
 }
 
 fn create(name: &str, partitions: i32) -> MetadataCommand {
@@ -274,4 +261,237 @@ fn records_of_a_newer_release_stop_the_machine() {
     assert_eq!(error.code, ErrorCode::Unsupported);
     assert!(error.message.contains("newer"), "{}", error.message);
     assert!(table.restore(b"\xff\xff\xff").is_err());
+}
+
+/// One more command, of any kind, about things that are there more often than not.
+fn any_command(cluster: &Cluster, draws: &mut Draws) -> MetadataCommand {
+    let table = cluster.table();
+    let pick = |draws: &mut Draws, of: u64| draws.next() % of;
+    let name = |draws: &mut Draws| format!("topic-{}", draws.next() % 6);
+    let broker = |draws: &mut Draws| BrokerId::new(1 + (draws.next() % 6) as i32);
+    let seed = draws.next();
+    let validate_only = draws.next().is_multiple_of(16);
+    let partitions: Vec<_> =
+        table.entries().map(|(topic, tp, entry)| (topic.name.clone(), tp, entry.clone())).collect();
+    let (topic, tp, entry) = partitions[pick(draws, partitions.len() as u64) as usize].clone();
+    let changing: Vec<_> = table.changing().map(|(tp, entry)| (tp, entry.clone())).collect();
+    let places: Vec<ReplicaId> = entry.places().map(|place| place.replica).collect();
+    let replica = places[pick(draws, places.len() as u64) as usize];
+    let incarnation = |draws: &mut Draws, broker: BrokerId| match draws.next() % 8 {
+        0 => 7,
+        _ => table.broker(broker).map_or(0, |broker| broker.incarnation),
+    };
+    match pick(draws, 22) {
+        0..=2 => MetadataCommand::CreateTopic(CreateTopic {
+            name: name(draws),
+            partitions: (1 + pick(draws, 5)) as i32,
+            replication_factor: pick(draws, 5) as i32,
+            configs: vec![("retention.ms".to_owned(), "1d".to_owned())],
+            topic_id: TopicId::new(u128::from(seed)),
+            seed,
+            validate_only,
+        }),
+        3 | 4 => MetadataCommand::AlterTopic(AlterTopic {
+            name: name(draws),
+            set: vec![("min.insync.replicas".to_owned(), (1 + pick(draws, 2)).to_string())],
+            unset: vec!["retention.ms".to_owned()],
+            partitions: pick(draws, 10) as i32,
+            seed,
+            validate_only,
+        }),
+        5 => delete(&name(draws)),
+        6 | 7 => {
+            let id = (1 + pick(draws, 6)) as i32;
+            // Mostly the directory that it has, now and then an empty one.
+            let known = table.broker(BrokerId::new(id)).map(|broker| broker.directory.get());
+            let directory = known.filter(|_| pick(draws, 4) > 0).unwrap_or(u128::from(seed));
+            MetadataCommand::RegisterBroker(registration(id, directory, ["a", "b"][pick(draws, 2) as usize], seed))
+        }
+        8 => {
+            let broker = broker(draws);
+            MetadataCommand::FenceBroker { broker, incarnation: incarnation(draws, broker) }
+        }
+        9 | 10 => {
+            let broker = broker(draws);
+            MetadataCommand::UnfenceBroker { broker, incarnation: incarnation(draws, broker) }
+        }
+        11 => {
+            let undo = pick(draws, 3) > 0;
+            MetadataCommand::DrainBroker { broker: broker(draws), undo, seed, validate_only }
+        }
+        12 => MetadataCommand::DecommissionBroker { broker: broker(draws) },
+        13 => {
+            let (old, new) = (broker(draws), broker(draws));
+            MetadataCommand::ReplaceBroker(ReplaceBroker { old, new, seed, validate_only })
+        }
+        14 | 15 => {
+            let brokers = (0..1 + pick(draws, 4)).map(|_| broker(draws)).collect();
+            let partition = tp.partition.get();
+            MetadataCommand::MovePartition(MovePartition { topic, partition, brokers, seed, validate_only })
+        }
+        16 => MetadataCommand::CancelMove { topic, partition: tp.partition.get() },
+        17 => MetadataCommand::ReplaceReplica { tp, replica, seed },
+        18 | 19 => {
+            let (tp, entry) = match changing.len() as u64 {
+                0 => (tp, entry),
+                len => changing[pick(draws, len) as usize].clone(),
+            };
+            let removed = entry.leaving().iter().map(|place| place.replica).filter(|_| pick(draws, 2) == 0).collect();
+            let wanted = entry.replicas().iter().map(|place| place.replica).collect();
+            let may_remove = pick(draws, 2) == 0;
+            MetadataCommand::MoveProgress(MoveProgress { tp, may_remove, removed, wanted, seed })
+        }
+        20 => {
+            let epoch = LeaderEpoch::new(pick(draws, 50) as i32);
+            let broker = entry.place(replica).map_or(broker(draws), |place| place.broker);
+            MetadataCommand::LeadersChanged { broker, leaders: vec![Leadership { tp, replica, epoch }] }
+        }
+        _ => MetadataCommand::RecoverPartition(RecoverPartition {
+            tp,
+            survivor: replica,
+            survives_as: None,
+            known_lost: places,
+            reason: "so that it goes on".to_owned(),
+            seed,
+            validate_only,
+        }),
+    }
+}
+
+/// What is kept beside the entries, against what they say.
+fn check_counts(table: &MetadataTable, seed: u64) {
+    let mut partitions = 0;
+    let mut changing = Vec::new();
+    let mut loads = std::collections::BTreeMap::<BrokerId, [u32; 4]>::new();
+    for (topic, tp, entry) in table.entries() {
+        partitions += usize::from(!topic.internal);
+        if entry.is_changing() {
+            changing.push(tp);
+        }
+        for place in entry.replicas() {
+            loads.entry(place.broker).or_default()[0] += 1;
+        }
+        loads.entry(entry.replicas()[0].broker).or_default()[1] += 1;
+        for place in entry.leaving() {
+            loads.entry(place.broker).or_default()[2] += 1;
+        }
+        if let Some(leader) = entry.leader() {
+            loads.entry(leader.broker).or_default()[3] += 1;
+        }
+    }
+    changing.sort_unstable();
+    assert_eq!(table.partition_count(), partitions, "seed {seed}");
+    assert_eq!(table.changing().map(|(tp, _)| tp).collect::<Vec<_>>(), changing, "seed {seed}");
+    for id in (0..8).map(BrokerId::new) {
+        let load = table.load(id);
+        let counted = loads.get(&id).copied().unwrap_or_default();
+        assert_eq!([load.replicas, load.preferred, load.leaving, load.leads], counted, "seed {seed}, broker {id}");
+    }
+    let strays = table.entries().any(|(_, _, entry)| {
+        let stray = |place: &Place| table.brokers().all(|broker| broker.directory != place.directory);
+        entry.replicas().iter().any(stray)
+    });
+    assert_eq!(table.holds_strays(), strays, "seed {seed}");
+}
+
+/// What must hold of every partition, whatever was asked for.
+fn check_entries(table: &MetadataTable, seed: u64) {
+    let mut ids = std::collections::BTreeSet::new();
+    for (topic, tp, entry) in table.entries() {
+        let context = || format!("seed {seed}: {} {tp}: {entry:?}", topic.name);
+        assert!(!entry.replicas().is_empty(), "{}", context());
+        for place in entry.places() {
+            assert!(ids.insert(place.replica), "an id stands twice: {}", context());
+            assert!(table.broker(place.broker).is_some(), "a broker that is gone: {}", context());
+        }
+        let brokers: std::collections::BTreeSet<_> = entry.replicas().iter().map(|place| place.broker).collect();
+        assert_eq!(brokers.len(), entry.replicas().len(), "two replicas on one broker: {}", context());
+        assert_eq!(entry.before().is_empty(), !entry.is_changing(), "{}", context());
+        assert!(!entry.voters().is_empty(), "{}", context());
+    }
+    // Each broker's replica of the metadata is one of its own.
+    for observer in table.observers() {
+        assert!(ids.insert(observer.replica), "seed {seed}: broker {} observes under a taken id", observer.broker);
+    }
+}
+
+#[test]
+fn replay_and_checkpoint_lead_to_the_live_state_whatever_is_asked() {
+    let mut kinds = std::collections::BTreeMap::<&str, usize>::new();
+    let mut refused = 0;
+    for seed in 0..25 {
+        let mut draws = Draws::from_seed(seed);
+        let mut cluster = Cluster::of(4);
+        let cut = 1 + draws.next() as usize % 250;
+        let mut middle = None;
+        let mut used = std::collections::BTreeSet::new();
+        for step in 0..300 {
+            let command = any_command(&cluster, &mut draws);
+            let before: std::collections::BTreeSet<ReplicaId> =
+                cluster.table().entries().flat_map(|(_, _, entry)| entry.places().map(|place| place.replica)).collect();
+            refused += usize::from(cluster.run(command).is_err());
+            for (_, tp, entry) in cluster.table().entries() {
+                for place in entry.places().filter(|place| !before.contains(&place.replica)) {
+                    assert!(!used.contains(&place.replica), "seed {seed}: {tp} has an id for the second time");
+                }
+            }
+            used.extend(before);
+            if step == cut {
+                middle = Some((cluster.log.len(), cluster.table().checkpoint()));
+            }
+            check_entries(cluster.table(), seed);
+        }
+        check_counts(cluster.table(), seed);
+        for record in &cluster.log {
+            *kinds.entry(kind(record)).or_default() += 1;
+        }
+
+        let mut replayed = MetadataTable::new(rules());
+        let apply = |table: &mut MetadataTable, from: usize| {
+            for (at, record) in cluster.log.iter().enumerate().skip(from) {
+                table.apply(record.clone(), Offset::new(at as i64)).expect("it was taken in before");
+            }
+        };
+        apply(&mut replayed, 0);
+        assert_eq!(replayed.checkpoint(), cluster.table().checkpoint(), "seed {seed}: replayed");
+        let (at, checkpoint) = middle.expect("the cut lies within the steps");
+        let mut restored = MetadataTable::new(rules());
+        restored.restore(&checkpoint).expect("own bytes");
+        assert_eq!(restored.checkpoint(), checkpoint, "seed {seed}");
+        apply(&mut restored, at);
+        assert_eq!(restored.checkpoint(), cluster.table().checkpoint(), "seed {seed}: from the checkpoint at {at}");
+        for table in [&replayed, &restored] {
+            check_counts(table, seed);
+            assert!(
+                table.entries().map(|(_, _, entry)| entry).eq(cluster.table().entries().map(|(_, _, entry)| entry))
+            );
+            // They would decide alike.
+            for _ in 0..30 {
+                let command = any_command(&cluster, &mut draws);
+                let decide = |table: &MetadataTable| table.decide(command.clone(), Timestamp::new(1)).0;
+                assert_eq!(decide(table), decide(cluster.table()), "seed {seed}: {command:?}");
+            }
+        }
+    }
+    assert_eq!(kinds.len(), 12, "records of some kind were never written: {kinds:?}");
+    assert!(kinds.values().all(|count| *count >= 10), "too few to tell: {kinds:?}");
+    assert!(refused > 500, "{refused}");
+}
+
+fn kind(record: &MetadataRecord) -> &'static str {
+    use flowstone_protocol::internal::metadata_record::Record as Kind;
+    match record.record.as_ref().expect("written here") {
+        Kind::ClusterFounded(_) => "founded",
+        Kind::BrokerRegistered(_) => "registered",
+        Kind::TopicCreated(_) => "created",
+        Kind::PartitionsAdded(_) => "added",
+        Kind::TopicConfigChanged(_) => "configured",
+        Kind::TopicDeleted(_) => "deleted",
+        Kind::BrokerFenced(_) => "fenced",
+        Kind::BrokerDraining(_) => "draining",
+        Kind::BrokerRemoved(_) => "removed",
+        Kind::LeadersChanged(_) => "led",
+        Kind::PartitionReassigned(_) => "reassigned",
+        Kind::PartitionRecovered(_) => "recovered",
+    }
 }

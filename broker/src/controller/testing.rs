@@ -42,7 +42,7 @@ pub(super) fn registration(id: i32, directory: u128, rack: &str, incarnation: u6
         rack: rack.to_owned(),
         version: "0".to_owned(),
         incarnation,
-        seed: incarnation ^ directory as u64,
+        seed: incarnation,
     }
 }
 
