@@ -2,7 +2,7 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::output::Format;
-use crate::{bench, broker, cluster, completion, config, consume, debug, dev, moment, produce, topic};
+use crate::{bench, broker, cluster, completion, config, consume, debug, dev, moment, produce, topic, verify};
 use clap::{Args, Parser, Subcommand};
 use std::time::Duration;
 
@@ -110,6 +110,7 @@ pub(crate) enum Command {
     Consume(consume::ConsumeArgs),
     #[command(subcommand)]
     Bench(bench::BenchCommand),
+    Verify(verify::VerifyArgs),
     #[command(subcommand)]
     Cluster(cluster::ClusterCommand),
     #[command(subcommand)]

@@ -28,6 +28,7 @@ mod record_view;
 mod stdio;
 mod template;
 mod topic;
+mod verify;
 
 use args::{Cli, Command};
 use clap::Parser;
@@ -54,6 +55,7 @@ fn run(cli: Cli) -> Outcome {
         Command::Cluster(command) => asking()?.block_on(cluster::run(command, &common)),
         Command::Produce(args) => asking()?.block_on(produce::run(args, &common)),
         Command::Consume(args) => asking()?.block_on(consume::run(args, &common)),
+        Command::Verify(args) => asking()?.block_on(verify::run(&args, &common)),
         Command::Bench(command) => asking()?.block_on(bench::run(command, &common)),
     }
 }
