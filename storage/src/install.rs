@@ -26,6 +26,7 @@ use crate::disk::{Disk, OpenMode};
 use crate::error::{OpenError, StorageError};
 use crate::log::{Log, LogConfig, LogEntry};
 use crate::open::FoundFiles;
+use crate::scrub::is_unreadable;
 use crate::small_file::{self, Fields, FrameError};
 
 /// Names the file that says how far an install is.
@@ -197,7 +198,8 @@ impl Install {
             Ok(install) => Ok(Some(install)),
             // The disk may answer the next time.
             Err(OpenError::Io { action, path, source })
-                if !matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) =>
+                if !is_unreadable(&source)
+                    && !matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::InvalidData) =>
             {
                 Err(StorageError::Io { action, path, source })
             }

@@ -220,13 +220,10 @@ fn entries_of(batches: Bytes, first: RaftIndex, check_crc: bool) -> Result<Vec<L
         };
         let body = if is_own_control(header.attributes) {
             let record = decode_control(&batch).map_err(|error| refused(error.to_string()))?;
-            if record.index != index {
-                return Err(refused(format!("it is entry {}", record.index)));
-            }
-            // It will be encoded anew from type and payload: that must give these bytes.
+            // It will be encoded anew from type and payload: that must give these bytes, entry and offset included.
             let (ctype, version) = (record.ctype, CONTROL_FORMAT_VERSION);
             if encode_control(ctype, term, index, header.base_offset, &record.payload, version) != batch {
-                return Err(refused("a control batch of a form that is not written here".to_owned()));
+                return Err(refused(format!("a control batch of entry {}, or of another form", record.index)));
             }
             EntryBody::Control { ctype, payload: record.payload }
         } else {

@@ -73,7 +73,7 @@ enum Outcome {
 
 impl Log {
     /// Begins to repair what a [`ScrubJob`](crate::scrub::ScrubJob) found. Fails with [`StorageError::NoEntry`] where the
-    /// segment is not there any more, or is not sealed.
+    /// segment is not there any more, is not sealed, or not all committed.
     pub fn repair(&self, rotten: &Rotten) -> Result<Repair, StorageError> {
         let no_entry = |index| StorageError::NoEntry { index, first: self.first_index(), last: self.last_index() };
         let Which::Sealed(at) = self.segment_of_index(rotten.first_index)?.0 else {
@@ -82,6 +82,7 @@ impl Log {
         let segment = &self.sealed[at];
         let is_it = segment.name == rotten.segment
             && rotten.last_index < segment.end_index
+            && segment.end_index <= self.committed.next()
             && rotten.position.saturating_add(rotten.bytes) <= segment.bytes;
         if !is_it {
             return Err(no_entry(rotten.first_index));

@@ -150,6 +150,9 @@ impl ScrubJob {
         match self.by_index(&mut reader) {
             Ok(scrubbed) => Ok(scrubbed),
             Err(NoSlot::Failed(StorageError::Corrupt { .. })) => self.without_index(reader.file),
+            Err(NoSlot::Failed(StorageError::Io { source, .. })) if is_unreadable(&source) => {
+                self.without_index(reader.file)
+            }
             Err(error) => Err(error.into()),
         }
     }

@@ -11,6 +11,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -108,6 +109,8 @@ struct State {
     bytes_max: Option<u64>,
     /// Operations that fail the next time, with how many go well before.
     faults: Vec<(Operation, u64)>,
+    /// Bytes of files that cannot be read (EIO).
+    unreadable: Vec<(u64, Range<u64>)>,
     /// Nothing counts as cached: reads that must not wait get nothing.
     cold: bool,
     read_only: bool,
@@ -271,6 +274,7 @@ impl SimDisk {
                 crashed: false,
                 bytes_max: None,
                 faults: Vec::new(),
+                unreadable: Vec::new(),
                 cold: false,
                 read_only: false,
                 locks: BTreeSet::new(),
@@ -344,6 +348,15 @@ impl SimDisk {
     /// Lets nothing fail any more that did not yet.
     pub fn cancel_faults(&self) {
         self.lock().faults.clear();
+    }
+
+    /// A bad sector: what touches these bytes of a file fails to read them (EIO) from now on. Another file that takes its
+    /// name has sectors of its own.
+    pub fn set_unreadable(&self, path: &Path, bytes: Range<u64>) {
+        let mut state = self.lock();
+        if let Some(number) = state.names.get(path).copied() {
+            state.unreadable.push((number, bytes));
+        }
     }
 
     /// Limits the bytes of all files together.
@@ -817,7 +830,11 @@ impl DiskFile for SimFile {
 
     fn read_at(&self, buffer: &mut [u8], position: u64) -> io::Result<usize> {
         let mut state = self.state()?;
-        if state.is_faulty(Operation::Read) {
+        let asked = position..position + buffer.len() as u64;
+        let is_bad = |(number, bytes): &(u64, Range<u64>)| {
+            *number == self.number && bytes.start < asked.end && asked.start < bytes.end
+        };
+        if state.is_faulty(Operation::Read) || state.unreadable.iter().any(is_bad) {
             return Err(system_error(rustix::io::Errno::IO));
         }
         let seen = &state.file_mut(self.number).seen;
