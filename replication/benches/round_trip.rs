@@ -17,8 +17,8 @@ use std::time::{Duration, Instant};
 
 use flowstone_protocol::{DirectoryId, PartitionId, ReplicaId, TopicId, TopicPartition};
 use flowstone_replication::{
-    Acks, FlushMode, LogConfig, Permit, ReplicaHandle, ReplicaSpec, Reply, RetentionConfig, Shards, ShardsConfig,
-    system_clock,
+    Acks, FlushMode, LogConfig, NoPeers, Permit, ReplicaHandle, ReplicaSpec, Reply, RetentionConfig, Shards,
+    ShardsConfig, Start, system_clock,
 };
 use flowstone_storage::{DataDir, Disk, RealDisk};
 use ledger::{Ledger, batch};
@@ -45,6 +45,8 @@ fn spec(data_dir: &DataDir, partition: i32, flush: FlushMode) -> ReplicaSpec {
         retention: RetentionConfig::default(),
         internal: false,
         max_message_bytes: 4 << 20,
+        peers: Arc::from([]),
+        start: Start::alone(ReplicaId::new(partition as u64 + 1)),
     }
 }
 
@@ -95,7 +97,7 @@ impl Sharded {
         let data_dir = DataDir::open_or_create(disk, path, DirectoryId::new(1), 4).expect("a data directory");
         let data_dir = Arc::new(data_dir);
         let config = ShardsConfig { shards: 2, inline_flush_bytes_max, ..ShardsConfig::default() };
-        let shards = Shards::start(config, Arc::clone(&data_dir), system_clock()).expect("shards");
+        let shards = Shards::start(config, Arc::clone(&data_dir), system_clock(), Arc::new(NoPeers)).expect("shards");
         let handle = open(&shards, spec(&data_dir, 1, flush)).blocking_recv().expect("an answer").expect("a replica");
         while !handle.status().is_ready() {
             std::thread::yield_now();
@@ -132,7 +134,7 @@ fn thousand(path: &Path) -> Duration {
     let data_dir = Arc::new(DataDir::open_or_create(disk, path, DirectoryId::new(1), 4).expect("a data directory"));
     let config = ShardsConfig { shards: 2, ..ShardsConfig::default() };
     let began = Instant::now();
-    let shards = Shards::start(config, Arc::clone(&data_dir), system_clock()).expect("shards");
+    let shards = Shards::start(config, Arc::clone(&data_dir), system_clock(), Arc::new(NoPeers)).expect("shards");
     let opening: Vec<_> =
         (0..1_000).map(|partition| open(&shards, spec(&data_dir, partition, FlushMode::Quorum))).collect();
     let handles: Vec<_> =
@@ -169,9 +171,13 @@ fn idle(path: &Path) {
     const REPLICAS: i32 = 10_000;
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
     let data_dir = Arc::new(DataDir::open_or_create(disk, path, DirectoryId::new(1), 4).expect("a data directory"));
-    let shards =
-        Shards::start(ShardsConfig { shards: 2, ..ShardsConfig::default() }, Arc::clone(&data_dir), system_clock())
-            .expect("shards");
+    let shards = Shards::start(
+        ShardsConfig { shards: 2, ..ShardsConfig::default() },
+        Arc::clone(&data_dir),
+        system_clock(),
+        Arc::new(NoPeers),
+    )
+    .expect("shards");
     let (before, _) = used();
     let opening: Vec<_> = (0..REPLICAS)
         .map(|partition| {
@@ -201,9 +207,13 @@ fn idle(path: &Path) {
 fn bulk(path: &Path, partitions: i32, bytes: usize, in_flight: usize, total: usize) -> f64 {
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
     let data_dir = Arc::new(DataDir::open_or_create(disk, path, DirectoryId::new(1), 4).expect("a data directory"));
-    let shards =
-        Shards::start(ShardsConfig { shards: 2, ..ShardsConfig::default() }, Arc::clone(&data_dir), system_clock())
-            .expect("shards");
+    let shards = Shards::start(
+        ShardsConfig { shards: 2, ..ShardsConfig::default() },
+        Arc::clone(&data_dir),
+        system_clock(),
+        Arc::new(NoPeers),
+    )
+    .expect("shards");
     let opening: Vec<_> =
         (0..partitions).map(|partition| open(&shards, spec(&data_dir, partition, FlushMode::Quorum))).collect();
     let handles: Vec<_> =

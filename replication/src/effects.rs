@@ -1,15 +1,20 @@
 //! What goes into a replica's step, and what comes out.
 
-use flowstone_protocol::{Error, LeaderEpoch, Offset, Term};
+use bytes::Bytes;
+use flowstone_protocol::{Error, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term};
 use flowstone_storage::read::LookupTicket;
-use flowstone_storage::{CheckpointDone, CheckpointJob, FlushDone, FlushJob, HardState, ReadTicket, StorageError};
+use flowstone_storage::{
+    CheckpointDone, CheckpointJob, FlushDone, FlushJob, HardState, LogEntry, ReadError, ReadTicket, StorageError,
+};
 
 use crate::machine::Machine;
 use crate::membership::MembershipChange;
 use crate::peer::PeerMessage;
 use crate::replica::read_error;
 use crate::reply::{Permit, Reply};
-use crate::request::{FoundOffset, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure, TrimTo};
+use crate::request::{
+    FoundOffset, GroupStatus, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure, TrimTo,
+};
 
 /// What can happen to a replica.
 #[derive(Debug)]
@@ -55,6 +60,31 @@ pub enum Event<M: Machine> {
         /// Told when it is applied.
         reply: Reply<Result<(), Error>>,
     },
+    /// A wish that another replica lead.
+    TransferLeader {
+        /// Which; the best there is where none is named.
+        to: Option<ReplicaId>,
+        /// Told when another leads, or why not.
+        reply: Reply<Result<(), Error>>,
+    },
+    /// How is the group?
+    Group {
+        /// Where that goes.
+        reply: Reply<Result<GroupStatus, Error>>,
+    },
+    /// What is committed now for certain, whoever else may believe to lead?
+    ReadIndex {
+        /// Where the high watermark goes.
+        reply: Reply<Result<Offset, Error>>,
+    },
+    /// These replicas' broker can not be reached at the moment: what was sent to them is lost.
+    Unreachable(Vec<ReplicaId>),
+    /// The leader's process is gone: somebody should stand for election soon.
+    LeaderGone,
+    /// Entries for a follower that were read from the disk.
+    Fetched(Fetched),
+    /// Committed batches from another replica, to be appended as if the leader had sent them.
+    Pulled(Pulled),
     /// The flush that [`Effects::flush`] asked for is over.
     Flushed(FlushDone),
     /// The hard state of this number, and all before it, is flushed.
@@ -86,8 +116,16 @@ impl<M: Machine> Event<M> {
             Self::Read { reply, .. } => Answer::Read { reply, result: Err(error) },
             Self::ListOffset { reply, .. } => Answer::ListOffset { reply, result: Err(error) },
             Self::Trim { reply, .. } => Answer::Trim { reply, result: Err(error) },
-            Self::ChangeMembership { reply, .. } => Answer::ChangeMembership { reply, result: Err(error) },
+            Self::ChangeMembership { reply, .. } | Self::TransferLeader { reply, .. } => {
+                Answer::ChangeMembership { reply, result: Err(error) }
+            }
+            Self::Group { reply } => Answer::Group { reply, result: Err(error) },
+            Self::ReadIndex { reply } => Answer::ReadIndex { reply, result: Err(error) },
             Self::Campaign
+            | Self::Unreachable(_)
+            | Self::LeaderGone
+            | Self::Fetched(_)
+            | Self::Pulled(_)
             | Self::Reconfigure(_)
             | Self::Flushed(_)
             | Self::HardStateFlushed(_)
@@ -131,6 +169,10 @@ pub struct Effects<M: Machine> {
     pub tickets: Vec<ReadOrder>,
     /// Lookups that need the disk, or time: to be run on a pool, which answers.
     pub lookups: Vec<LookupOrder>,
+    /// Entries for followers that lie on the disk: to be read on a pool; then [`Event::Fetched`].
+    pub fetches: Vec<FetchOrder>,
+    /// The leader offers what is committed up to there, as it can not send it entry by entry: it is to be pulled.
+    pub offered: Option<Offered>,
     /// The replica has ended: nothing in it may be used any more. Everyone who waited is in `answers`.
     pub ended: Option<Ended>,
 }
@@ -147,6 +189,8 @@ impl<M: Machine> Default for Effects<M> {
             answers: Vec::new(),
             tickets: Vec::new(),
             lookups: Vec::new(),
+            fetches: Vec::new(),
+            offered: None,
             ended: None,
         }
     }
@@ -216,12 +260,26 @@ pub enum Answer<M: Machine> {
         /// What it says.
         result: Result<Offset, Error>,
     },
-    /// To a change of membership.
+    /// To a change of membership, or of the leader.
     ChangeMembership {
         /// Where it goes.
         reply: Reply<Result<(), Error>>,
         /// What it says.
         result: Result<(), Error>,
+    },
+    /// To a question about the group.
+    Group {
+        /// Where it goes.
+        reply: Reply<Result<GroupStatus, Error>>,
+        /// What it says.
+        result: Result<GroupStatus, Error>,
+    },
+    /// To a question about what is committed for certain.
+    ReadIndex {
+        /// Where it goes.
+        reply: Reply<Result<Offset, Error>>,
+        /// What it says.
+        result: Result<Offset, Error>,
     },
 }
 
@@ -239,6 +297,8 @@ impl<M: Machine> Answer<M> {
             Self::ListOffset { reply, result } => reply.send(result),
             Self::Trim { reply, result } => reply.send(result),
             Self::ChangeMembership { reply, result } => reply.send(result),
+            Self::Group { reply, result } => reply.send(result),
+            Self::ReadIndex { reply, result } => reply.send(result),
         }
     }
 }
@@ -287,4 +347,58 @@ impl LookupOrder {
             reply.send(found.map_err(|error| read_error(&error)));
         }
     }
+}
+
+/// What a leader offered to a follower.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Offered {
+    /// Who offered it.
+    pub leader: ReplicaId,
+    /// Up to which entry.
+    pub index: RaftIndex,
+    /// The term of the entry there.
+    pub index_term: Term,
+}
+
+/// Entries that a leader wants to send and that lie on the disk.
+#[derive(Debug)]
+pub struct FetchOrder {
+    /// The first of them.
+    pub first: RaftIndex,
+    /// The last, at most.
+    pub last: RaftIndex,
+    /// Bytes of them, at most; one is given whatever its length.
+    pub max_bytes: u32,
+    /// For the Raft crate.
+    pub(crate) context: FetchContext,
+}
+
+/// What the Raft crate wants to be told with the entries.
+#[derive(Debug)]
+pub(crate) struct FetchContext(pub(crate) raft::GetEntriesContext);
+
+impl FetchOrder {
+    /// What was read, or why it could not be.
+    pub fn done(self, entries: Result<Vec<LogEntry>, ReadError>) -> Fetched {
+        Fetched { first: self.first, entries, context: self.context }
+    }
+}
+
+/// Entries for a follower, read.
+#[derive(Debug)]
+pub struct Fetched {
+    pub(crate) first: RaftIndex,
+    pub(crate) entries: Result<Vec<LogEntry>, ReadError>,
+    pub(crate) context: FetchContext,
+}
+
+/// Committed batches from another replica's log.
+#[derive(Debug, Clone)]
+pub struct Pulled {
+    /// The entry that they begin with.
+    pub first: RaftIndex,
+    /// One past the last.
+    pub next: RaftIndex,
+    /// Back to back, as stored there; not verified yet.
+    pub bytes: Bytes,
 }

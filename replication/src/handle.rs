@@ -1,20 +1,21 @@
 //! A replica as its callers hold it.
 
-use std::sync::atomic::{AtomicI64, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use flowstone_protocol::{BatchHeader, Error, ErrorCode, Offset, Term, TopicPartition};
+use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, Offset, ReplicaId, Term, TopicPartition};
 use tokio::sync::Notify;
 
 use crate::effects::Event;
 use crate::inbox::{Inbox, Refused};
 use crate::machine::Machine;
+use crate::membership::MembershipChange;
 use crate::metrics::Counters;
 use crate::reply::{ByteBudget, Permit, Reply};
 use crate::request::{
-    Acks, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaStatus,
-    Role, TrimTo,
+    Acks, FoundOffset, GroupStatus, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure,
+    ReplicaStatus, Role, TrimTo,
 };
 use crate::shard::Message;
 
@@ -23,6 +24,8 @@ use crate::shard::Message;
 pub(crate) struct Port<M: Machine> {
     pub(crate) inbox: Inbox<Message<M>>,
     pub(crate) budget: ByteBudget,
+    /// Bytes of peers' messages in the inbox.
+    pub(crate) peer_bytes: AtomicUsize,
     pub(crate) counters: Counters,
 }
 
@@ -71,21 +74,24 @@ impl<M: Machine> ReplicaHandle<M> {
             if status.is_ready() {
                 return Ok(());
             }
-            if let Health::Quarantined { message } = status.health {
+            if let Health::Quarantined { message } | Health::Lost { message, .. } = status.health {
                 return Err(Error::new(ErrorCode::Quarantined, message).with_partition(self.tp.partition));
             }
             changed.await;
         }
     }
 
-    /// Waits until its role, term or health differs from what was `seen`, and returns how it is then. One that ended and
-    /// was opened anew meanwhile has another term.
+    /// Waits until its role, term, leader or health differs from what was `seen`, and returns how it is then.
     pub async fn changed(&self, seen: &ReplicaStatus) -> ReplicaStatus {
         loop {
             // Registered before looking, as above.
             let changed = self.status.changed.notified();
             let status = self.status.read();
-            if status.role != seen.role || status.term != seen.term || status.health != seen.health {
+            if status.role != seen.role
+                || status.term != seen.term
+                || status.leader != seen.leader
+                || status.health != seen.health
+            {
                 return status;
             }
             changed.await;
@@ -135,6 +141,35 @@ impl<M: Machine> ReplicaHandle<M> {
         self.send(Event::Trim { to, reply });
     }
 
+    /// Says where the other replicas of the group are; what is learned from their own messages goes before it.
+    pub fn set_peers(&self, peers: Arc<[(ReplicaId, BrokerId)]>) {
+        // Told to one that has stopped, they are those of its next start anyway.
+        drop(self.port.inbox.report(Message::SetPeers { slot: self.slot, peers }));
+    }
+
+    /// Changes who belongs to the group; leader only, one change at a time. Answers when it is applied, `NOT_LEADER` where
+    /// another leads, `OVERLOADED` while another change is under way, `INVALID_REQUEST` for what would break the group.
+    pub fn change_membership(&self, change: MembershipChange, reply: Reply<Result<(), Error>>) {
+        self.send(Event::ChangeMembership { change, reply });
+    }
+
+    /// Hands leadership to another voter, the best there is where none is named; leader only. Answers when another leads;
+    /// `TIMED_OUT` when that one did not take over in time, and this one goes on.
+    pub fn transfer_leader(&self, to: Option<ReplicaId>, reply: Reply<Result<(), Error>>) {
+        self.send(Event::TransferLeader { to, reply });
+    }
+
+    /// How the group is, as this replica sees it.
+    pub fn group(&self, reply: Reply<Result<GroupStatus, Error>>) {
+        self.send(Event::Group { reply });
+    }
+
+    /// The high watermark, once a majority has confirmed that this replica still leads: nothing that was acknowledged
+    /// before the call lies above it. Leader only.
+    pub fn read_index(&self, reply: Reply<Result<Offset, Error>>) {
+        self.send(Event::ReadIndex { reply });
+    }
+
     /// Changes settings from the next step on, or from the next opening on: they are never lost, however much waits.
     pub fn reconfigure(&self, change: Reconfigure) {
         // Told to one that has stopped, they are those of its next start anyway.
@@ -168,6 +203,11 @@ pub(crate) struct StatusCell {
     end_offset: AtomicI64,
     size_bytes: AtomicU64,
     records: AtomicU64,
+    // 0: none.
+    leader: AtomicU64,
+    // Negative: not known.
+    leader_broker: AtomicI64,
+    is_voter: AtomicBool,
     // Guards the message beside the state for the time of a clone.
     health: Mutex<Health>,
     // Told at every change of role, term or health.
@@ -184,6 +224,9 @@ impl StatusCell {
             end_offset: AtomicI64::new(0),
             size_bytes: AtomicU64::new(0),
             records: AtomicU64::new(0),
+            leader: AtomicU64::new(0),
+            leader_broker: AtomicI64::new(-1),
+            is_voter: AtomicBool::new(false),
             health: Mutex::new(Health::Ok),
             changed: Notify::new(),
         }
@@ -204,6 +247,12 @@ impl StatusCell {
             size_bytes: self.size_bytes.load(Ordering::Relaxed),
             records: self.records.load(Ordering::Relaxed),
             health: self.health.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            leader: Some(self.leader.load(Ordering::Relaxed)).filter(|&id| id != 0).map(ReplicaId::new),
+            leader_broker: i32::try_from(self.leader_broker.load(Ordering::Relaxed))
+                .ok()
+                .filter(|&id| id >= 0)
+                .map(BrokerId::new),
+            is_voter: self.is_voter.load(Ordering::Relaxed),
         }
     }
 
@@ -217,6 +266,11 @@ impl StatusCell {
         let role = role_to_u8(now.role);
         let mut changed = self.term.swap(now.term.get(), Ordering::Relaxed) != now.term.get();
         changed |= self.role.swap(role, Ordering::Release) != role;
+        let leader = now.leader.map_or(0, ReplicaId::get);
+        changed |= self.leader.swap(leader, Ordering::Relaxed) != leader;
+        let broker = now.leader_broker.map_or(-1, |broker| i64::from(broker.get()));
+        changed |= self.leader_broker.swap(broker, Ordering::Relaxed) != broker;
+        self.is_voter.store(now.is_voter, Ordering::Relaxed);
         {
             let mut health = self.health.lock().unwrap_or_else(PoisonError::into_inner);
             if *health != now.health {
@@ -237,6 +291,8 @@ const fn role_to_u8(role: Role) -> u8 {
         Role::Candidate => 2,
         Role::Elected => 3,
         Role::Leader => 4,
+        Role::Learner => 5,
+        Role::Pulling => 6,
     }
 }
 
@@ -246,6 +302,8 @@ const fn role_from_u8(role: u8) -> Role {
         2 => Role::Candidate,
         3 => Role::Elected,
         4 => Role::Leader,
+        5 => Role::Learner,
+        6 => Role::Pulling,
         _ => Role::Opening,
     }
 }

@@ -17,6 +17,7 @@ mod handle;
 mod inbox;
 mod machine;
 mod membership;
+pub mod membership_plan;
 mod metrics;
 mod opening;
 mod parked;
@@ -28,6 +29,7 @@ mod reply;
 mod request;
 mod shard;
 mod stripe;
+mod transport;
 mod workers;
 
 pub use effects::{Answer, Effects, Ended, Event};
@@ -40,8 +42,9 @@ pub use peer::{PeerBody, PeerMessage};
 pub use replica::{CannotOpen, Replica, ReplicaConfig};
 pub use reply::{Permit, Reply};
 pub use request::{
-    Acks, FlushMode, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure,
-    ReplicaSpec, ReplicaStatus, Role, TrimTo,
+    Acks, FlushMode, FoundOffset, GroupStatus, Health, MemberStatus, OffsetQuery, Produce, Produced, ReadAnswer,
+    ReadRequest, Reconfigure, ReplicaSpec, ReplicaStatus, Role, Start, TrimTo,
 };
 pub use shard::{Clock, ManualShards, Shards, ShardsConfig, StartError, system_clock};
+pub use transport::{GroupMessage, NoPeers, PeerTransport, PullAnswer, PullRequest, PullWhat};
 pub use workers::{JobKind, Workers};

@@ -47,6 +47,16 @@ impl Membership {
         self.voters == [replica]
     }
 
+    /// Whether `replica` belongs to the group.
+    pub fn contains(&self, replica: ReplicaId) -> bool {
+        self.voters.contains(&replica) || self.learners.contains(&replica)
+    }
+
+    /// Whether nobody else belongs to the group.
+    pub fn is_alone(&self, replica: ReplicaId) -> bool {
+        self.is_only_voter(replica) && self.learners.is_empty()
+    }
+
     /// Their bytes.
     pub fn encode(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(9 + 8 * (self.voters.len() + self.learners.len()));

@@ -36,6 +36,24 @@ pub struct ShardMetrics {
     pub flush_buckets: [u64; FLUSH_BUCKETS.len() + 1],
     /// Replicas that ended because their disk failed or their core gave up.
     pub replicas_ended: u64,
+    /// Elections that replicas here stood for.
+    pub elections: u64,
+    /// Times that a replica here began to lead.
+    pub leader_changes: u64,
+    /// Messages to other brokers.
+    pub messages_sent: u64,
+    /// Messages of other brokers, or to them, that there was no room or no way for.
+    pub messages_dropped: u64,
+    /// Bytes of batches and checkpoints pulled from other brokers.
+    pub pulled_bytes: u64,
+    /// Bytes of batches and checkpoints given to other brokers.
+    pub served_bytes: u64,
+    /// Bytes of sealed segments read to find rot.
+    pub scrubbed_bytes: u64,
+    /// Damaged ranges found.
+    pub rotten_ranges: u64,
+    /// Those of them that were replaced by good bytes of another replica.
+    pub repaired_ranges: u64,
 }
 
 /// The same, being counted.
@@ -44,6 +62,15 @@ pub(crate) struct Counters {
     pub(crate) steps: AtomicU64,
     pub(crate) flushes_inline: AtomicU64,
     pub(crate) replicas_ended: AtomicU64,
+    pub(crate) elections: AtomicU64,
+    pub(crate) leader_changes: AtomicU64,
+    pub(crate) messages_sent: AtomicU64,
+    pub(crate) messages_dropped: AtomicU64,
+    pub(crate) pulled_bytes: AtomicU64,
+    pub(crate) served_bytes: AtomicU64,
+    pub(crate) scrubbed_bytes: AtomicU64,
+    pub(crate) rotten_ranges: AtomicU64,
+    pub(crate) repaired_ranges: AtomicU64,
     flush_nanos: AtomicU64,
     flush_buckets: [AtomicU64; FLUSH_BUCKETS.len() + 1],
 }
@@ -66,6 +93,15 @@ impl Counters {
             flush_time: Duration::from_nanos(self.flush_nanos.load(Ordering::Relaxed)),
             flush_buckets,
             replicas_ended: self.replicas_ended.load(Ordering::Relaxed),
+            elections: self.elections.load(Ordering::Relaxed),
+            leader_changes: self.leader_changes.load(Ordering::Relaxed),
+            messages_sent: self.messages_sent.load(Ordering::Relaxed),
+            messages_dropped: self.messages_dropped.load(Ordering::Relaxed),
+            pulled_bytes: self.pulled_bytes.load(Ordering::Relaxed),
+            served_bytes: self.served_bytes.load(Ordering::Relaxed),
+            scrubbed_bytes: self.scrubbed_bytes.load(Ordering::Relaxed),
+            rotten_ranges: self.rotten_ranges.load(Ordering::Relaxed),
+            repaired_ranges: self.repaired_ranges.load(Ordering::Relaxed),
         }
     }
 }

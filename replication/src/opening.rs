@@ -16,7 +16,7 @@ use flowstone_storage::{DataDir, Disk, HardState, Log, OpenError, OpenMode, Repl
 use crate::machine::Machine;
 use crate::membership::Membership;
 use crate::replica::{CannotOpen, Replica, ReplicaConfig};
-use crate::request::{FlushMode, ReplicaSpec};
+use crate::request::{FlushMode, ReplicaSpec, Start};
 
 /// Names the file that says that a broker is running here, and since which start of the machine.
 const RUNNING_FILE: &str = "running";
@@ -77,8 +77,12 @@ impl OpenJob {
             if hard_state.is_some() {
                 return Opened::Quarantined { message: missing(&spec) };
             }
+            let membership = match &spec.start {
+                Start::FirstVoter { voters } => Membership { voters: voters.to_vec(), learners: Vec::new() },
+                Start::Learner | Start::Recovered { .. } => Membership::alone(spec.replica),
+            };
             let identity = ReplicaIdentity { replica: spec.replica, topic_partition: spec.tp, feature_level };
-            if let Err(error) = Log::create(&disk, &spec.dir, identity, Membership::alone(spec.replica).encode()) {
+            if let Err(error) = Log::create(&disk, &spec.dir, identity, membership.encode()) {
                 return Opened::Failed { machine, message: error.to_string() };
             }
         }

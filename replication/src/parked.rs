@@ -147,6 +147,12 @@ impl ParkedReads {
         self.reads.extract_if(.., |(request, _)| request.from < high_watermark).collect()
     }
 
+    /// Those that only a leader may answer.
+    pub(crate) fn fail_leaders<M: Machine>(&mut self, error: &Error, answers: &mut Vec<Answer<M>>) {
+        let leaders = self.reads.extract_if(.., |(request, _)| !request.any_replica);
+        answers.extend(leaders.map(|(_, reply)| Answer::Read { reply, result: Err(error.clone()) }));
+    }
+
     pub(crate) fn fail_all<M: Machine>(&mut self, error: &Error, answers: &mut Vec<Answer<M>>) {
         answers.extend(self.reads.drain(..).map(|(_, reply)| Answer::Read { reply, result: Err(error.clone()) }));
     }

@@ -7,6 +7,9 @@
 use flowstone_protocol::{RaftIndex, ReplicaId, Term};
 use flowstone_storage::LogEntry;
 
+/// An entry beside its data.
+const ENTRY_BYTES: usize = size_of::<LogEntry>();
+
 /// One message. Both ids are checked on arrival: what is not for this very replica is dropped.
 #[derive(Debug, Clone)]
 pub struct PeerMessage {
@@ -18,6 +21,17 @@ pub struct PeerMessage {
     pub term: Term,
     /// What it says.
     pub body: PeerBody,
+}
+
+impl PeerMessage {
+    /// About what it takes in memory.
+    pub fn bytes(&self) -> usize {
+        let entries = match &self.body {
+            PeerBody::Append { entries, .. } => entries.iter().map(|entry| entry.data_bytes() + ENTRY_BYTES).sum(),
+            _ => 0,
+        };
+        size_of::<Self>() + entries
+    }
 }
 
 /// What a [`PeerMessage`] says.
@@ -89,4 +103,35 @@ pub enum PeerBody {
     TransferLeader,
     /// The leader tells a follower to stand for election at once.
     TimeoutNow,
+    /// The leader's log does not begin early enough for the follower, or the follower is far behind: it is to pull what
+    /// is committed, up to here.
+    SnapshotOffer {
+        /// The leader's newest checkpoint.
+        index: RaftIndex,
+        /// The term of the entry there.
+        index_term: Term,
+    },
+    /// Answers [`PeerBody::SnapshotOffer`].
+    SnapshotAnswer {
+        /// As in the offer.
+        index: RaftIndex,
+        /// It could not be pulled; else all up to there is in the follower's log, flushed.
+        failed: bool,
+    },
+    /// The leader asks whether it still leads, for a linearizable read; a heartbeat otherwise.
+    ReadIndex {
+        /// Which read.
+        request: u64,
+    },
+    /// Answers [`PeerBody::ReadIndex`].
+    ReadIndexAnswer {
+        /// As in the question.
+        request: u64,
+        /// The follower's commit index.
+        index: RaftIndex,
+        /// It does not follow the asker; never sent to date, as a follower of another simply tells its term.
+        refused: bool,
+    },
+    /// The sender has ended and will be opened anew, or was closed: nothing of it is to be waited for.
+    Ended,
 }

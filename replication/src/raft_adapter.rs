@@ -6,7 +6,10 @@
 //! - it panics on what it holds impossible: caught here, and the replica is opened anew;
 //! - its `propose` copies: proposals are stepped, with `Bytes`;
 //! - it would forward a proposal to the leader: nothing but a leader's own proposals is ever stepped;
-//! - its wire format is rust-protobuf: messages are translated to and from our own, here.
+//! - its wire format is rust-protobuf: messages are translated to and from our own, here;
+//! - its leader builds messages for every heartbeat: a leader's clock is kept here, and what an idle group says to itself
+//!   never goes through a whole step ([`RaftAdapter::quick_beat`], [`RaftAdapter::quick_message`]);
+//! - it sends a snapshot once and waits for ever: the offer is repeated here.
 
 use std::cell::Ref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,22 +17,39 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use flowstone_protocol::{RaftIndex, ReplicaId, Term};
 use flowstone_storage::{EntryBody, HardState, Log, StorageError};
 use raft::eraftpb::{Entry, Message, MessageType};
-use raft::{CAMPAIGN_TRANSFER, Config, RawNode, Ready, StateRole};
+use raft::{CAMPAIGN_TRANSFER, Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole};
 
+use crate::effects::{FetchOrder, Fetched};
 use crate::membership::{Membership, MembershipChange};
 use crate::peer::{PeerBody, PeerMessage};
 use crate::raft_log::{self, RaftLog};
+use crate::request::MemberStatus;
 
 /// Ticks between a leader's heartbeats.
-const HEARTBEAT_TICKS: usize = 2;
-/// Ticks of silence before an election, at least; at most twice as many.
+const HEARTBEAT_TICKS: u64 = 2;
+/// Ticks of silence after which a leader is not believed in any more, and in which a leader must hear of a majority.
 const ELECTION_TICKS: usize = 6;
+/// The first of the voters stands for election this much later: clocks differ by a tick, and a vote is refused by whoever
+/// still believes in the leader.
+const ELECTION_TICKS_MORE: usize = 1;
+/// One voter stands after the other: a vote and its flush take less.
+const ELECTION_TICKS_APART: usize = 2;
+/// Above all of these.
+const ELECTION_TICKS_MAX: usize = ELECTION_TICKS + ELECTION_TICKS_MORE + (ELECTION_TICKS + 1) * ELECTION_TICKS_APART;
+/// Ticks between two offers to the same follower.
+const OFFER_TICKS: u64 = 10;
+/// A member that was not heard of for so long is not active.
+const ACTIVE_TICKS: u64 = 2 * ELECTION_TICKS as u64;
+/// A member that lacks no more entries than this is in sync: what is on its way counts among them.
+const IN_SYNC_ENTRIES: u64 = 4_096;
+/// Members whose last message is remembered: more than any group has.
+const HEARD_MAX: usize = 64;
 /// Bytes of entries in one message to a follower.
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 /// Messages on their way to one follower.
-const MESSAGES_IN_FLIGHT_MAX: usize = 256;
+const MESSAGES_IN_FLIGHT_MAX: usize = 64;
 
-const _: () = assert!(ELECTION_TICKS > HEARTBEAT_TICKS);
+const _: () = assert!(ELECTION_TICKS as u64 > 2 * HEARTBEAT_TICKS);
 
 /// The Raft crate panicked; its state is not to be used again.
 #[derive(Debug)]
@@ -40,6 +60,39 @@ pub(crate) struct RaftAdapter {
     node: RawNode<RaftLog>,
     id: u64,
     seed: u64,
+    /// Ticks so far.
+    ticks: u64,
+    /// Since the last heartbeats; a leader's alone.
+    beat: u64,
+    /// The voters, in order; changed with the membership.
+    voters: Vec<u64>,
+    /// The election timeout, and what it was computed for: term, leader, whether that is known to be gone.
+    timeout: usize,
+    timeout_of: Option<(u64, u64, bool)>,
+    /// The leader of this term is gone.
+    gone: Option<u64>,
+    /// When the leader heard of each member last.
+    heard: Vec<(u64, u64)>,
+}
+
+/// What an idle group's message needs.
+#[derive(Debug)]
+pub(crate) enum Quick {
+    /// A step.
+    Step,
+    /// Nothing more.
+    Done,
+    /// This answer.
+    Answer(PeerMessage),
+}
+
+/// What came of ticks that were passed without a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Ticked {
+    /// Nothing more is to be done.
+    Done,
+    /// There is something to be done: a step.
+    Step,
 }
 
 impl std::fmt::Debug for RaftAdapter {
@@ -56,11 +109,15 @@ impl RaftAdapter {
         hard_state: HardState,
         membership: Membership,
         seed: u64,
+        offer_after_bytes: u64,
     ) -> Result<Self, Panicked> {
         let config = Config {
             id: replica.get(),
             election_tick: ELECTION_TICKS,
-            heartbeat_tick: HEARTBEAT_TICKS,
+            // Above every timeout that `set_election_timeout` gives.
+            max_election_tick: ELECTION_TICKS_MAX,
+            // A leader's clock is kept here.
+            heartbeat_tick: ELECTION_TICKS - 1,
             applied: log.checkpoint().applied.get(),
             max_size_per_msg: MESSAGE_BYTES_MAX,
             max_inflight_msgs: MESSAGES_IN_FLIGHT_MAX,
@@ -68,10 +125,22 @@ impl RaftAdapter {
             pre_vote: true,
             ..Config::default()
         };
-        let store = RaftLog::new(log, hard_state, membership);
+        let voters = sorted(&membership);
+        let store = RaftLog::new(log, hard_state, membership, offer_after_bytes);
         let node = caught(|| RawNode::new(&config, store, &bridge::logger()))?
             .map_err(|error| Panicked(format!("cannot open: {error}")))?;
-        let mut adapter = Self { node, id: replica.get(), seed };
+        let mut adapter = Self {
+            node,
+            id: replica.get(),
+            seed,
+            ticks: 0,
+            beat: 0,
+            voters,
+            timeout: 0,
+            timeout_of: None,
+            gone: None,
+            heard: Vec::new(),
+        };
         adapter.set_election_timeout();
         Ok(adapter)
     }
@@ -115,6 +184,11 @@ impl RaftAdapter {
         RaftIndex::new(self.node.raft.raft_log.persisted)
     }
 
+    /// What is committed, as far as it knows.
+    pub(crate) fn committed(&self) -> RaftIndex {
+        RaftIndex::new(self.node.raft.raft_log.committed)
+    }
+
     /// The last entry, written or not.
     pub(crate) fn last_index(&self) -> RaftIndex {
         RaftIndex::new(self.node.raft.raft_log.last_index())
@@ -132,25 +206,230 @@ impl RaftAdapter {
         Ok(result)
     }
 
-    // A function of the term alone, so that it does not matter how often the crate drew its own: a new election is a new
-    // term, hence a new draw.
+    // A function of term and voters alone, so that it does not matter how often the crate drew its own: a new election is
+    // a new term, hence a new order. Voters stand one after the other, so that votes are rarely split.
     fn set_election_timeout(&mut self) {
-        let mixed = mix(self.seed ^ mix(self.id) ^ mix(self.node.raft.term).rotate_left(17));
-        let timeout = ELECTION_TICKS + (mixed % ELECTION_TICKS as u64) as usize;
-        if self.node.raft.randomized_election_timeout() != timeout {
+        let raft = &self.node.raft;
+        let of = (raft.term, raft.leader_id, self.gone == Some(raft.term));
+        if self.timeout_of != Some(of) {
+            let draw = |id: u64| mix(self.seed ^ mix(id) ^ mix(raft.term).rotate_left(17));
+            let own = draw(self.id);
+            let before = self.voters.iter().filter(|&&id| id != self.id && id != raft.leader_id && draw(id) < own);
+            let place = before.count().min(ELECTION_TICKS);
+            let jitter = if of.2 { 0 } else { (own >> 32) as usize % ELECTION_TICKS_APART };
+            self.timeout = ELECTION_TICKS + ELECTION_TICKS_MORE + place * ELECTION_TICKS_APART + jitter;
+            self.timeout_of = Some(of);
+        }
+        if self.node.raft.randomized_election_timeout() != self.timeout {
+            let timeout = self.timeout;
             self.node.raft.set_randomized_election_timeout(timeout);
         }
     }
 
+    /// The process of the leader is gone: it is not believed in any more, and the first voter stands with the next tick.
+    pub(crate) fn leader_gone(&mut self) {
+        if self.role() != StateRole::Follower || self.node.raft.leader_id == raft::INVALID_ID {
+            return;
+        }
+        self.gone = Some(self.node.raft.term);
+        self.set_election_timeout();
+        self.node.raft.election_elapsed = self.node.raft.election_elapsed.max(ELECTION_TICKS);
+    }
+
+    // ---- time ------------------------------------------------------------------------------------------------------
+
+    /// Ticks so far.
+    pub(crate) fn ticks(&self) -> u64 {
+        self.ticks
+    }
+
+    /// Begins to count here: of a replica that has just been opened.
+    pub(crate) fn begin_at(&mut self, ticks: u64) {
+        self.ticks = ticks;
+    }
+
+    /// Time that went by while nothing happened. What is due since then happens with the next tick.
+    pub(crate) fn pass(&mut self, ticks: u64) {
+        self.ticks += ticks;
+        self.beat += ticks;
+        let elapsed = &mut self.node.raft.election_elapsed;
+        *elapsed = elapsed.saturating_add(usize::try_from(ticks).unwrap_or(usize::MAX));
+    }
+
+    /// After how many ticks the next one matters; `None` for never.
+    pub(crate) fn wakes_in(&self) -> Option<u64> {
+        let raft = &self.node.raft;
+        match self.role() {
+            StateRole::Leader if self.is_alone() => None,
+            StateRole::Leader if raft.lead_transferee.is_some() || raft.pending_read_count() > 0 => Some(1),
+            StateRole::Leader => Some(HEARTBEAT_TICKS.saturating_sub(self.beat).max(1)),
+            _ if !raft.promotable() => None,
+            _ => Some((self.timeout.saturating_sub(raft.election_elapsed) as u64).max(1)),
+        }
+    }
+
+    /// Nobody else belongs to the group.
+    fn is_alone(&self) -> bool {
+        self.node.raft.prs().iter().len() <= 1
+    }
+
+    /// One tick.
+    pub(crate) fn tick(&mut self) -> Result<Ticked, Panicked> {
+        self.ticks += 1;
+        if !self.is_leader() {
+            let due = self.call(RawNode::tick)?;
+            return Ok(if due { Ticked::Step } else { Ticked::Done });
+        }
+        self.beat += 1;
+        if self.check_quorum()? == Ticked::Step {
+            return Ok(Ticked::Step);
+        }
+        if self.beat < HEARTBEAT_TICKS {
+            return Ok(Ticked::Done);
+        }
+        self.beat = 0;
+        self.call(|node| node.raft.ping())?;
+        Ok(Ticked::Step)
+    }
+
+    /// A leader's election clock: it steps down when it has not heard of a majority, and goes on when the one that was to
+    /// take over has not.
+    fn check_quorum(&mut self) -> Result<Ticked, Panicked> {
+        self.node.raft.election_elapsed += 1;
+        if self.node.raft.election_elapsed < ELECTION_TICKS {
+            return Ok(Ticked::Done);
+        }
+        self.node.raft.election_elapsed = 0;
+        let id = self.id;
+        self.call(|node| {
+            let mut message = Message::default();
+            message.set_msg_type(MessageType::MsgCheckQuorum);
+            message.from = id;
+            // It knows no error.
+            drop(node.raft.step(message));
+            if node.raft.state == StateRole::Leader && node.raft.lead_transferee.is_some() {
+                node.raft.abort_leader_transfer();
+                return Ticked::Step;
+            }
+            if node.raft.state == StateRole::Leader { Ticked::Done } else { Ticked::Step }
+        })
+    }
+
+    /// Ticks of a leader whose group has nothing to say but that it lives, or of a follower: without a step, unless
+    /// something comes of it. `None`: it needs a whole step, and nothing was passed.
+    pub(crate) fn quick_ticks(&mut self, ticks: u64, out: &mut Vec<PeerMessage>) -> Result<Option<Ticked>, Panicked> {
+        let raft = &self.node.raft;
+        if ticks == 0 || self.node.has_ready() {
+            return Ok(None);
+        }
+        if self.is_leader() {
+            let unfit = raft.lead_transferee.is_some()
+                || raft.pending_read_count() > 0
+                || raft.prs().iter().any(|(_, progress)| progress.state == ProgressState::Snapshot);
+            if unfit {
+                return Ok(None);
+            }
+            self.pass(ticks - 1);
+            self.ticks += 1;
+            self.beat += 1;
+            if self.check_quorum()? == Ticked::Step {
+                return Ok(Some(Ticked::Step));
+            }
+            if self.beat >= HEARTBEAT_TICKS {
+                self.beat = 0;
+                let raft = &self.node.raft;
+                let committed = raft.raft_log.committed;
+                for (&id, progress) in raft.prs().iter().filter(|&(&id, _)| id != self.id) {
+                    out.push(PeerMessage {
+                        from: ReplicaId::new(self.id),
+                        to: ReplicaId::new(id),
+                        term: Term::new(raft.term),
+                        body: PeerBody::Heartbeat { commit: RaftIndex::new(committed.min(progress.matched)) },
+                    });
+                }
+            }
+            return Ok(Some(Ticked::Done));
+        }
+        self.pass(ticks - 1);
+        self.tick().map(Some)
+    }
+
+    /// A heartbeat that tells nothing new, or the answer to one.
+    pub(crate) fn quick_message(&mut self, message: &PeerMessage) -> Quick {
+        let id = message.from.get();
+        let ticks = self.ticks;
+        let raft = &mut self.node.raft;
+        if message.term.get() != raft.term {
+            return Quick::Step;
+        }
+        match message.body {
+            PeerBody::Heartbeat { commit } => {
+                let fits = raft.state == StateRole::Follower
+                    && raft.leader_id == id
+                    && commit.get() <= raft.raft_log.committed
+                    && raft.pending_request_snapshot == raft::INVALID_INDEX
+                    && self.gone.is_none();
+                if !fits {
+                    return Quick::Step;
+                }
+                raft.election_elapsed = 0;
+                Quick::Answer(PeerMessage {
+                    from: message.to,
+                    to: message.from,
+                    term: message.term,
+                    body: PeerBody::HeartbeatResponse { commit: RaftIndex::new(raft.raft_log.committed) },
+                })
+            }
+            PeerBody::HeartbeatResponse { commit } if raft.state == StateRole::Leader => {
+                let last = raft.raft_log.last_index();
+                let Some(progress) = raft.mut_prs().get_mut(id) else { return Quick::Step };
+                let fits = progress.matched == last
+                    && progress.state == ProgressState::Replicate
+                    && progress.pending_request_snapshot == raft::INVALID_INDEX
+                    && !progress.ins.full();
+                if !fits {
+                    return Quick::Step;
+                }
+                progress.recent_active = true;
+                progress.update_committed(commit.get());
+                hear(&mut self.heard, id, ticks);
+                Quick::Done
+            }
+            _ => Quick::Step,
+        }
+    }
+
+    /// Offers again what followers were told to pull and have not: either message may be lost.
+    fn offers(&mut self) -> Vec<PeerMessage> {
+        let raft = &self.node.raft;
+        if !self.is_leader() || !self.ticks.is_multiple_of(OFFER_TICKS) {
+            return Vec::new();
+        }
+        let (index, index_term) = {
+            let log = self.log();
+            let index = log.checkpoint().applied;
+            (index, log.term_at(index).unwrap_or_default())
+        };
+        let offer = |&id: &u64| PeerMessage {
+            from: ReplicaId::new(self.id),
+            to: ReplicaId::new(id),
+            term: Term::new(raft.term),
+            body: PeerBody::SnapshotOffer { index, index_term },
+        };
+        let waiting = raft.prs().iter().filter(|(_, progress)| progress.state == ProgressState::Snapshot);
+        waiting.map(|(id, _)| offer(id)).collect()
+    }
+
+    /// Offers to repeat after a tick.
+    pub(crate) fn offers_due(&mut self) -> Vec<PeerMessage> {
+        self.offers()
+    }
+
+    // ---- calls -----------------------------------------------------------------------------------------------------
+
     pub(crate) fn campaign(&mut self) -> Result<(), Panicked> {
         // Refused only where it can not be elected anyway.
         self.call(|node| drop(node.campaign()))
-    }
-
-    pub(crate) fn tick(&mut self) -> Result<(), Panicked> {
-        self.call(|node| {
-            node.tick();
-        })
     }
 
     /// Appends entries as leader, in order; `Ok(false)` when Raft dropped them all.
@@ -164,9 +443,104 @@ impl RaftAdapter {
 
     /// Takes a message of a member of the group.
     pub(crate) fn step(&mut self, message: PeerMessage) -> Result<(), Panicked> {
+        if self.is_leader() {
+            let (id, ticks) = (message.from.get(), self.ticks);
+            hear(&mut self.heard, id, ticks);
+        } else if matches!(message.body, PeerBody::Append { .. } | PeerBody::Heartbeat { .. }) {
+            // It is not gone, or another leads.
+            self.gone = None;
+        }
         let message = to_raft_message(message);
         // A message that does not fit (an answer of a stranger, say) is dropped: Raft repeats what matters.
         self.call(|node| drop(node.step(message)))
+    }
+
+    /// What was sent to this member is lost.
+    pub(crate) fn unreachable(&mut self, replica: ReplicaId) -> Result<(), Panicked> {
+        if !self.is_leader() {
+            return Ok(());
+        }
+        self.call(|node| node.report_unreachable(replica.get()))
+    }
+
+    /// This member could not pull what it was offered: it is probed, and offered again.
+    pub(crate) fn offer_failed(&mut self, replica: ReplicaId) -> Result<(), Panicked> {
+        self.call(|node| node.report_snapshot(replica.get(), SnapshotStatus::Failure))
+    }
+
+    /// Begins to hand over.
+    pub(crate) fn transfer_leader(&mut self, to: ReplicaId) -> Result<(), Panicked> {
+        self.call(|node| node.transfer_leader(to.get()))
+    }
+
+    /// To whom leadership is being handed over.
+    pub(crate) fn transferee(&self) -> Option<ReplicaId> {
+        self.node.raft.lead_transferee.map(ReplicaId::new)
+    }
+
+    /// Asks a majority whether this still leads; the answer comes with a ready.
+    pub(crate) fn read_index(&mut self, request: u64) -> Result<(), Panicked> {
+        self.call(|node| node.read_index(request.to_be_bytes().to_vec()))
+    }
+
+    /// A change of members is in the log and not applied.
+    pub(crate) fn has_pending_change(&self) -> bool {
+        self.node.raft.has_pending_conf()
+    }
+
+    /// Gives the entries that were asked for.
+    pub(crate) fn fetched(&mut self, fetched: Fetched) -> Result<(), Panicked> {
+        let Fetched { first, entries, context } = fetched;
+        self.node.store().take_fetched(first, entries);
+        let result = self.call(|node| node.on_entries_fetched(context.0));
+        self.node.store().drop_fetched();
+        result
+    }
+
+    /// Entries to read for followers.
+    pub(crate) fn fetches(&self) -> Vec<FetchOrder> {
+        self.node.store().fetches()
+    }
+
+    /// The voter to hand over to, where none is named: active, and with the longest log; of those the first.
+    pub(crate) fn best_successor(&self) -> Option<ReplicaId> {
+        let members = self.members();
+        let fit = members.into_iter().filter(|member| !member.is_learner && member.replica.get() != self.id);
+        fit.filter(|member| member.is_active)
+            .max_by_key(|member| (member.matched, std::cmp::Reverse(member.replica)))
+            .map(|member| member.replica)
+    }
+
+    /// The group's members, as their leader sees them.
+    pub(crate) fn members(&self) -> Vec<MemberStatus> {
+        if !self.is_leader() {
+            return Vec::new();
+        }
+        let raft = &self.node.raft;
+        let last = raft.raft_log.last_index();
+        let learners = raft.prs().conf().learners();
+        let mut members: Vec<_> = raft
+            .prs()
+            .iter()
+            .map(|(&id, progress)| {
+                let heard = self.heard.iter().find(|(other, _)| *other == id).map(|(_, at)| *at);
+                let is_active = id == self.id || heard.is_some_and(|at| at + ACTIVE_TICKS >= self.ticks);
+                let matched = if id == self.id { last } else { progress.matched };
+                let lag_entries = last.saturating_sub(matched);
+                MemberStatus {
+                    replica: ReplicaId::new(id),
+                    is_learner: learners.contains(&id),
+                    matched: RaftIndex::new(matched),
+                    is_active,
+                    in_sync: is_active
+                        && lag_entries <= IN_SYNC_ENTRIES
+                        && (id == self.id || progress.state == ProgressState::Replicate),
+                    lag_entries,
+                }
+            })
+            .collect();
+        members.sort_unstable_by_key(|member| member.replica);
+        members
     }
 
     pub(crate) fn has_ready(&self) -> bool {
@@ -196,12 +570,32 @@ impl RaftAdapter {
         let state = self
             .call(|node| node.apply_conf_change(&change))?
             .map_err(|error| Panicked(format!("cannot change members: {error}")))?;
-        Ok(Membership::from_raft(&state))
+        let membership = Membership::from_raft(&state);
+        self.voters = sorted(&membership);
+        self.timeout_of = None;
+        self.set_election_timeout();
+        self.heard.retain(|(id, _)| membership.contains(ReplicaId::new(*id)));
+        Ok(membership)
     }
 
     /// From the crate's message to ours; `None` for what has no form between brokers.
     pub(crate) fn peer_message(message: Message) -> Option<PeerMessage> {
         from_raft_message(message)
+    }
+}
+
+fn sorted(membership: &Membership) -> Vec<u64> {
+    let mut voters: Vec<_> = membership.voters.iter().map(|voter| voter.get()).collect();
+    voters.sort_unstable();
+    voters
+}
+
+/// Notes when a member was heard of; there are a handful of them.
+fn hear(heard: &mut Vec<(u64, u64)>, id: u64, ticks: u64) {
+    if let Some((_, at)) = heard.iter_mut().find(|(other, _)| *other == id) {
+        *at = ticks;
+    } else if heard.len() < HEARD_MAX {
+        heard.push((id, ticks));
     }
 }
 
@@ -280,6 +674,25 @@ fn to_raft_message(message: PeerMessage) -> Message {
         }
         PeerBody::TransferLeader => m.set_msg_type(MessageType::MsgTransferLeader),
         PeerBody::TimeoutNow => m.set_msg_type(MessageType::MsgTimeoutNow),
+        // An offer says that the leader lives; what it offers is not the crate's business.
+        PeerBody::SnapshotOffer { .. } => m.set_msg_type(MessageType::MsgHeartbeat),
+        // What was pulled is flushed.
+        PeerBody::SnapshotAnswer { index, .. } => {
+            m.set_msg_type(MessageType::MsgAppendResponse);
+            m.index = index.get();
+        }
+        // Heartbeats that carry which question they ask, and their answers.
+        PeerBody::ReadIndex { request } => {
+            m.set_msg_type(MessageType::MsgHeartbeat);
+            m.context = request.to_be_bytes().to_vec().into();
+        }
+        PeerBody::ReadIndexAnswer { request, index, .. } => {
+            m.set_msg_type(MessageType::MsgHeartbeatResponse);
+            m.context = request.to_be_bytes().to_vec().into();
+            m.commit = index.get();
+        }
+        // Never stepped: a message that says nothing.
+        PeerBody::Ended => m.set_msg_type(MessageType::MsgHeartbeatResponse),
     }
     m
 }
@@ -318,15 +731,24 @@ fn from_raft_message(mut m: Message) -> Option<PeerMessage> {
                 commit_term,
             }
         }
-        MessageType::MsgHeartbeat => PeerBody::Heartbeat { commit },
-        MessageType::MsgHeartbeatResponse => PeerBody::HeartbeatResponse { commit },
+        MessageType::MsgHeartbeat => match request_of(&m.context) {
+            Some(request) => PeerBody::ReadIndex { request },
+            None => PeerBody::Heartbeat { commit },
+        },
+        MessageType::MsgHeartbeatResponse => match request_of(&m.context) {
+            Some(request) => PeerBody::ReadIndexAnswer { request, index: commit, refused: false },
+            None => PeerBody::HeartbeatResponse { commit },
+        },
+        MessageType::MsgSnapshot => {
+            let metadata = m.get_snapshot().get_metadata();
+            PeerBody::SnapshotOffer { index: RaftIndex::new(metadata.index), index_term: Term::new(metadata.term) }
+        }
         MessageType::MsgTransferLeader => PeerBody::TransferLeader,
         MessageType::MsgTimeoutNow => PeerBody::TimeoutNow,
-        // Local to a node, or never asked for here: proposals, snapshots and reads by index.
+        // Local to a node, or never asked for here: proposals, and reads by index that are forwarded.
         MessageType::MsgHup
         | MessageType::MsgBeat
         | MessageType::MsgPropose
-        | MessageType::MsgSnapshot
         | MessageType::MsgUnreachable
         | MessageType::MsgSnapStatus
         | MessageType::MsgCheckQuorum
@@ -334,6 +756,11 @@ fn from_raft_message(mut m: Message) -> Option<PeerMessage> {
         | MessageType::MsgReadIndexResp => return None,
     };
     Some(PeerMessage { from: ReplicaId::new(m.from), to: ReplicaId::new(m.to), term: Term::new(m.term), body })
+}
+
+/// Which read a heartbeat asks for, if any.
+pub(crate) fn request_of(context: &[u8]) -> Option<u64> {
+    context.try_into().ok().map(u64::from_be_bytes)
 }
 
 /// `slog` to `tracing`.

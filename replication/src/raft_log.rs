@@ -6,14 +6,17 @@
 use std::cell::RefCell;
 
 use flowstone_protocol::{ControlType, RaftIndex, ReplicaId, Term};
-use flowstone_storage::{EntryBody, HardState, Log, LogEntry};
+use flowstone_storage::{EntryBody, HardState, Log, LogEntry, ReadError};
 use raft::eraftpb::{self, Entry, EntryType, Snapshot};
 use raft::{GetEntriesContext, RaftState, Storage, StorageError};
 
+use crate::effects::{FetchContext, FetchOrder};
 use crate::membership::{Membership, MembershipChange};
 
 /// Hollow entries handed to the Raft crate at once; a longer replay comes in several rounds.
 const HOLLOW_ENTRIES_MAX: u64 = 1_024;
+/// Reads of the same entries for different followers side by side.
+const SAME_READS_MAX: usize = 4;
 
 /// A log with what the Raft crate asks for beside it.
 #[derive(Debug)]
@@ -26,11 +29,121 @@ pub(crate) struct RaftLog {
     // As found when it was opened; the crate asks once.
     hard_state: HardState,
     membership: Membership,
+    offer_after_bytes: u64,
+    reads: RefCell<FollowerReads>,
+}
+
+/// What is read from the disk for followers, off this thread.
+#[derive(Debug, Default)]
+struct FollowerReads {
+    /// To be handed out.
+    orders: Vec<FetchOrder>,
+    /// The first entries of what is being read.
+    under_way: Vec<RaftIndex>,
+    /// Read, for the call that is being made just now.
+    fetched: Option<(RaftIndex, Vec<Entry>)>,
 }
 
 impl RaftLog {
-    pub(crate) fn new(log: Log, hard_state: HardState, membership: Membership) -> Self {
-        Self { log: RefCell::new(log), unreadable: RefCell::new(None), hard_state, membership }
+    pub(crate) fn new(log: Log, hard_state: HardState, membership: Membership, offer_after_bytes: u64) -> Self {
+        Self {
+            log: RefCell::new(log),
+            unreadable: RefCell::new(None),
+            hard_state,
+            membership,
+            offer_after_bytes,
+            reads: RefCell::default(),
+        }
+    }
+
+    /// What is to be read for followers.
+    pub(crate) fn fetches(&self) -> Vec<FetchOrder> {
+        std::mem::take(&mut self.reads.borrow_mut().orders)
+    }
+
+    /// Keeps what was read for the call that follows.
+    pub(crate) fn take_fetched(&self, first: RaftIndex, entries: Result<Vec<LogEntry>, ReadError>) {
+        let mut reads = self.reads.borrow_mut();
+        if let Some(at) = reads.under_way.iter().position(|&other| other == first) {
+            reads.under_way.swap_remove(at);
+        }
+        match entries {
+            Ok(entries) => reads.fetched = Some((first, entries.into_iter().map(to_raft).collect())),
+            // Asked for again with the follower's next answer; it stays behind for as long as it can not be read.
+            Err(error) => tracing::warn!(%first, %error, "cannot read entries for a follower"),
+        }
+    }
+
+    /// What nobody asked for is not needed.
+    pub(crate) fn drop_fetched(&self) {
+        self.reads.borrow_mut().fetched = None;
+    }
+
+    /// Whether a follower that needs `low` next is better off with pulling what is committed.
+    fn is_far_behind(&self, low: u64) -> bool {
+        let log = self.log.borrow();
+        let checkpoint = log.checkpoint().applied.get();
+        if low > checkpoint {
+            return false;
+        }
+        // By the log's average; exactly is not worth a read.
+        let entries = (log.last_index().get() + 1).saturating_sub(log.first_index().get()).max(1);
+        let behind = u128::from(checkpoint - low + 1) * u128::from(log.size_bytes()) / u128::from(entries);
+        behind > u128::from(self.offer_after_bytes)
+    }
+
+    /// Entries for a follower: from memory what is not committed, else from what was read for it.
+    fn for_follower(
+        &self,
+        low: u64,
+        high: u64,
+        bytes_max: u64,
+        context: GetEntriesContext,
+    ) -> raft::Result<Vec<Entry>> {
+        if self.is_far_behind(low) {
+            return Err(raft::Error::Store(StorageError::Compacted));
+        }
+        let first = RaftIndex::new(low);
+        let mut entries = Vec::new();
+        if first <= self.log.borrow().committed_index() {
+            let mut reads = self.reads.borrow_mut();
+            match reads.fetched.take() {
+                Some((at, fetched)) if at == first => entries = fetched,
+                _ => {
+                    // A few followers may need the same at once; more ask again with their next answer.
+                    if reads.under_way.iter().filter(|&&other| other == first).count() < SAME_READS_MAX {
+                        reads.under_way.push(first);
+                        reads.orders.push(FetchOrder {
+                            first,
+                            last: RaftIndex::new(high - 1),
+                            max_bytes: u32::try_from(bytes_max).unwrap_or(u32::MAX),
+                            context: FetchContext(context),
+                        });
+                    }
+                    return Err(raft::Error::Store(StorageError::LogTemporarilyUnavailable));
+                }
+            }
+            entries.truncate(usize::try_from(high - low).unwrap_or(usize::MAX));
+            return Ok(entries);
+        }
+        let mut bytes = 0;
+        for index in low..high {
+            let entry = match self.log.borrow_mut().entry(RaftIndex::new(index)) {
+                Ok(entry) => to_raft(entry),
+                // Asked for again with the follower's next answer; it stays behind for as long as it can not be read.
+                Err(error) if entries.is_empty() => {
+                    tracing::warn!(index, %error, "cannot read an entry for a follower");
+                    return Err(raft::Error::Store(StorageError::LogTemporarilyUnavailable));
+                }
+                Err(_) => break,
+            };
+            bytes += entry.data.len() as u64;
+            if bytes > bytes_max && !entries.is_empty() {
+                break;
+            }
+            entries.push(entry);
+        }
+        Ok(entries)
     }
 
     fn hollow(&self, index: u64) -> raft::Result<Entry> {
@@ -73,26 +186,7 @@ impl Storage for RaftLog {
             let high = high.min(low + HOLLOW_ENTRIES_MAX);
             return (low..high).map(|index| self.hollow(index)).collect();
         }
-        let bytes_max = max_size.into().unwrap_or(u64::MAX);
-        let mut bytes = 0;
-        let mut entries = Vec::new();
-        for index in low..high {
-            let entry = match self.log.borrow_mut().entry(RaftIndex::new(index)) {
-                Ok(entry) => to_raft(entry),
-                // Asked for again with the follower's next answer; it stays behind for as long as it can not be read.
-                Err(error) if entries.is_empty() => {
-                    tracing::warn!(index, %error, "cannot read an entry for a follower");
-                    return Err(raft::Error::Store(StorageError::LogTemporarilyUnavailable));
-                }
-                Err(_) => break,
-            };
-            bytes += entry.data.len() as u64;
-            if bytes > bytes_max && !entries.is_empty() {
-                break;
-            }
-            entries.push(entry);
-        }
-        Ok(entries)
+        self.for_follower(low, high, max_size.into().unwrap_or(u64::MAX), context)
     }
 
     fn term(&self, index: u64) -> raft::Result<u64> {
@@ -112,9 +206,23 @@ impl Storage for RaftLog {
         Ok(self.log.borrow().last_index().get())
     }
 
-    fn snapshot(&self, _request_index: u64, _to: u64) -> raft::Result<Snapshot> {
-        // Nobody to send one to before there are peers.
-        Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable))
+    fn snapshot(&self, request_index: u64, _to: u64) -> raft::Result<Snapshot> {
+        // Only an offer comes of it: the newest checkpoint, and whoever takes it pulls what it needs.
+        let log = self.log.borrow();
+        let checkpoint = log.checkpoint();
+        let (index, members) = (checkpoint.applied, Membership::decode(&checkpoint.membership));
+        let (Some(term), Ok(members)) = (log.term_at(index), members) else {
+            return Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable));
+        };
+        if index.get() < request_index {
+            return Err(raft::Error::Store(StorageError::SnapshotTemporarilyUnavailable));
+        }
+        let mut snapshot = Snapshot::default();
+        let metadata = snapshot.mut_metadata();
+        metadata.index = index.get();
+        metadata.term = term.get();
+        metadata.set_conf_state(members.to_raft());
+        Ok(snapshot)
     }
 }
 

@@ -29,17 +29,19 @@ use flowstone_storage::{
 use raft::eraftpb::Entry;
 use raft::{Ready, StateRole};
 
-use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, ReadOrder};
+use crate::effects::{
+    Answer, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, Offered, Pulled, ReadOrder,
+};
 use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 use crate::membership::{Membership, MembershipChange};
 use crate::parked::{Parked, ParkedReads, Waiting};
-use crate::peer::PeerMessage;
-use crate::raft_adapter::{self, Panicked, RaftAdapter};
+use crate::peer::{PeerBody, PeerMessage};
+use crate::raft_adapter::{self, Panicked, Quick, RaftAdapter, Ticked};
 use crate::raft_log;
 use crate::reply::Reply;
 use crate::request::{
-    Acks, FlushMode, FoundOffset, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest, Reconfigure,
-    ReplicaStatus, Role, TrimTo,
+    Acks, FlushMode, FoundOffset, GroupStatus, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest,
+    Reconfigure, ReplicaStatus, Role, TrimTo,
 };
 
 /// More than a control batch takes beside its payload.
@@ -51,6 +53,8 @@ const CHECKPOINT_OVERDUE: u64 = 4;
 const HELD_MAX: usize = 4_096;
 /// Answers to commands that wait for their entry; then `OVERLOADED`. Batches of clients are bounded by their bytes.
 const PARKED_MAX: usize = 1 << 16;
+/// Ticks within which another has to lead once leadership is being handed over.
+const TRANSFER_TICKS: u64 = 20;
 
 /// How one replica is run.
 #[derive(Debug, Clone)]
@@ -75,6 +79,9 @@ pub struct ReplicaConfig {
     pub parked_reads_max: usize,
     /// For election timeouts.
     pub seed: u64,
+    /// A follower that is about this many bytes behind the newest checkpoint is offered that, rather than being sent entry
+    /// by entry.
+    pub offer_after_bytes: u64,
 }
 
 /// Why a replica could not be made from its log: what that or its checkpoint holds can not be understood. Final: an
@@ -117,6 +124,11 @@ pub struct Replica<M: Machine> {
     parked: Parked<M>,
     reads: ParkedReads,
     log_start_proposed: bool,
+    /// A change of members is among the proposals.
+    change_proposed: bool,
+    /// Leadership is being handed over.
+    transfer: Option<Transfer>,
+    linearizable: LinearizableReads,
     /// Set when a reservation failed; cleared by a probe.
     disk_full: Option<String>,
 
@@ -131,6 +143,42 @@ pub struct Replica<M: Machine> {
     /// The log is about to be cut here.
     cut_below: Option<RaftIndex>,
     ended: bool,
+}
+
+/// Leadership that is being handed over.
+#[derive(Debug)]
+struct Transfer {
+    reply: Reply<Result<(), Error>>,
+    to: ReplicaId,
+    /// The tick after which nobody took over.
+    until: u64,
+}
+
+/// Reads that have to know that this replica still leads. One question is under way at a time; who comes meanwhile waits
+/// for the next, as only that was asked after it.
+#[derive(Debug, Default)]
+struct LinearizableReads {
+    number: u64,
+    to_ask: Vec<Reply<Result<Offset, Error>>>,
+    asked: Vec<Reply<Result<Offset, Error>>>,
+    /// Confirmed up to there; to be answered once that is applied.
+    confirmed: Vec<(RaftIndex, Reply<Result<Offset, Error>>)>,
+}
+
+impl LinearizableReads {
+    fn is_empty(&self) -> bool {
+        self.to_ask.is_empty() && self.asked.is_empty() && self.confirmed.is_empty()
+    }
+
+    fn len(&self) -> usize {
+        self.to_ask.len() + self.asked.len() + self.confirmed.len()
+    }
+
+    fn fail_all<M: Machine>(&mut self, error: &Error, answers: &mut Vec<Answer<M>>) {
+        let waiting = self.to_ask.drain(..).chain(self.asked.drain(..));
+        let waiting = waiting.chain(self.confirmed.drain(..).map(|(_, reply)| reply));
+        answers.extend(waiting.map(|reply| Answer::ReadIndex { reply, result: Err(error.clone()) }));
+    }
 }
 
 /// A ready that waits to cut the log.
@@ -210,8 +258,15 @@ impl<M: Machine> Replica<M> {
         let records = count_records(&mut log);
         delete_trimmed(&mut log);
         let next_offset = log.end_offset();
-        let raft = RaftAdapter::open(config.replica, log, hard_state, membership.clone(), config.seed)
-            .map_err(|Panicked(message)| CannotOpen(message))?;
+        let raft = RaftAdapter::open(
+            config.replica,
+            log,
+            hard_state,
+            membership.clone(),
+            config.seed,
+            config.offer_after_bytes,
+        )
+        .map_err(|Panicked(message)| CannotOpen(message))?;
         Ok(Self {
             parked: Parked::default(),
             reads: ParkedReads::new(config.parked_reads_max),
@@ -233,6 +288,9 @@ impl<M: Machine> Replica<M> {
             bytes_unflushed: 0,
             next_offset,
             log_start_proposed: false,
+            change_proposed: false,
+            transfer: None,
+            linearizable: LinearizableReads::default(),
             disk_full: None,
             applied,
             records,
@@ -284,9 +342,73 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// Whether this replica has to be ticked: not while it is alone in its group and leads it.
-    pub fn needs_ticks(&self) -> bool {
-        !(self.raft.is_leader() && self.membership.is_only_voter(self.config.replica))
+    /// Ticks that it has seen.
+    pub fn ticks(&self) -> u64 {
+        self.raft.ticks()
+    }
+
+    /// Begins to count ticks here: right after it was opened.
+    pub fn begin_at(&mut self, ticks: u64) {
+        self.raft.begin_at(ticks);
+    }
+
+    /// Ticks that went by and that nothing happened in. What is due since then happens with the next [`Event::Tick`].
+    pub fn pass_ticks(&mut self, ticks: u64) {
+        self.raft.pass(ticks);
+    }
+
+    /// After how many ticks, from those that it has seen, the next one matters: never while it is alone in its group and
+    /// leads it, nor while it does not vote.
+    pub fn wakes_in(&self) -> Option<u64> {
+        self.raft.wakes_in()
+    }
+
+    /// Whether nothing is under way that a step would have to look at.
+    fn is_idle(&self) -> bool {
+        !self.ended
+            && self.truncation.is_none()
+            && self.unflushed.is_empty()
+            && self.proposals.is_empty()
+            && self.held.is_empty()
+            && self.transfer.is_none()
+            && self.linearizable.is_empty()
+    }
+
+    /// Passes ticks without a step where nothing comes of them but heartbeats, which are appended to `out`. `None`: it
+    /// needs [`Event::Tick`], and nothing was passed; else whether it needs a step, without a tick.
+    pub fn quick_ticks(&mut self, ticks: u64, out: &mut Vec<PeerMessage>) -> Option<bool> {
+        if !self.is_idle() {
+            return None;
+        }
+        match self.raft.quick_ticks(ticks, out) {
+            Ok(ticked) => ticked.map(|ticked| ticked == Ticked::Step),
+            // The step finds it, and ends the replica.
+            Err(Panicked(message)) => {
+                tracing::error!(tp = %self.config.tp, message, "the consensus core gave up at a tick");
+                None
+            }
+        }
+    }
+
+    /// Takes a heartbeat, or the answer to one, without a step where it tells nothing new; `Err` gives the message back for
+    /// [`Event::Peer`].
+    ///
+    /// # Errors
+    /// When it needs a step.
+    pub fn quick_message(&mut self, message: PeerMessage) -> Result<Option<PeerMessage>, PeerMessage> {
+        if message.to != self.config.replica || !self.is_idle() {
+            return Err(message);
+        }
+        match self.raft.quick_message(&message) {
+            Quick::Step => Err(message),
+            Quick::Done => Ok(None),
+            Quick::Answer(answer) => Ok(Some(answer)),
+        }
+    }
+
+    /// Whether there is anything in its group but itself.
+    pub fn is_alone(&self) -> bool {
+        self.membership.is_alone(self.config.replica)
     }
 
     /// Whether its vote alone decides.
@@ -354,6 +476,11 @@ impl<M: Machine> Replica<M> {
         &self.membership
     }
 
+    /// Whether its acknowledgement counts.
+    pub fn is_voter(&self) -> bool {
+        self.membership.voters.contains(&self.config.replica)
+    }
+
     /// Who leads, as far as it knows.
     pub fn leader(&self) -> Option<ReplicaId> {
         self.raft.leader()
@@ -377,7 +504,8 @@ impl<M: Machine> Replica<M> {
                 StateRole::Leader if self.serving => Role::Leader,
                 StateRole::Leader => Role::Elected,
                 StateRole::Candidate | StateRole::PreCandidate => Role::Candidate,
-                StateRole::Follower => Role::Follower,
+                StateRole::Follower if self.is_voter() => Role::Follower,
+                StateRole::Follower => Role::Learner,
             },
             term: self.raft.term(),
             log_start: log.log_start(),
@@ -386,6 +514,9 @@ impl<M: Machine> Replica<M> {
             size_bytes: log.size_bytes(),
             records: self.records,
             health: if self.disk_full.is_some() { Health::DiskFull } else { Health::Ok },
+            leader: self.raft.leader(),
+            leader_broker: None,
+            is_voter: self.is_voter(),
         }
     }
 
@@ -452,14 +583,36 @@ impl<M: Machine> Replica<M> {
                 self.propose_all()?;
                 self.check_term_below(self.raft.term())?;
                 self.raft.tick()?;
+                fx.send_now.extend(self.raft.offers_due());
             }
             Event::Peer(message) => {
                 self.propose_all()?;
                 // Only for this very replica, and only in a term that a log can hold.
                 if message.to == self.config.replica && self.check_term_below(message.term).is_ok() {
-                    self.raft.step(message)?;
+                    self.peer(message, fx)?;
                 }
             }
+            Event::TransferLeader { to, reply } => {
+                self.propose_all()?;
+                self.transfer_leader(to, reply, fx)?;
+            }
+            Event::Group { reply } => {
+                let result = Ok(self.group());
+                fx.answers.push(Answer::Group { reply, result });
+            }
+            Event::ReadIndex { reply } => self.read_index(reply, fx),
+            Event::Unreachable(replicas) => {
+                self.propose_all()?;
+                for replica in replicas {
+                    self.raft.unreachable(replica)?;
+                }
+            }
+            Event::LeaderGone => self.raft.leader_gone(),
+            Event::Fetched(fetched) => {
+                self.propose_all()?;
+                self.raft.fetched(fetched)?;
+            }
+            Event::Pulled(pulled) => self.pulled(pulled)?,
         }
         Ok(())
     }
@@ -540,9 +693,8 @@ impl<M: Machine> Replica<M> {
 
     /// Takes a batch into this step's proposals, if there is room on the disk.
     fn accept(&mut self, batch: Bytes, header: &BatchHeader) -> Result<(RaftIndex, Offset), Error> {
-        if !self.raft.takes_proposals() {
-            return Err(Error::new(ErrorCode::NotLeader, "leadership is being handed over; ask for the leader")
-                .with_partition(self.config.tp.partition));
+        if let Some(error) = self.handing_over() {
+            return Err(error);
         }
         self.reserve(batch.len())?;
         let index = self.next_index();
@@ -586,6 +738,9 @@ impl<M: Machine> Replica<M> {
 
     /// Takes a control batch into this step's proposals; it may use the room that is kept for a full disk's cure.
     fn accept_control(&mut self, ctype: ControlType, payload: Bytes) -> Result<RaftIndex, Error> {
+        if let Some(error) = self.handing_over() {
+            return Err(error);
+        }
         self.raft.log_mut().reserve_privileged(CONTROL_BYTES + payload.len()).map_err(|error| {
             let code = if error.is_disk_full() { ErrorCode::DiskFull } else { ErrorCode::StorageFailed };
             Error::new(code, error.to_string()).with_partition(self.config.tp.partition)
@@ -603,10 +758,7 @@ impl<M: Machine> Replica<M> {
         now: Timestamp,
         fx: &mut Effects<M>,
     ) -> Result<(), Ended> {
-        let refusal = self.unavailable().or_else(|| {
-            (!self.raft.takes_proposals())
-                .then(|| Error::new(ErrorCode::NotLeader, "leadership is being handed over; ask for the leader"))
-        });
+        let refusal = self.unavailable().or_else(|| self.handing_over());
         let refusal = refusal.or_else(|| {
             (self.parked.len() >= PARKED_MAX).then(|| self.overloaded("too many commands wait for their entries"))
         });
@@ -660,13 +812,285 @@ impl<M: Machine> Replica<M> {
     }
 
     fn propose_membership(&mut self, change: MembershipChange, reply: Reply<Result<(), Error>>, fx: &mut Effects<M>) {
-        let accepted = match self.unavailable() {
-            Some(error) => Err(error),
-            None => self.accept_control(ControlType::Membership, change.encode()),
-        };
-        match accepted {
-            Ok(index) => self.parked.park(index, false, Waiting::Membership { reply }),
+        match self.try_propose_membership(change) {
+            Ok(Some(index)) => self.parked.park(index, false, Waiting::Membership { reply }),
+            Ok(None) => fx.answers.push(Answer::ChangeMembership { reply, result: Ok(()) }),
             Err(error) => fx.answers.push(Answer::ChangeMembership { reply, result: Err(error) }),
+        }
+    }
+
+    /// Where the change goes; `None` where it is as wanted already.
+    fn try_propose_membership(&mut self, change: MembershipChange) -> Result<Option<RaftIndex>, Error> {
+        if let Some(error) = self.unavailable().or_else(|| self.handing_over()) {
+            return Err(error);
+        }
+        // The crate would make an empty entry of it, and nobody would know.
+        if self.change_proposed || self.raft.has_pending_change() {
+            return Err(self.overloaded("another change of this group's members is under way"));
+        }
+        let Membership { voters, learners } = &self.membership;
+        let own = self.config.replica;
+        let refused = match change {
+            MembershipChange::AddLearner(replica) if learners.contains(&replica) => return Ok(None),
+            MembershipChange::AddLearner(replica) if voters.contains(&replica) => Some("it votes already"),
+            MembershipChange::AddLearner(replica) if replica.get() == 0 => Some("0 is nobody's id"),
+            MembershipChange::Promote(replica) if voters.contains(&replica) => return Ok(None),
+            MembershipChange::Promote(replica) if !learners.contains(&replica) => {
+                Some("it does not follow yet: add it as a learner first")
+            }
+            MembershipChange::Remove(replica) if !self.membership.contains(replica) => return Ok(None),
+            MembershipChange::Remove(replica) if voters == &[replica] => Some("it is the only voter"),
+            MembershipChange::Remove(replica) if replica == own => {
+                Some("it leads: hand leadership over first, and ask the new leader")
+            }
+            _ => None,
+        };
+        if let Some(why) = refused {
+            return Err(Error::new(
+                ErrorCode::InvalidRequest,
+                format!("cannot change the members ({change:?}): {why}"),
+            )
+            .with_partition(self.config.tp.partition));
+        }
+        let index = self.accept_control(ControlType::Membership, change.encode())?;
+        self.change_proposed = true;
+        Ok(Some(index))
+    }
+
+    // ---- leadership and the others of the group --------------------------------------------------------------------
+
+    fn handing_over(&self) -> Option<Error> {
+        (!self.raft.takes_proposals()).then(|| {
+            Error::new(ErrorCode::NotLeader, "leadership is being handed over; ask for the leader")
+                .with_partition(self.config.tp.partition)
+        })
+    }
+
+    fn peer(&mut self, message: PeerMessage, fx: &mut Effects<M>) -> Result<(), Ended> {
+        match &message.body {
+            PeerBody::Ended => {
+                if self.raft.leader() == Some(message.from) {
+                    self.raft.leader_gone();
+                }
+                return Ok(());
+            }
+            &PeerBody::SnapshotAnswer { index, failed } => {
+                let fits = self.raft.is_leader() && message.term == self.raft.term() && index <= self.raft.last_index();
+                return match (fits, failed) {
+                    (true, true) => Ok(self.raft.offer_failed(message.from)?),
+                    (true, false) => Ok(self.raft.step(message)?),
+                    (false, _) => Ok(()),
+                };
+            }
+            &PeerBody::SnapshotOffer { index, index_term } => {
+                let (leader, term) = (message.from, message.term);
+                self.raft.step(message)?;
+                if self.raft.term() == term && self.raft.leader() == Some(leader) {
+                    self.offered(Offered { leader, index, index_term }, fx);
+                }
+                return Ok(());
+            }
+            PeerBody::Append { entries, .. } if !self.has_room_for(entries) => return Ok(()),
+            _ => {}
+        }
+        Ok(self.raft.step(message)?)
+    }
+
+    /// Whether there is room for entries of the leader's; without, they are not taken, and Raft sends them again.
+    fn has_room_for(&mut self, entries: &[LogEntry]) -> bool {
+        let last = self.raft.last_index();
+        let new = entries.iter().filter(|entry| entry.index > last);
+        let (bytes, is_control) = new.fold((0, true), |(bytes, is_control), entry| {
+            let control = matches!(entry.body, EntryBody::Control { .. });
+            (bytes + CONTROL_BYTES + entry.data_bytes(), is_control && control)
+        });
+        if bytes == 0 || self.raft.log().is_poisoned() {
+            return true;
+        }
+        let log = self.raft.log_mut();
+        let reserved =
+            if self.config.internal || is_control { log.reserve_privileged(bytes) } else { log.reserve(bytes) };
+        match reserved {
+            Err(error) if error.is_disk_full() => {
+                if self.disk_full.is_none() {
+                    tracing::warn!(tp = %self.config.tp, %error, "disk full: this replica falls behind until there is room");
+                }
+                self.disk_full = Some(error.to_string());
+                false
+            }
+            Ok(()) => {
+                self.disk_full = None;
+                true
+            }
+            // The write finds the same, and ends the replica.
+            Err(_) => true,
+        }
+    }
+
+    /// What the leader offers is in the log already, or has to be pulled.
+    fn offered(&mut self, offered: Offered, fx: &mut Effects<M>) {
+        let has_it = {
+            let log = self.log();
+            offered.index <= log.committed_index() || log.term_at(offered.index) == Some(offered.index_term)
+        };
+        if !has_it {
+            fx.offered = Some(offered);
+        } else if offered.index <= self.raft.persisted() {
+            fx.send_now.push(PeerMessage {
+                from: self.config.replica,
+                to: offered.leader,
+                term: self.raft.term(),
+                body: PeerBody::SnapshotAnswer { index: offered.index, failed: false },
+            });
+        }
+    }
+
+    /// What could not be pulled: the leader may offer again.
+    pub fn offer_failed(&self, offered: Offered) -> Option<PeerMessage> {
+        (self.raft.leader() == Some(offered.leader)).then(|| PeerMessage {
+            from: self.config.replica,
+            to: offered.leader,
+            term: self.raft.term(),
+            body: PeerBody::SnapshotAnswer { index: offered.index, failed: true },
+        })
+    }
+
+    /// What it tells its peers when it ends.
+    pub fn farewell(&self) -> Vec<PeerMessage> {
+        let Membership { voters, learners } = &self.membership;
+        let others = voters.iter().chain(learners).filter(|&&replica| replica != self.config.replica);
+        others
+            .map(|&to| PeerMessage { from: self.config.replica, to, term: self.raft.term(), body: PeerBody::Ended })
+            .collect()
+    }
+
+    /// Appends what another replica has committed as if the leader had sent it: every leader has it.
+    fn pulled(&mut self, pulled: Pulled) -> Result<(), Ended> {
+        let Pulled { first, next, bytes } = pulled;
+        let Some(leader) = self.raft.leader().filter(|&leader| leader != self.config.replica) else { return Ok(()) };
+        let previous = RaftIndex::new(first.get() - 1);
+        let Some(previous_term) = self.log().term_at(previous) else { return Ok(()) };
+        let at = BatchHeader::parse(&bytes).map(|header| header.base_offset);
+        let entries = match (LogEntry::decode_range(bytes, first), at) {
+            (Ok(entries), Ok(at)) if previous != self.raft.last_index() || at == self.log().end_offset() => entries,
+            (Ok(_), at) => {
+                tracing::error!(tp = %self.config.tp, %first, ?at, end_offset = %self.log().end_offset(), "pulled entries begin at another offset: they are dropped");
+                return Ok(());
+            }
+            (Err(error), _) => {
+                tracing::warn!(tp = %self.config.tp, %first, %error, "pulled entries are not whole: they are dropped");
+                return Ok(());
+            }
+        };
+        if !self.has_room_for(&entries) {
+            return Ok(());
+        }
+        let commit = RaftIndex::new(next.get() - 1);
+        let body = PeerBody::Append { previous_index: previous, previous_term, commit, entries };
+        let term = self.raft.term();
+        Ok(self.raft.step(PeerMessage { from: leader, to: self.config.replica, term, body })?)
+    }
+
+    fn transfer_leader(
+        &mut self,
+        to: Option<ReplicaId>,
+        reply: Reply<Result<(), Error>>,
+        fx: &mut Effects<M>,
+    ) -> Result<(), Ended> {
+        let partition = self.config.tp.partition;
+        let to = to.or_else(|| self.raft.best_successor());
+        let result = match (self.unavailable(), to) {
+            (Some(error), _) => Err(error),
+            (None, _) if self.transfer.is_some() => Err(self.overloaded("leadership is being handed over already")),
+            (None, None) => {
+                Err(Error::new(ErrorCode::NoLeader, "no other voter is there to lead; try again when one is back")
+                    .with_partition(partition))
+            }
+            (None, Some(to)) if to == self.config.replica => Ok(()),
+            (None, Some(to)) if !self.membership.voters.contains(&to) => {
+                Err(Error::new(ErrorCode::InvalidRequest, format!("replica {to} does not vote: it can not lead"))
+                    .with_partition(partition))
+            }
+            (None, Some(to)) => {
+                self.raft.transfer_leader(to)?;
+                let until = self.raft.ticks() + TRANSFER_TICKS;
+                self.transfer = Some(Transfer { reply, to, until });
+                return Ok(());
+            }
+        };
+        fx.answers.push(Answer::ChangeMembership { reply, result });
+        Ok(())
+    }
+
+    /// Answers who wanted another leader, once there is one, or none in time.
+    fn settle_transfer(&mut self, fx: &mut Effects<M>) {
+        let Some(transfer) = &self.transfer else { return };
+        let failed = || {
+            Err(Error::new(
+                ErrorCode::TimedOut,
+                format!("replica {} did not take over in time; try again, or choose another", transfer.to),
+            )
+            .with_partition(self.config.tp.partition))
+        };
+        let result = match (self.raft.is_leader(), self.raft.leader()) {
+            (true, _) if self.raft.transferee().is_some() => return,
+            (true, _) => failed(),
+            (false, Some(leader)) if leader != self.config.replica => Ok(()),
+            (false, _) if self.raft.ticks() >= transfer.until => failed(),
+            (false, _) => return,
+        };
+        if let Some(Transfer { reply, .. }) = self.transfer.take() {
+            fx.answers.push(Answer::ChangeMembership { reply, result });
+        }
+    }
+
+    fn group(&self) -> GroupStatus {
+        GroupStatus {
+            replica: self.config.replica,
+            leader: self.raft.leader(),
+            term: self.raft.term(),
+            commit: self.raft.committed(),
+            last: self.raft.last_index(),
+            membership: self.membership.clone(),
+            members: self.raft.members(),
+            pulled: None,
+        }
+    }
+
+    fn read_index(&mut self, reply: Reply<Result<Offset, Error>>, fx: &mut Effects<M>) {
+        let refusal = self.unavailable().or_else(|| {
+            (self.linearizable.len() >= PARKED_MAX).then(|| self.overloaded("too many wait to learn what is committed"))
+        });
+        match refusal {
+            Some(error) => fx.answers.push(Answer::ReadIndex { reply, result: Err(error) }),
+            None => self.linearizable.to_ask.push(reply),
+        }
+    }
+
+    /// Asks for those who wait to ask, and answers those who may know.
+    fn settle_reads(&mut self, fx: &mut Effects<M>) -> Result<(), Ended> {
+        if self.linearizable.is_empty() {
+            return Ok(());
+        }
+        let (applied, high_watermark) = (self.applied, self.log().high_watermark());
+        let known = self.linearizable.confirmed.extract_if(.., |(index, _)| *index <= applied);
+        fx.answers.extend(known.map(|(_, reply)| Answer::ReadIndex { reply, result: Ok(high_watermark) }));
+        if self.linearizable.asked.is_empty() && !self.linearizable.to_ask.is_empty() && self.serving {
+            self.linearizable.asked = std::mem::take(&mut self.linearizable.to_ask);
+            self.linearizable.number += 1;
+            self.raft.read_index(self.linearizable.number)?;
+        }
+        Ok(())
+    }
+
+    /// A majority has confirmed that this still leads.
+    fn confirmed(&mut self, states: Vec<raft::ReadState>) {
+        for state in states {
+            if raft_adapter::request_of(&state.request_ctx) == Some(self.linearizable.number) {
+                let index = RaftIndex::new(state.index);
+                let asked = std::mem::take(&mut self.linearizable.asked);
+                self.linearizable.confirmed.extend(asked.into_iter().map(|reply| (index, reply)));
+            }
         }
     }
 
@@ -700,53 +1124,87 @@ impl<M: Machine> Replica<M> {
     }
 
     fn read(&mut self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>, fx: &mut Effects<M>) {
-        if let Some(error) = self.unavailable() {
-            fx.answers.push(Answer::Read { reply, result: Err(error) });
+        let partition = self.config.tp.partition;
+        let elsewhere = self.unavailable();
+        if let Some(error) = elsewhere.as_ref().filter(|_| !request.any_replica) {
+            fx.answers.push(Answer::Read { reply, result: Err(error.clone()) });
             return;
         }
         let (high_watermark, end) = (self.log().high_watermark(), self.log().end_offset());
         let newest_epoch = self.log().epochs().last().map(|start| start.epoch);
-        if let Some(epoch) = request.last_epoch.filter(|&epoch| Some(epoch) > newest_epoch) {
-            // Another leader wrote what was read; its log is not known to have diverged, only this one to be behind.
-            let result = Err(Error::new(
-                ErrorCode::NotLeader,
-                format!("what was read is of leader epoch {epoch}, which this log does not know yet; ask for the leader and try again"),
-            )
-            .with_partition(self.config.tp.partition));
-            fx.answers.push(Answer::Read { reply, result });
+        // What this replica does not have yet is not out of range, nor is the history another: it is behind. Whether what
+        // was read diverged from what is committed now, only a leader can tell.
+        let is_behind = request.known_high_watermark.is_some_and(|known| known > high_watermark);
+        if elsewhere.is_some() && (request.from > high_watermark || (request.from == high_watermark && is_behind)) {
+            self.park_read(
+                request,
+                reply,
+                || {
+                    Error::new(
+                        ErrorCode::NotLeader,
+                        format!("this replica knows of {high_watermark} offsets, and more are committed; try again, or ask for the leader"),
+                    )
+                    .with_partition(partition)
+                },
+                fx,
+            );
             return;
         }
-        if let Some(epoch) = request.last_epoch
-            && let Some(epoch_end) = self.epoch_end(epoch)
-            && epoch_end < request.from
-        {
-            let result = Err(Error::new(
-                ErrorCode::LogDiverged,
-                format!("the log was recovered with loss: leader epoch {epoch} ends at offset {epoch_end}, and {} was read with it; decide where to go on", request.from),
-            )
-            .with_partition(self.config.tp.partition));
-            fx.answers.push(Answer::Read { reply, result });
-            return;
+        if elsewhere.is_none() {
+            if let Some(epoch) = request.last_epoch.filter(|&epoch| Some(epoch) > newest_epoch) {
+                // Another leader wrote what was read; its log is not known to have diverged, only this one to be behind.
+                let result = Err(Error::new(
+                    ErrorCode::NotLeader,
+                    format!("what was read is of leader epoch {epoch}, which this log does not know yet; ask for the leader and try again"),
+                )
+                .with_partition(partition));
+                fx.answers.push(Answer::Read { reply, result });
+                return;
+            }
+            if let Some(epoch) = request.last_epoch
+                && let Some(epoch_end) = self.epoch_end(epoch)
+                && epoch_end < request.from
+            {
+                let result = Err(Error::new(
+                    ErrorCode::LogDiverged,
+                    format!("the log was recovered with loss: leader epoch {epoch} ends at offset {epoch_end}, and {} was read with it; decide where to go on", request.from),
+                )
+                .with_partition(partition));
+                fx.answers.push(Answer::Read { reply, result });
+                return;
+            }
         }
         // At the end, or in what is appended and not committed yet: there is nothing to read, and nothing is wrong.
         if request.from >= high_watermark && request.from <= end {
-            if !request.wait {
+            if request.wait {
+                self.park_read(request, reply, || unreachable!("it waits"), fx);
+            } else {
                 // The log gives nothing at its high watermark.
                 self.read_now(ReadRequest { from: high_watermark, ..request }, reply, fx);
-            } else if let Err(reply) = self.reads.park(request, reply) {
-                let result = Err(Error::new(
-                    ErrorCode::Overloaded,
-                    format!(
-                        "more than {} readers wait for this partition; try again later",
-                        self.config.parked_reads_max
-                    ),
-                )
-                .with_partition(self.config.tp.partition));
-                fx.answers.push(Answer::Read { reply, result });
             }
             return;
         }
         self.read_now(request, reply, fx);
+    }
+
+    /// Lets a read wait for more to be committed, if it may; else it is told `otherwise`.
+    fn park_read(
+        &mut self,
+        request: ReadRequest,
+        reply: Reply<Result<ReadAnswer, Error>>,
+        otherwise: impl FnOnce() -> Error,
+        fx: &mut Effects<M>,
+    ) {
+        if !request.wait {
+            fx.answers.push(Answer::Read { reply, result: Err(otherwise()) });
+        } else if let Err(reply) = self.reads.park(request, reply) {
+            let result = Err(Error::new(
+                ErrorCode::Overloaded,
+                format!("more than {} readers wait for this partition; try again later", self.config.parked_reads_max),
+            )
+            .with_partition(self.config.tp.partition));
+            fx.answers.push(Answer::Read { reply, result });
+        }
     }
 
     /// Where an epoch ends at the latest, as far as this log knows.
@@ -758,7 +1216,10 @@ impl<M: Machine> Replica<M> {
 
     fn read_now(&mut self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>, fx: &mut Effects<M>) {
         let log = self.raft.log_mut();
-        let (log_start, high_watermark) = (log.log_start(), log.high_watermark());
+        // What the reader was told elsewhere does not go back.
+        let known = request.known_high_watermark.filter(|_| request.any_replica && !self.serving);
+        let high_watermark = log.high_watermark().max(known.unwrap_or(Offset::ZERO));
+        let log_start = log.log_start();
         match log.read(request.from, request.max_bytes) {
             Ok(Read::Bytes(bytes)) => {
                 fx.answers.push(Answer::Read { reply, result: Ok(ReadAnswer { bytes, log_start, high_watermark }) });
@@ -823,6 +1284,11 @@ impl<M: Machine> Replica<M> {
                 self.follow_leadership(fx)?;
                 self.process_ready(ready, now, fx)?;
             }
+            self.settle_transfer(fx);
+            self.settle_reads(fx)?;
+            if self.truncation.is_none() && self.raft.has_ready() {
+                continue;
+            }
             if self.truncation.is_some() {
                 let Some(ready) = self.truncation_may_begin() else { break };
                 self.process_ready(ready, now, fx)?;
@@ -842,6 +1308,7 @@ impl<M: Machine> Replica<M> {
             }
         }
         self.order(fx);
+        fx.fetches.extend(self.raft.fetches());
         Ok(())
     }
 
@@ -852,6 +1319,7 @@ impl<M: Machine> Replica<M> {
         }
         let expected = self.raft.last_index().plus(self.proposals.len() as u64);
         let proposals = std::mem::take(&mut self.proposals);
+        self.change_proposed = false;
         let taken = self.raft.propose(proposals)?;
         // The machine has them already: a proposal that is dropped now would leave it ahead of its log.
         if !taken || self.raft.last_index() != expected {
@@ -921,6 +1389,7 @@ impl<M: Machine> Replica<M> {
         let to_peers = |messages: Vec<raft::eraftpb::Message>| {
             messages.into_iter().filter_map(RaftAdapter::peer_message).collect::<Vec<_>>()
         };
+        self.confirmed(ready.take_read_states());
         fx.send_now.extend(to_peers(ready.take_messages()));
         let messages = to_peers(ready.take_persisted_messages());
         let committed = ready.take_committed_entries();
@@ -1001,7 +1470,8 @@ impl<M: Machine> Replica<M> {
             )
             .with_partition(self.config.tp.partition);
             self.parked.fail_all(&error, &mut fx.answers);
-            self.reads.fail_all(&error, &mut fx.answers);
+            self.reads.fail_leaders(&error, &mut fx.answers);
+            self.linearizable.fail_all(&error, &mut fx.answers);
             if self.machine.applies_at_append() {
                 self.replay()?;
             }
@@ -1102,7 +1572,8 @@ impl<M: Machine> Replica<M> {
         }
         let log_start = self.log().log_start();
         self.parked.answer_applied(last, log_start, &mut fx.answers);
-        if self.serving {
+        if !self.reads.is_empty() {
+            // Those that wait at one that does not lead are content with that.
             let high_watermark = self.log().high_watermark();
             for (request, reply) in self.reads.take_below(high_watermark) {
                 self.read_now(request, reply, fx);
@@ -1223,6 +1694,8 @@ impl<M: Machine> Replica<M> {
         fx.hard_state = None;
         fx.flush = None;
         fx.checkpoint = None;
+        fx.fetches.clear();
+        fx.offered = None;
         self.fail_everyone(&error, fx);
         self.ended = true;
         fx.ended = Some(ended);
@@ -1232,6 +1705,10 @@ impl<M: Machine> Replica<M> {
         self.serving = false;
         self.parked.fail_all(error, &mut fx.answers);
         self.reads.fail_all(error, &mut fx.answers);
+        self.linearizable.fail_all(error, &mut fx.answers);
+        if let Some(Transfer { reply, .. }) = self.transfer.take() {
+            fx.answers.push(Answer::ChangeMembership { reply, result: Err(error.clone()) });
+        }
         fx.answers.extend(std::mem::take(&mut self.held).into_iter().filter_map(|event| event.refused(error.clone())));
     }
 }

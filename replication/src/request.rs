@@ -1,11 +1,15 @@
 //! What can be asked of a replica, and what comes back.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use flowstone_protocol::{BatchHeader, Error, LeaderEpoch, Offset, ReplicaId, Term, Timestamp, TopicPartition};
+use flowstone_protocol::{
+    BatchHeader, BrokerId, Error, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term, Timestamp, TopicPartition,
+};
 use flowstone_storage::{LogConfig, ReadBytes, RetentionConfig};
 
+use crate::membership::Membership;
 use crate::reply::{Permit, Reply};
 
 /// When a produce request is answered.
@@ -48,6 +52,42 @@ pub struct ReplicaSpec {
     pub internal: bool,
     /// The largest batch of a client, in bytes.
     pub max_message_bytes: usize,
+    /// Where the other replicas of its group are, as the metadata says; its own place may be among them. More is learned
+    /// from whoever writes to it.
+    pub peers: Arc<[(ReplicaId, BrokerId)]>,
+    /// How it begins where it does not exist yet.
+    pub start: Start,
+}
+
+impl ReplicaSpec {
+    /// Whether there is anybody else in its group.
+    pub fn has_peers(&self) -> bool {
+        self.peers.iter().any(|&(replica, _)| replica != self.replica)
+    }
+}
+
+/// How a replica begins where it does not exist yet. One that exists goes on, whatever this says.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Start {
+    /// As one of those that the group begins with: made only where neither its files nor its votes exist.
+    FirstVoter {
+        /// All of those.
+        voters: Arc<[ReplicaId]>,
+    },
+    /// As one that pulls everything first, and votes when its leader says so.
+    Learner,
+    /// No majority is left: the log of this replica, in the same folder, goes on under the new id as the only voter.
+    Recovered {
+        /// Whose log it was.
+        from: ReplicaId,
+    },
+}
+
+impl Start {
+    /// As the only voter.
+    pub fn alone(replica: ReplicaId) -> Self {
+        Self::FirstVoter { voters: Arc::from([replica]) }
+    }
 }
 
 /// What a produce request is answered.
@@ -71,6 +111,18 @@ pub struct ReadRequest {
     pub last_epoch: Option<LeaderEpoch>,
     /// At the high watermark: wait for more (true) or answer with nothing (false).
     pub wait: bool,
+    /// A replica that does not lead may answer, with what it knows to be committed.
+    pub any_replica: bool,
+    /// The highest high watermark that the reader was told: a replica that is behind it waits (where `wait` is set) or
+    /// answers with a retriable error, never with an offset out of range.
+    pub known_high_watermark: Option<Offset>,
+}
+
+impl ReadRequest {
+    /// A read from the leader.
+    pub const fn new(from: Offset, max_bytes: usize) -> Self {
+        Self { from, max_bytes, last_epoch: None, wait: false, any_replica: false, known_high_watermark: None }
+    }
 }
 
 /// What a read is answered.
@@ -130,6 +182,10 @@ pub enum Role {
     Elected,
     /// It leads and serves.
     Leader,
+    /// It follows, and its acknowledgement does not count.
+    Learner,
+    /// It has no log yet, or one that is too old to go on with: it pulls one, and neither votes nor answers meanwhile.
+    Pulling,
 }
 
 /// Whether a replica can do its work.
@@ -148,6 +204,18 @@ pub enum Health {
     Quarantined {
         /// What was found, where, and what to do.
         message: String,
+    },
+    /// What it answered for is gone, unreadable, or in doubt, and there are others to ask: under this id it can never vote
+    /// again. To be replaced by one with a new id.
+    Lost {
+        /// What was found, and where.
+        message: String,
+        /// Its log is whole as far as it goes, and only what was in memory at the end of an earlier run may be missing.
+        lost_memory: bool,
+        /// The term of its last entry.
+        last_term: Term,
+        /// Its last entry.
+        last_index: RaftIndex,
     },
 }
 
@@ -170,6 +238,12 @@ pub struct ReplicaStatus {
     pub records: u64,
     /// Whether it works.
     pub health: Health,
+    /// Who leads its group, as far as it knows.
+    pub leader: Option<ReplicaId>,
+    /// Where that replica is; `None` where it is this one, or that is not known.
+    pub leader_broker: Option<BrokerId>,
+    /// Its acknowledgement counts.
+    pub is_voter: bool,
 }
 
 impl ReplicaStatus {
@@ -182,6 +256,44 @@ impl ReplicaStatus {
     pub fn leader_epoch(&self) -> LeaderEpoch {
         LeaderEpoch::from_term(self.term).unwrap_or(LeaderEpoch::NONE)
     }
+}
+
+/// A group, as one of its replicas sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GroupStatus {
+    /// Which replica says so.
+    pub replica: ReplicaId,
+    /// Who leads, as far as it knows.
+    pub leader: Option<ReplicaId>,
+    /// Its term.
+    pub term: Term,
+    /// What it knows to be committed.
+    pub commit: RaftIndex,
+    /// Its last entry.
+    pub last: RaftIndex,
+    /// Who belongs to the group.
+    pub membership: Membership,
+    /// Its members, the leader itself among them; empty where another leads.
+    pub members: Vec<MemberStatus>,
+    /// Entries pulled so far, and how many it will be, while it pulls.
+    pub pulled: Option<(u64, u64)>,
+}
+
+/// One member of a group, as its leader sees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemberStatus {
+    /// Its id.
+    pub replica: ReplicaId,
+    /// Its acknowledgement does not count.
+    pub is_learner: bool,
+    /// The last entry that it is known to have, flushed.
+    pub matched: RaftIndex,
+    /// It was heard of within about an election timeout.
+    pub is_active: bool,
+    /// It is active, and about as far as the leader.
+    pub in_sync: bool,
+    /// Entries that it is not known to have.
+    pub lag_entries: u64,
 }
 
 /// One client's batch on its way into the log.

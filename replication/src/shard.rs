@@ -15,6 +15,9 @@
 //! (`parked_reads_max`, then `OVERLOADED`), reads on their way to the disk (`disk_reads_max`, then `OVERLOADED`).
 //! What pools report back is bounded by what was given to them: a flush, a checkpoint, an opening per replica.
 
+mod peers;
+mod pulling;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -22,22 +25,26 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use flowstone_protocol::{Error, ErrorCode, Offset, Term, Timestamp, TopicPartition};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
 use flowstone_storage::{
-    CheckpointDone, DataDir, Disk, FlushDone, HardState, OpenError, RetentionConfig, StorageError,
+    CheckpointDone, DataDir, Disk, FlushDone, HardState, OpenError, RangeTicket, ReadError, RetentionConfig,
+    StorageError,
 };
 
-use crate::effects::{Answer, Effects, Ended, Event, FlushOrder, LookupOrder, ReadOrder};
+use self::peers::{NEVER, Places};
+use crate::effects::{Answer, Effects, Ended, Event, FetchOrder, Fetched, FlushOrder, LookupOrder, ReadOrder};
 use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
-use crate::inbox::Inbox;
+use crate::inbox::{Inbox, Refused};
 use crate::machine::Machine;
 use crate::metrics::{Counters, ShardMetrics};
 use crate::opening::{OpenJob, Opened, close_log, mark_running, mark_stopped};
+use crate::peer::PeerMessage;
 use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
 use crate::request::{FlushMode, Health, ReadAnswer, Reconfigure, ReplicaSpec, ReplicaStatus, Role};
 use crate::stripe::{Stripe, Waiter, Written};
+use crate::transport::{GroupMessage, PeerTransport, PullAnswer, PullRequest};
 use crate::workers::{JobKind, StopTheProcess, ThreadPools, Workers};
 
 /// The leader's clock.
@@ -89,6 +96,8 @@ pub struct ShardsConfig {
     pub inbox_bytes_max: usize,
     /// Requests that wait, per shard.
     pub inbox_requests_max: usize,
+    /// Bytes of other brokers' messages that wait, per shard; more are dropped, as Raft repeats them.
+    pub peer_bytes_max: usize,
     /// Reads that wait at the end of one log.
     pub parked_reads_max: usize,
     /// Reads on their way to the disk, for all shards together.
@@ -107,6 +116,15 @@ pub struct ShardsConfig {
     /// A flush of at most this many bytes is run by the shard's own thread where one replica alone is dirty, nothing
     /// else waits and the disk was quick lately; with more bytes the shard has better to do meanwhile. 0: never.
     pub inline_flush_bytes_max: u64,
+    /// A follower that is this many bytes behind the newest checkpoint pulls what is committed, rather than being sent
+    /// entry by entry.
+    pub offer_after_bytes: u64,
+    /// Bytes of one range that is pulled.
+    pub pull_bytes: u32,
+    /// Sealed segments are read in the background to find rot, at this rate for all replicas of a shard together; 0: never.
+    pub scrub_bytes_per_second: u64,
+    /// Every byte is looked at about this often, if the rate allows.
+    pub scrub_every: Duration,
     /// For election timeouts.
     pub seed: u64,
     /// The cluster's feature level, for what is created.
@@ -126,6 +144,7 @@ impl Default for ShardsConfig {
             tick: Duration::from_millis(100),
             inbox_bytes_max: 64 << 20,
             inbox_requests_max: 1 << 16,
+            peer_bytes_max: 128 << 20,
             parked_reads_max: 1 << 14,
             disk_reads_max: 1 << 10,
             checkpoint_bytes: 256 << 20,
@@ -134,6 +153,10 @@ impl Default for ShardsConfig {
             retention_every: Duration::from_secs(30),
             relaxed_flush_within: Duration::from_secs(1),
             inline_flush_bytes_max: 256 << 10,
+            offer_after_bytes: 64 << 20,
+            pull_bytes: 1 << 20,
+            scrub_bytes_per_second: 4 << 20,
+            scrub_every: Duration::from_secs(7 * 24 * 60 * 60),
             seed: 0,
             feature_level: 1,
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
@@ -167,6 +190,7 @@ pub struct Shards<M: Machine> {
     // Guards the handles for the time of taking them: threads are joined once, by whoever comes first.
     threads: Mutex<Vec<JoinHandle<()>>>,
     data_dir: Arc<DataDir>,
+    peer_bytes_max: usize,
 }
 
 impl<M: Machine> Shards<M> {
@@ -174,10 +198,15 @@ impl<M: Machine> Shards<M> {
     ///
     /// # Errors
     /// When the hard states can not be read, or threads can not be started.
-    pub fn start(config: ShardsConfig, data_dir: Arc<DataDir>, clock: Clock) -> Result<Self, StartError> {
+    pub fn start(
+        config: ShardsConfig,
+        data_dir: Arc<DataDir>,
+        clock: Clock,
+        transport: Arc<dyn PeerTransport>,
+    ) -> Result<Self, StartError> {
         let workers = ThreadPools::start(config.flush_threads, config.read_threads, config.work_threads)
             .map_err(|source| StartError::Io { action: "start a pool's threads", source })?;
-        let (all, shards) = Self::assemble(&config, data_dir, clock, Arc::new(workers))?;
+        let (all, shards) = Self::assemble(&config, data_dir, clock, Arc::new(workers), transport)?;
         for (number, shard) in shards.into_iter().enumerate() {
             let thread = std::thread::Builder::new()
                 .name(format!("shard-{number}"))
@@ -197,6 +226,7 @@ impl<M: Machine> Shards<M> {
         data_dir: Arc<DataDir>,
         clock: Clock,
         workers: Arc<dyn Workers>,
+        transport: Arc<dyn PeerTransport>,
     ) -> Result<(Self, Vec<Shard<M>>), StartError> {
         let disk = Arc::clone(data_dir.disk());
         let lost_memory = mark_running(&disk, &data_dir, &config.boot_id)
@@ -209,13 +239,19 @@ impl<M: Machine> Shards<M> {
             let stripe = Stripe::open(&disk, &hard_state_dir, number)?;
             stripes[number as usize % shards].insert(number, stripe);
         }
-        let mut all = Self { ports: Vec::new(), threads: Mutex::new(Vec::new()), data_dir };
+        let mut all = Self {
+            ports: Vec::new(),
+            threads: Mutex::new(Vec::new()),
+            data_dir,
+            peer_bytes_max: config.peer_bytes_max,
+        };
         let now = workers.now();
         let mut cores = Vec::with_capacity(shards);
         for stripes in stripes {
             let port = Arc::new(Port {
                 inbox: Inbox::new(config.inbox_requests_max),
                 budget: ByteBudget::new(config.inbox_bytes_max),
+                peer_bytes: AtomicUsize::new(0),
                 counters: Counters::default(),
             });
             cores.push(Shard {
@@ -227,6 +263,7 @@ impl<M: Machine> Shards<M> {
                 lost_memory,
                 port: Arc::clone(&port),
                 workers: Arc::clone(&workers),
+                transport: Arc::clone(&transport),
                 disk_reads: Arc::clone(&disk_reads),
                 now,
                 taken: Vec::new(),
@@ -239,6 +276,10 @@ impl<M: Machine> Shards<M> {
                 flushes_in_flight: 0,
                 flush_time: Duration::ZERO,
                 answers: Vec::new(),
+                outgoing: BTreeMap::new(),
+                heartbeats: Vec::new(),
+                ticks: 0,
+                wakes: Vec::new(),
                 timers: Timers::new(config),
                 stopping: None,
                 unclean: false,
@@ -270,6 +311,50 @@ impl<M: Machine> Shards<M> {
     /// removed, too. Answers when that is done; at once when it is not open.
     pub fn close(&self, tp: TopicPartition, delete_files: bool, closed: Reply<()>) {
         if let Some(message) = self.port(tp).inbox.report(Message::Close { tp, delete_files, closed }) {
+            message.refuse(&shutting_down());
+        }
+    }
+
+    /// Takes messages of another broker's replicas. From any thread; what there is no room for is dropped, as Raft repeats
+    /// what matters.
+    pub fn deliver(&self, from: BrokerId, messages: Vec<GroupMessage>) {
+        let mut by_shard: Vec<Vec<GroupMessage>> = self.ports.iter().map(|_| Vec::new()).collect();
+        for message in messages {
+            by_shard[self.data_dir.stripe_of(message.tp) as usize % self.ports.len()].push(message);
+        }
+        for (port, messages) in self.ports.iter().zip(by_shard).filter(|(_, messages)| !messages.is_empty()) {
+            let bytes: usize = messages.iter().map(|message| message.message.bytes()).sum();
+            // One message larger than all the room there is passes alone.
+            let before = port.peer_bytes.fetch_add(bytes, Ordering::Relaxed);
+            if before > 0 && before + bytes > self.peer_bytes_max {
+                port.peer_bytes.fetch_sub(bytes, Ordering::Relaxed);
+                port.counters.messages_dropped.fetch_add(messages.len() as u64, Ordering::Relaxed);
+                continue;
+            }
+            // A shard that has stopped needs none.
+            drop(port.inbox.report(Message::Peers { from, messages, bytes }));
+        }
+    }
+
+    /// What was sent to this broker lately may be lost: its queue overflowed, or its stream broke.
+    pub fn unreachable(&self, broker: BrokerId) {
+        for port in &self.ports {
+            drop(port.inbox.report(Message::Unreachable { broker }));
+        }
+    }
+
+    /// This broker's process is gone: whoever follows a leader there need not wait for the full timeout.
+    pub fn peer_gone(&self, broker: BrokerId) {
+        for port in &self.ports {
+            drop(port.inbox.report(Message::PeerGone { broker }));
+        }
+    }
+
+    /// Gives another broker a range of what a replica here has committed; whatever its role.
+    pub fn serve_pull(&self, request: PullRequest, reply: Reply<Result<PullAnswer, Error>>) {
+        if let Err(Refused::Full(message) | Refused::Closed(message)) =
+            self.port(request.tp).inbox.request(Message::ServePull { request, reply })
+        {
             message.refuse(&shutting_down());
         }
     }
@@ -331,8 +416,9 @@ impl<M: Machine> ManualShards<M> {
         data_dir: Arc<DataDir>,
         clock: Clock,
         workers: Arc<dyn Workers>,
+        transport: Arc<dyn PeerTransport>,
     ) -> Result<Self, StartError> {
-        let (shards, cores) = Shards::assemble(config, data_dir, clock, workers)?;
+        let (shards, cores) = Shards::assemble(config, data_dir, clock, workers, transport)?;
         Ok(Self { shards, cores, finished: None, clean: true })
     }
 
@@ -435,6 +521,34 @@ pub(crate) enum Message<M: Machine> {
         slot: SlotKey,
         says: Option<HardState>,
     },
+    Peers {
+        from: BrokerId,
+        messages: Vec<GroupMessage>,
+        bytes: usize,
+    },
+    Unreachable {
+        broker: BrokerId,
+    },
+    PeerGone {
+        broker: BrokerId,
+    },
+    ServePull {
+        request: PullRequest,
+        reply: Reply<Result<PullAnswer, Error>>,
+    },
+    /// A read found rot there.
+    Corrupt {
+        slot: SlotKey,
+        offset: Offset,
+    },
+    Fetched {
+        slot: SlotKey,
+        fetched: Fetched,
+    },
+    SetPeers {
+        slot: SlotKey,
+        peers: Arc<[(ReplicaId, BrokerId)]>,
+    },
     Shutdown {
         done: mpsc::Sender<bool>,
     },
@@ -451,6 +565,7 @@ impl<M: Machine> Message<M> {
             }
             Self::Open { opened, .. } => opened.send(Err(error.clone())),
             Self::Close { closed, .. } => closed.send(()),
+            Self::ServePull { reply, .. } => reply.send(Err(error.clone())),
             Self::Shutdown { done } => {
                 let _ = done.send(true);
             }
@@ -459,6 +574,12 @@ impl<M: Machine> Message<M> {
             | Self::CheckpointWritten { .. }
             | Self::Removed { .. }
             | Self::HardStatesFlushed { .. }
+            | Self::Peers { .. }
+            | Self::Unreachable { .. }
+            | Self::PeerGone { .. }
+            | Self::SetPeers { .. }
+            | Self::Corrupt { .. }
+            | Self::Fetched { .. }
             | Self::LogClosed { .. } => {}
         }
     }
@@ -486,6 +607,7 @@ struct Slot<M: Machine> {
     running_since: Instant,
     opened: Option<Reply<Result<ReplicaHandle<M>, Error>>>,
     closing: Option<Closing>,
+    places: Places,
 }
 
 #[derive(Debug)]
@@ -519,7 +641,6 @@ enum State<M: Machine> {
 #[derive(Debug)]
 struct Timers {
     tick_at: Option<Instant>,
-    ticking: Vec<u32>,
     relaxed_at: Option<Instant>,
     relaxed: Vec<u32>,
     probe_at: Option<Instant>,
@@ -535,7 +656,6 @@ impl Timers {
     fn new(config: &ShardsConfig) -> Self {
         Self {
             tick_at: None,
-            ticking: Vec::new(),
             relaxed_at: None,
             relaxed: Vec::new(),
             probe_at: None,
@@ -558,6 +678,7 @@ struct Shard<M: Machine> {
     lost_memory: bool,
     port: Arc<Port<M>>,
     workers: Arc<dyn Workers>,
+    transport: Arc<dyn PeerTransport>,
     /// Reads submitted and not answered yet, of all shards.
     disk_reads: Arc<AtomicUsize>,
     /// When this round began.
@@ -576,6 +697,13 @@ struct Shard<M: Machine> {
     /// How long a flush takes lately.
     flush_time: Duration,
     answers: Vec<Answer<M>>,
+    /// To other brokers, in this round.
+    outgoing: BTreeMap<BrokerId, Vec<GroupMessage>>,
+    /// Empty between calls.
+    heartbeats: Vec<PeerMessage>,
+    /// Ticks so far, and after which of them each place in the table is woken.
+    ticks: u64,
+    wakes: Vec<u64>,
     timers: Timers,
     stopping: Option<mpsc::Sender<bool>>,
     /// A log could not be closed cleanly: the broker does not note that it stopped so.
@@ -630,6 +758,13 @@ impl<M: Machine> Shard<M> {
             Message::Removed { slot } => self.on_removed(slot),
             Message::HardStatesFlushed { stripe, done } => self.on_hard_states_flushed(stripe, done),
             Message::LogClosed { slot, says } => self.on_log_closed(slot, says),
+            Message::Peers { from, messages, bytes } => self.on_peers(from, messages, bytes),
+            Message::Unreachable { broker } => self.on_unreachable(broker),
+            Message::PeerGone { broker } => self.on_peer_gone(broker),
+            Message::ServePull { request, reply } => self.on_serve_pull(request, reply),
+            Message::SetPeers { slot, peers } => self.on_set_peers(slot, peers),
+            Message::Corrupt { .. } => {}
+            Message::Fetched { slot, fetched } => self.report(slot, Event::Fetched(fetched)),
             Message::Shutdown { done } => self.on_shutdown(done),
         }
     }
@@ -712,6 +847,7 @@ impl<M: Machine> Shard<M> {
             return;
         }
         let tp = spec.tp;
+        let places = Places::new(Arc::clone(&spec.peers));
         let slot = Slot {
             life: 0,
             spec,
@@ -731,11 +867,15 @@ impl<M: Machine> Shard<M> {
                 size_bytes: 0,
                 records: 0,
                 health: Health::Ok,
+                leader: None,
+                leader_broker: None,
+                is_voter: false,
             },
             ends: 0,
             running_since: self.now,
             opened: Some(opened),
             closing: None,
+            places,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -745,6 +885,7 @@ impl<M: Machine> Shard<M> {
             }
             None => {
                 self.slots.push(slot);
+                self.wakes.push(NEVER);
                 u32::try_from(self.slots.len() - 1).expect("fewer replicas than 2^32")
             }
         };
@@ -783,6 +924,7 @@ impl<M: Machine> Shard<M> {
                 checkpoint_entries: self.config.checkpoint_entries,
                 parked_reads_max: self.config.parked_reads_max,
                 seed: self.config.seed,
+                offer_after_bytes: self.config.offer_after_bytes,
             },
             feature_level: self.config.feature_level,
             lost_memory: self.lost_memory,
@@ -805,8 +947,9 @@ impl<M: Machine> Shard<M> {
     fn on_opened_outcome(&mut self, key: SlotKey, outcome: Opened<M>) {
         let slot = &mut self.slots[key.index as usize];
         match outcome {
-            Opened::Replica(replica) => {
+            Opened::Replica(mut replica) => {
                 let alone = replica.is_only_voter();
+                replica.begin_at(self.ticks);
                 slot.state = State::Running(replica);
                 slot.running_since = self.now;
                 slot.events.clear();
@@ -822,10 +965,6 @@ impl<M: Machine> Shard<M> {
                 }
                 if alone {
                     slot.events.push(Event::Campaign);
-                } else {
-                    self.timers.ticking.retain(|&other| other != key.index);
-                    self.timers.ticking.push(key.index);
-                    self.timers.tick_at.get_or_insert(self.now + self.config.tick);
                 }
                 self.touch(key.index);
             }
@@ -998,11 +1137,14 @@ impl<M: Machine> Shard<M> {
     fn step(&mut self, index: u32, now: Timestamp) {
         let slot = &mut self.slots[index as usize];
         slot.touched = false;
-        let State::Running(replica) = &mut slot.state else {
+        if !matches!(slot.state, State::Running(_)) {
             self.close_if_idle(index);
             return;
-        };
+        }
         let closing = slot.closing.is_some();
+        self.pass_ticks(index);
+        let slot = &mut self.slots[index as usize];
+        let State::Running(replica) = &mut slot.state else { return };
         let mut events = std::mem::take(&mut slot.events);
         let share = self.config.replay_entries_max / self.by_partition.len().max(1) as u64;
         replica.checkpoint_after(share.max(REPLAY_ENTRIES_MIN).min(self.config.checkpoint_entries));
@@ -1028,16 +1170,16 @@ impl<M: Machine> Shard<M> {
             mut answers,
             tickets,
             lookups,
+            fetches,
+            offered,
             ended,
         } = fx;
-        // Nobody to send to before there is a transport: a group of one sends nothing.
-        if !(send_now.is_empty() && send_flushed.is_empty()) {
-            tracing::error!(tp = %slot.spec.tp, "messages to other replicas are dropped: there is no way to send them");
+        let (tp, replica) = (slot.spec.tp, slot.spec.replica);
+        for message in send_now.into_iter().chain(send_flushed) {
+            self.send(index, tp, message);
         }
         self.answers.append(&mut answers);
-
-        let tp = slot.spec.tp;
-        let replica = slot.spec.replica;
+        let slot = &mut self.slots[index as usize];
         if hard_state.is_some() || flushed.is_some() {
             let stripe = self
                 .stripes
@@ -1064,6 +1206,10 @@ impl<M: Machine> Shard<M> {
                 }),
             );
         }
+        for order in fetches {
+            self.fetch_from_disk(index, order);
+        }
+        let _ = offered;
         for order in tickets {
             self.read_from_disk(order);
         }
@@ -1076,6 +1222,27 @@ impl<M: Machine> Shard<M> {
         }
         self.show(index);
         self.arm(index);
+        self.wake(index);
+    }
+
+    /// Reads entries for a follower, on a pool.
+    fn fetch_from_disk(&mut self, index: u32, order: FetchOrder) {
+        let key = self.key(index);
+        let slot = &mut self.slots[index as usize];
+        let State::Running(replica) = &slot.state else { return };
+        let ticket = replica.log().range(order.first, order.last, order.max_bytes as usize);
+        slot.jobs += 1;
+        let port = Arc::clone(&self.port);
+        self.workers.submit(
+            JobKind::Read,
+            Box::new(move || {
+                let entries = ticket.map_err(ReadError::from).and_then(RangeTicket::run_entries);
+                if let Err(ReadError::Corrupt { offset, .. }) = &entries {
+                    drop(port.inbox.report(Message::Corrupt { slot: key, offset: *offset }));
+                }
+                drop(port.inbox.report(Message::Fetched { slot: key, fetched: order.done(entries) }));
+            }),
+        );
     }
 
     /// Sets the timers that the replica needs now.
@@ -1143,6 +1310,16 @@ impl<M: Machine> Shard<M> {
             now.end_offset = now.end_offset.max(slot.shown.end_offset);
             now.records = slot.shown.records;
         }
+        now.leader_broker =
+            now.leader.filter(|&leader| leader != slot.spec.replica).and_then(|leader| slot.places.broker_of(leader));
+        let leads = |role| matches!(role, Role::Elected | Role::Leader);
+        let counters = &self.port.counters;
+        if now.role == Role::Candidate && (slot.shown.role != Role::Candidate || now.term != slot.shown.term) {
+            counters.elections.fetch_add(1, Ordering::Relaxed);
+        }
+        if leads(now.role) && !(leads(slot.shown.role) && now.term == slot.shown.term) {
+            counters.leader_changes.fetch_add(1, Ordering::Relaxed);
+        }
         slot.status.publish(&now);
         slot.shown = now;
     }
@@ -1205,6 +1382,7 @@ impl<M: Machine> Shard<M> {
                 && self.flush_time < INLINE_FLUSH_TIME_MAX
                 && self.port.inbox.is_empty();
             if alone {
+                self.send_messages();
                 self.send_answers();
                 self.flush_here();
                 // The step that follows may have ordered the next one; requests that came meanwhile go first.
@@ -1223,6 +1401,7 @@ impl<M: Machine> Shard<M> {
                     }),
                 );
             }
+            self.send_messages();
             self.send_answers();
             return;
         }
@@ -1340,15 +1519,7 @@ impl<M: Machine> Shard<M> {
 
     fn on_time(&mut self, now: Instant) {
         if take_due(&mut self.timers.tick_at, now) {
-            for index in std::mem::take(&mut self.timers.ticking) {
-                if matches!(&self.slots[index as usize].state, State::Running(replica) if replica.needs_ticks()) {
-                    self.event(index, Event::Tick);
-                    self.timers.ticking.push(index);
-                }
-            }
-            if !self.timers.ticking.is_empty() {
-                self.timers.tick_at = Some(now + self.config.tick);
-            }
+            self.on_tick();
         }
         if take_due(&mut self.timers.relaxed_at, now) {
             for index in std::mem::take(&mut self.timers.relaxed) {

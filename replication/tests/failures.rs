@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition};
 use flowstone_replication::{
-    Acks, FlushMode, Health, LogConfig, Permit, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle,
-    ReplicaSpec, Reply, RetentionConfig, Shards, ShardsConfig, TrimTo, system_clock,
+    Acks, FlushMode, Health, LogConfig, NoPeers, Permit, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle,
+    ReplicaSpec, Reply, RetentionConfig, Shards, ShardsConfig, Start, TrimTo, system_clock,
 };
 use flowstone_storage::sim_disk::{Crash, Operation};
 use flowstone_storage::{DataDir, SimDisk};
@@ -25,7 +25,7 @@ fn start(disk: &SimDisk) -> Broker {
     let data_dir = DataDir::open_or_create(disk.shared(), Path::new("/data"), DirectoryId::new(1), 2).unwrap();
     let data_dir = Arc::new(data_dir);
     let config = ShardsConfig { shards: 1, ..ShardsConfig::default() };
-    let shards = Shards::start(config, Arc::clone(&data_dir), system_clock()).unwrap();
+    let shards = Shards::start(config, Arc::clone(&data_dir), system_clock(), Arc::new(NoPeers)).unwrap();
     Broker { shards, data_dir }
 }
 
@@ -47,6 +47,8 @@ impl Broker {
             retention: RetentionConfig::default(),
             internal: false,
             max_message_bytes: 1 << 20,
+            peers: Arc::from([]),
+            start: Start::alone(ReplicaId::new(1_000 + partition as u64)),
         };
         wait(ask(|opened| self.shards.open(spec, Ledger::default(), opened))).unwrap()
     }
@@ -74,7 +76,7 @@ fn produce(handle: &ReplicaHandle<Ledger>, sequence: i32) -> Result<Produced, Er
 }
 
 fn read(handle: &ReplicaHandle<Ledger>, from: i64) -> oneshot::Receiver<Result<ReadAnswer, Error>> {
-    let request = ReadRequest { from: Offset::new(from), max_bytes: 1 << 20, last_epoch: None, wait: true };
+    let request = ReadRequest { wait: true, ..ReadRequest::new(Offset::new(from), 1 << 20) };
     ask(|reply| handle.read(request, reply))
 }
 

@@ -64,7 +64,7 @@ fn leads_only_when_term_and_no_op_are_flushed() {
     assert_eq!(status.role, Role::Leader);
     assert_eq!((status.high_watermark, status.records), (Offset::new(1), 0), "the no-op takes offset 0");
     assert_eq!(shell.hard_state.unwrap().vote, Some(config(1).replica));
-    assert!(!shell.replica.needs_ticks(), "alone, it costs nothing while idle");
+    assert!(shell.replica.wakes_in().is_none(), "alone, it costs nothing while idle");
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn reads_wait_for_the_high_watermark() {
 
     // Without waiting, the end is an empty answer.
     let (to, nothing) = reply();
-    let request = ReadRequest { from: Offset::new(2), max_bytes: 100, last_epoch: None, wait: false };
+    let request = ReadRequest::new(Offset::new(2), 100);
     shell.step([Event::Read { request, reply: to }]);
     assert!(answered(nothing).unwrap().bytes.is_empty());
 }
@@ -177,7 +177,7 @@ fn a_reader_of_a_lost_history_is_told() {
     let epoch = shell.replica.status().leader_epoch();
     let mut ask = |from, epoch| {
         let (to, answer) = reply();
-        let request = ReadRequest { from: Offset::new(from), max_bytes: 100, last_epoch: Some(epoch), wait: false };
+        let request = ReadRequest { last_epoch: Some(epoch), ..ReadRequest::new(Offset::new(from), 100) };
         shell.step([Event::Read { request, reply: to }]);
         answered(answer).map(|answer| answer.bytes.len())
     };

@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition};
 use flowstone_replication::{
-    Acks, FlushMode, Health, LogConfig, Permit, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle,
-    ReplicaSpec, Reply, RetentionConfig, Role, Shards, ShardsConfig, TrimTo, system_clock,
+    Acks, FlushMode, Health, LogConfig, NoPeers, Permit, Produced, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle,
+    ReplicaSpec, Reply, RetentionConfig, Role, Shards, ShardsConfig, Start, TrimTo, system_clock,
 };
 use flowstone_storage::{Checkpoint, DataDir, Disk, HardStateFile, RealDisk};
 use ledger::{Counter, Ledger, batch};
@@ -29,7 +29,7 @@ fn data_dir(path: &Path) -> Arc<DataDir> {
 
 fn start(path: &Path, config: ShardsConfig) -> Broker {
     let data_dir = data_dir(path);
-    let shards = Shards::start(config, Arc::clone(&data_dir), system_clock()).unwrap();
+    let shards = Shards::start(config, Arc::clone(&data_dir), system_clock(), Arc::new(NoPeers)).unwrap();
     Broker { shards, data_dir }
 }
 
@@ -51,6 +51,8 @@ fn spec(data_dir: &DataDir, partition: i32) -> ReplicaSpec {
         retention: RetentionConfig::default(),
         internal: false,
         max_message_bytes: 1 << 20,
+        peers: Arc::from([]),
+        start: Start::alone(ReplicaId::new(1_000 + partition as u64)),
     }
 }
 
@@ -114,7 +116,7 @@ fn produce(
 }
 
 fn read(handle: &ReplicaHandle<Ledger>, from: i64, wait: bool) -> oneshot::Receiver<Result<ReadAnswer, Error>> {
-    let request = ReadRequest { from: Offset::new(from), max_bytes: 1 << 20, last_epoch: None, wait };
+    let request = ReadRequest { wait, ..ReadRequest::new(Offset::new(from), 1 << 20) };
     ask(|reply| handle.read(request, reply))
 }
 
@@ -400,7 +402,8 @@ fn a_stop_finishes_what_was_accepted() {
 fn coordinators_run_on_the_same_shards() {
     let temporary = tempfile::tempdir().unwrap();
     let data_dir = data_dir(temporary.path());
-    let shards = Shards::<Counter>::start(two_shards(), Arc::clone(&data_dir), system_clock()).unwrap();
+    let shards =
+        Shards::<Counter>::start(two_shards(), Arc::clone(&data_dir), system_clock(), Arc::new(NoPeers)).unwrap();
     let mut internal = spec(&data_dir, 0);
     internal.internal = true;
     let handle = wait(ask(|opened| shards.open(internal, Counter::default(), opened))).unwrap();

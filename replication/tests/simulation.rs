@@ -575,7 +575,7 @@ impl World {
 
     fn read(&mut self, life: &mut Life, from: Offset) -> Result<Option<ReadAnswer>, Over> {
         let (reply, mut answer) = reply();
-        let request = ReadRequest { from, max_bytes: 20_000, last_epoch: None, wait: false };
+        let request = ReadRequest::new(from, 20_000);
         self.step(life, [Event::Read { request, reply }])?;
         match answer.try_recv() {
             Ok(Ok(read)) => {
@@ -592,7 +592,7 @@ impl World {
         // A reader waits meanwhile, and is answered or told.
         let (reply, answer) = reply();
         let from = self.high_watermark(life);
-        let request = ReadRequest { from, max_bytes: 1, last_epoch: None, wait: true };
+        let request = ReadRequest { wait: true, ..ReadRequest::new(from, 1) };
         life.reading.push(answer);
         life.reading.truncate(20);
         self.step(life, [Event::Read { request, reply }])?;

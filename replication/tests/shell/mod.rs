@@ -8,13 +8,13 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use flowstone_protocol::{BatchHeader, Error, Offset, PartitionId, ReplicaId, Timestamp, TopicId, TopicPartition};
-use flowstone_replication::effects::{FlushOrder, HardStateNumber};
+use flowstone_replication::effects::{Fetched, FlushOrder, HardStateNumber, Offered};
 use flowstone_replication::{
     Acks, Effects, Ended, Event, FlushMode, LogConfig, Machine, Membership, PeerMessage, Permit, Produce, Produced,
     ReadAnswer, ReadRequest, Replica, ReplicaConfig, Reply, RetentionConfig,
 };
 use flowstone_storage::checkpoint::CREATION_INDEX;
-use flowstone_storage::{CheckpointJob, Disk, HardState, Log, ReplicaIdentity};
+use flowstone_storage::{CheckpointJob, Disk, HardState, Log, RangeTicket, ReadError, ReplicaIdentity};
 use tokio::sync::oneshot;
 
 pub type Answer<T> = oneshot::Receiver<Result<T, Error>>;
@@ -33,6 +33,7 @@ pub fn config(replica: u64) -> ReplicaConfig {
         checkpoint_entries: 1_000,
         parked_reads_max: 100,
         seed: 1,
+        offer_after_bytes: 1 << 40,
     }
 }
 
@@ -55,6 +56,9 @@ pub struct Shell<M: Machine> {
     pub hard_state: Option<HardState>,
     pub sent: Vec<PeerMessage>,
     pub ended: Option<Ended>,
+    /// Read for followers, not given back yet.
+    pub fetched: Vec<Fetched>,
+    pub offered: Option<Offered>,
     /// Everything below is performed at once.
     pub holds_flushes: bool,
     pub holds_hard_states: bool,
@@ -83,6 +87,8 @@ impl<M: Machine> Shell<M> {
             hard_state,
             sent: Vec::new(),
             ended: None,
+            fetched: Vec::new(),
+            offered: None,
             holds_flushes: false,
             holds_hard_states: false,
             holds_checkpoints: false,
@@ -99,7 +105,9 @@ impl<M: Machine> Shell<M> {
     /// Performs what was ordered and is not held.
     pub fn work(&mut self) {
         loop {
-            let event = if !self.holds_hard_states && self.hard_state_waiting.is_some() {
+            let event = if let Some(fetched) = self.fetched.pop() {
+                Some(Event::Fetched(fetched))
+            } else if !self.holds_hard_states && self.hard_state_waiting.is_some() {
                 self.run_hard_state()
             } else if !self.holds_flushes && self.flush.is_some() {
                 self.run_flush()
@@ -140,6 +148,8 @@ impl<M: Machine> Shell<M> {
             answers,
             tickets,
             lookups,
+            fetches,
+            offered,
             ended,
         } = effects;
         self.sent.extend(send_now);
@@ -168,6 +178,14 @@ impl<M: Machine> Shell<M> {
                 .reply
                 .send(answer.map_err(|error| Error::new(flowstone_protocol::ErrorCode::Internal, error.to_string())));
         }
+        for order in fetches {
+            let ticket = self.replica.log().range(order.first, order.last, order.max_bytes as usize);
+            let entries = ticket.map_err(ReadError::from).and_then(RangeTicket::run_entries);
+            self.fetched.push(order.done(entries));
+        }
+        if offered.is_some() {
+            self.offered = offered;
+        }
         for order in lookups {
             order.run();
         }
@@ -184,7 +202,7 @@ impl<M: Machine> Shell<M> {
 
     pub fn read(&mut self, from: i64) -> Answer<ReadAnswer> {
         let (reply, answer) = reply();
-        let request = ReadRequest { from: Offset::new(from), max_bytes: 1 << 20, last_epoch: None, wait: true };
+        let request = ReadRequest { wait: true, ..ReadRequest::new(Offset::new(from), 1 << 20) };
         self.step([Event::Read { request, reply }]);
         answer
     }
