@@ -23,6 +23,7 @@ mod network;
 pub mod proxy;
 mod run;
 mod schedule;
+mod workload;
 
 pub use broker::{Broker, Ended};
 pub use cluster::{Cluster, HANG, Setup, flowstone_binary};
@@ -31,3 +32,4 @@ pub use failure::{Failure, Outcome};
 pub use network::{Link, Network, Node};
 pub use run::{Report, Settings, run};
 pub use schedule::{Fault, FaultKind, Schedule, Step};
+pub use workload::Workload;
