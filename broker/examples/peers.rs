@@ -39,7 +39,10 @@ struct Taker {
     answers: mpsc::SyncSender<()>,
 }
 
-impl PeerEvents for Arc<Taker> {
+/// As the network holds it.
+struct Events(Arc<Taker>);
+
+impl PeerEvents for Events {
     fn deliver(&self, from: BrokerId, messages: Vec<GroupMessage>) {
         let mut answers = Vec::new();
         for GroupMessage { tp, message } in messages {
@@ -49,14 +52,14 @@ impl PeerEvents for Arc<Taker> {
                     answers.push(GroupMessage { tp, message: PeerMessage { body: answer(bytes as u64), ..message } });
                 }
                 PeerBody::AppendResponse { index, .. } => {
-                    self.answered_bytes[from.get() as usize].fetch_add(index.get(), Ordering::Relaxed);
+                    self.0.answered_bytes[from.get() as usize].fetch_add(index.get(), Ordering::Relaxed);
                     // Nobody waits for it while throughput is measured.
-                    drop(self.answers.try_send(()));
+                    drop(self.0.answers.try_send(()));
                 }
                 _ => {}
             }
         }
-        if let (Some(network), false) = (self.network.upgrade(), answers.is_empty()) {
+        if let (Some(network), false) = (self.0.network.upgrade(), answers.is_empty()) {
             network.send(from, answers);
         }
     }
@@ -162,7 +165,7 @@ fn start(broker: i32) -> Node {
     let network = PeerNetwork::start(config, identity, PeerBook::new(), runtime.handle().clone());
     let (answers, answered) = mpsc::sync_channel(1);
     let taker = Arc::new(Taker { network: Arc::downgrade(&network), answered_bytes: Default::default(), answers });
-    network.attach(Arc::clone(&taker));
+    network.attach(Events(Arc::clone(&taker)));
     let (drain, drains) = watch::channel(false);
     let serving = Arc::clone(&network);
     runtime.spawn(async move {

@@ -8,7 +8,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 use axum::routing::get;
-use flowstone_replication::Health;
+use flowstone_replication::{Health, Role};
 use parking_lot::RwLock;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -45,7 +45,8 @@ impl Readiness {
         self.reasons.write().retain(|(held, _)| *held != concern);
     }
 
-    fn reasons(&self) -> Vec<String> {
+    /// Why it is not ready, the state of single partitions aside.
+    pub(crate) fn held(&self) -> Vec<String> {
         self.reasons.read().iter().map(|(concern, reason)| format!("{concern}: {reason}")).collect()
     }
 
@@ -64,7 +65,13 @@ impl Readiness {
                             recovering.push(format!("partition {name}: {message}"));
                         }
                         Health::Quarantined { message } => lost.push(format!("partition {name}: {message}")),
-                        Health::Ok | Health::DiskFull if !status.is_ready() => {
+                        // The cluster gives it another one by itself, for as long as there is a majority.
+                        Health::Lost { message, .. } => lost.push(format!("partition {name}: {message}")),
+                        Health::Ok | Health::DiskFull if status.role == Role::Opening => {
+                            recovering.push(format!("partition {name}: it is being recovered"));
+                        }
+                        // Who leads a group of several does not depend on this broker alone.
+                        Health::Ok | Health::DiskFull if !status.is_ready() && !partition.has_peers() => {
                             recovering.push(format!("partition {name}: nobody leads it yet"));
                         }
                         Health::Ok | Health::DiskFull => {}
@@ -119,7 +126,7 @@ pub(crate) async fn serve(
 }
 
 async fn readyz(State(served): State<Served>) -> impl IntoResponse {
-    let mut reasons = served.readiness.reasons();
+    let mut reasons = served.readiness.held();
     let (recovering, lost) = served.readiness.sick();
     reasons.extend(recovering);
     if reasons.is_empty() {

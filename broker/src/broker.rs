@@ -1,31 +1,52 @@
 //! One broker: what starts it and what stops it.
+//!
+//! ```text
+//!   listeners bound: clients are told to come again, peers are answered who is here
+//!     -> the cluster is found, or founded           (cluster::join)
+//!     -> the metadata's replica is opened           a founder's at once, another's once it is registered
+//!     -> registered, and the registration is read back from the metadata: it is caught up
+//!     -> replicas are opened                        none before: two that came back must not elect each other
+//!     -> clients are served
+//! ```
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use flowstone_protocol::peer::{HelloRequest, RegisterRequest, RegisterResponse};
 use flowstone_protocol::{BrokerId, ClusterId, DirectoryId, Error, ReplicaId};
 use flowstone_replication::{
-    FlushMode, LogConfig, ReplicaSpec, RetentionConfig, Shards, ShardsConfig, StartError as ShardsError, system_clock,
+    FlushMode, Health, LogConfig, PeerTransport, ReplicaSpec, RetentionConfig, Role, Shards, ShardsConfig, Start,
+    StartError as ShardsError, system_clock,
 };
 use flowstone_storage::{DataDir, Disk, RealDisk};
+use futures::StreamExt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin_http::{self, Readiness};
+use crate::cluster::belonging::Belonging;
+use crate::cluster::calls::Calls;
+use crate::cluster::control::Control;
+use crate::cluster::drive::{self, Driver, Led};
+use crate::cluster::duty::{self, Duty};
+use crate::cluster::form::{Founder, Founding, Me, founder_of};
+use crate::cluster::{book, join, session};
 use crate::config::{Config, ConfigError, split_address};
 use crate::connections::Connections;
-use crate::controller::commands::{MetadataCommand, MetadataRules};
-use crate::controller::reconcile::{Reconciler, open_replica};
-use crate::controller::table::{BrokerEntry, METADATA_PARTITION, METADATA_TOPIC, MetadataTable, Place};
+use crate::controller::commands::MetadataRules;
+use crate::controller::reconcile::{Reconciler, close, open_handle, settled};
+use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, METADATA_TOPIC, MetadataTable};
+use crate::coordinator::Published;
 use crate::metrics::{BrokerCollector, Metrics};
-use crate::node::{Node, command_to};
-use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Slot};
+use crate::node::Node;
+use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Peers, Replica, Slot};
+use crate::peer::{PeerBook, PeerConfig, PeerIdentity, PeerNetwork};
 use crate::room::Room;
-use crate::server;
+use crate::server::{self, Gate};
 use crate::service::REQUEST_BYTES_MIN;
 use crate::topic_config::{TopicConfig, TopicOverrides};
 
@@ -43,6 +64,14 @@ const OTHER_REQUESTS_MAX: usize = 1 << 16;
 const PARKED_READS_MAX: usize = 1 << 16;
 /// Time that connections are given to end after they were cut.
 const CUT_MAX: Duration = Duration::from_secs(2);
+/// A seed that takes longer to say who it is has not answered.
+const HELLO_MAX: Duration = Duration::from_secs(2);
+/// Sessions of a broker of this id that must have been given up before a refused registration is final.
+const REGISTRATION_SESSIONS: u32 = 3;
+/// Leaderships that are handed over side by side when the broker stops.
+const HANDED_OVER_AT_ONCE: usize = 64;
+/// Time that handing over takes at most, of the deadline that a stop is given: what is left is for answers and flushes.
+const HAND_OVER_MAX: Duration = Duration::from_secs(4);
 
 /// Starts brokers.
 #[derive(Debug)]
@@ -58,7 +87,7 @@ pub enum StartError {
     /// A listener cannot be bound.
     #[error("cannot listen on listen.{listener} = `{address}`: {source}; {remedy}")]
     Bind {
-        /// `client` or `admin`.
+        /// `client`, `peer` or `admin`.
         listener: &'static str,
         /// As configured.
         address: String,
@@ -75,6 +104,9 @@ pub enum StartError {
         /// Why, and what to do.
         reason: String,
     },
+    /// This broker cannot be part of the cluster as it is configured.
+    #[error("cannot be part of the cluster: {0}")]
+    Cluster(String),
     /// The metadata's log cannot be opened or led, or refuses this broker.
     #[error("cannot open the cluster metadata: {0}")]
     Metadata(Error),
@@ -83,28 +115,125 @@ pub enum StartError {
     System(String),
 }
 
+/// The sockets of a broker, bound before it starts: with port 0 others can be told the addresses that the system chose.
+#[derive(Debug)]
+pub struct Listeners {
+    client: TcpListener,
+    peer: TcpListener,
+    admin: TcpListener,
+    /// Where clients connect.
+    pub client_addr: SocketAddr,
+    /// Where other brokers connect.
+    pub peer_addr: SocketAddr,
+    /// Where probes and metrics are served.
+    pub admin_addr: SocketAddr,
+}
+
+impl Listeners {
+    /// Binds what `[listen]` says. Connections wait until a broker serves them.
+    ///
+    /// # Errors
+    /// Which one cannot be bound, why, and what to do.
+    pub async fn bind(config: &Config) -> Result<Self, StartError> {
+        let client = bind("client", &config.listen.client).await?;
+        let peer = bind("peer", &config.listen.peer).await?;
+        let admin = bind("admin", &config.listen.admin).await?;
+        let local = |listener: &TcpListener| {
+            listener.local_addr().map_err(|error| StartError::System(format!("a listener has no address: {error}")))
+        };
+        let (client_addr, peer_addr, admin_addr) = (local(&client)?, local(&peer)?, local(&admin)?);
+        Ok(Self { client, peer, admin, client_addr, peer_addr, admin_addr })
+    }
+}
+
 /// A broker that serves. Dropping it stops it at once: what is under way is cut off, nothing acknowledged is lost.
 #[derive(Debug)]
 pub struct RunningBroker {
     /// Where clients connect.
     pub client_addr: SocketAddr,
+    /// Where other brokers connect.
+    pub peer_addr: SocketAddr,
     /// Where probes and metrics are served.
     pub admin_addr: SocketAddr,
     /// This broker.
     pub broker_id: BrokerId,
     /// The cluster that it is part of.
     pub cluster_id: ClusterId,
+    life: Life,
+    replicas: LocalReplicas,
+}
+
+/// All that goes on for a broker: it ends when this is dropped, also where the start was given up in the middle.
+#[derive(Debug)]
+struct Life {
     readiness: Readiness,
     failed: watch::Receiver<Option<String>>,
+    fail: watch::Sender<Option<String>>,
+    /// Leaderships are being handed over.
+    stopping: watch::Sender<bool>,
     drain: watch::Sender<bool>,
     cut: watch::Sender<bool>,
     stop_admin: watch::Sender<bool>,
-    serving: JoinHandle<()>,
-    admin: JoinHandle<()>,
+    serving: Option<JoinHandle<()>>,
+    peers_serving: Option<JoinHandle<()>>,
+    admin: Option<JoinHandle<()>>,
     /// What goes on beside requests, until aborted.
     background: Vec<JoinHandle<()>>,
+    network: Option<Arc<PeerNetwork>>,
     /// The only strong hold on the shards.
     shards: Option<Arc<Shards<PartitionMachine>>>,
+}
+
+impl Life {
+    fn new(readiness: Readiness) -> Self {
+        let (fail, failed) = watch::channel(None);
+        Self {
+            readiness,
+            failed,
+            fail,
+            stopping: watch::Sender::new(false),
+            drain: watch::Sender::new(false),
+            cut: watch::Sender::new(false),
+            stop_admin: watch::Sender::new(false),
+            serving: None,
+            peers_serving: None,
+            admin: None,
+            background: Vec::new(),
+            network: None,
+            shards: None,
+        }
+    }
+
+    /// Runs a server; the broker has failed when it ends by itself.
+    fn serve<E: std::fmt::Display>(
+        &self,
+        listener: &'static str,
+        server: impl Future<Output = Result<(), E>> + Send + 'static,
+    ) -> JoinHandle<()> {
+        let fail = self.fail.clone();
+        tokio::spawn(async move {
+            if let Err(error) = server.await {
+                fail.send_replace(Some(format!("the {listener} listener has ended: {error}")));
+            }
+        })
+    }
+}
+
+impl Drop for Life {
+    fn drop(&mut self) {
+        for end in [&self.stopping, &self.drain, &self.cut, &self.stop_admin] {
+            end.send_replace(true);
+        }
+        if let Some(network) = &self.network {
+            network.stop();
+        }
+        for task in self.background.drain(..).chain(self.serving.take()).chain(self.peers_serving.take()) {
+            task.abort();
+        }
+        if let Some(admin) = self.admin.take() {
+            admin.abort();
+        }
+    }
 }
 
 /// What a shutdown left behind.
@@ -117,141 +246,471 @@ pub struct ShutdownReport {
 }
 
 impl Broker {
-    /// Starts a broker on the current tokio runtime and returns once it is ready: listeners accept, metadata is caught
-    /// up, local replicas are recovered.
+    /// Starts a broker on the current tokio runtime and returns once it is ready: its cluster is formed or found,
+    /// listeners accept, metadata is caught up, local replicas are recovered. Forming a cluster waits for all its seeds,
+    /// for as long as that takes; dropping the future gives the start up.
     ///
     /// # Errors
     /// What is missing, and what to do about it.
     pub async fn start(config: Config) -> Result<RunningBroker, StartError> {
         config.check()?;
-        let started = Instant::now();
-        raise_open_files(config.limits.open_files);
+        let listeners = Listeners::bind(&config).await?;
+        Self::start_on(config, listeners).await
+    }
 
-        let client = bind("client", &config.listen.client).await?;
-        let admin = bind("admin", &config.listen.admin).await?;
-        let local = |listener: &TcpListener| {
-            listener.local_addr().map_err(|error| StartError::System(format!("a listener has no address: {error}")))
-        };
-        let (client_addr, admin_addr) = (local(&client)?, local(&admin)?);
-        let client_address = advertised(&config.advertise.client, &config.listen.client, client_addr);
-        let peer_address = if config.advertise.peer.is_empty() { &config.listen.peer } else { &config.advertise.peer };
+    /// As [`Broker::start`], on listeners that were bound before.
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it.
+    pub async fn start_on(config: Config, listeners: Listeners) -> Result<RunningBroker, StartError> {
+        config.check()?;
+        Starting::new(config, &listeners).run(listeners).await
+    }
+}
 
-        let metrics = Arc::new(Metrics::new());
+/// A broker on its way up.
+struct Starting {
+    config: Config,
+    started: Instant,
+    incarnation: u64,
+    client_address: String,
+    peer_address: String,
+    metrics: Arc<Metrics>,
+    replicas: LocalReplicas,
+    readiness: Readiness,
+    life: Life,
+}
+
+/// The metadata as a start opened it.
+struct OpenMetadata {
+    replica_id: ReplicaId,
+    peers: Peers,
+    replica: Replica,
+    table: Published<MetadataTable>,
+}
+
+impl Starting {
+    fn new(config: Config, listeners: &Listeners) -> Self {
         let replicas = LocalReplicas::default();
         let readiness = Readiness::new(replicas.clone());
         readiness.hold("metadata", "the broker is starting");
-        let (stop_admin, admin_stops) = watch::channel(false);
-        let (fail, failed) = watch::channel(None);
-        let admin = spawn_admin(admin, readiness.clone(), Arc::clone(&metrics), admin_stops, fail.clone());
+        Self {
+            started: Instant::now(),
+            incarnation: rand::random(),
+            client_address: advertised(&config.advertise.client, &config.listen.client, listeners.client_addr),
+            peer_address: advertised(&config.advertise.peer, &config.listen.peer, listeners.peer_addr),
+            metrics: Arc::new(Metrics::new()),
+            life: Life::new(readiness.clone()),
+            config,
+            replicas,
+            readiness,
+        }
+    }
+
+    async fn run(mut self, listeners: Listeners) -> Result<RunningBroker, StartError> {
+        raise_open_files(self.config.limits.open_files);
+        let Listeners { client, peer, admin, client_addr, peer_addr, admin_addr } = listeners;
+        let (readiness, metrics) = (self.readiness.clone(), Arc::clone(&self.metrics));
+        let admin = admin_http::serve(admin, readiness.clone(), Arc::clone(&metrics), self.life.stop_admin.subscribe());
+        self.life.admin = Some(self.life.serve("admin", admin));
 
         let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
-        let data_dir = open_data_dir(Arc::clone(&disk), config.node.data_dir.clone()).await?;
-        let cluster = data_dir.cluster().unwrap_or_default();
-        let shards = start_shards(&config, Arc::clone(&data_dir)).await?;
+        let has_others = self.config.has_other_seeds(&self.peer_address);
+        let data_dir = open_data_dir(Arc::clone(&disk), self.config.node.data_dir.clone(), !has_others).await?;
+        let gate = Gate::new(readiness.clone());
+        let connections = Connections::new(self.config.limits.clone(), Arc::clone(&metrics));
+        let limits = self.config.limits.clone();
+        let (drains, cuts) = (self.life.drain.subscribe(), self.life.cut.subscribe());
+        let serving = server::serve(Arc::clone(&gate), limits, client, connections, drains, cuts);
+        self.life.serving = Some(self.life.serve("client", serving));
 
-        let rules = MetadataRules {
-            topics_max: config.limits.topics,
-            partitions_per_topic_max: config.limits.partitions_per_topic,
-            partitions_max: config.limits.partitions,
-            batch_bytes_max: config.batch_bytes_max(),
-            topic_defaults: config.topic.clone(),
-        };
-        let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules));
-        let voter =
-            Place { broker: config.node.id, directory: data_dir.id(), replica: founding_replica(data_dir.id()) };
-        let metadata = open_replica(&shards, metadata_spec(&data_dir, voter.replica), machine)
-            .await
-            .map_err(StartError::Metadata)?;
-        let found = MetadataCommand::Found { cluster, voters: vec![voter] };
-        let register = MetadataCommand::RegisterBroker(BrokerEntry {
-            id: config.node.id,
+        let me = Me {
+            broker: self.config.node.id,
             directory: data_dir.id(),
-            client_address,
-            peer_address: peer_address.clone(),
-            rack: config.node.rack.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-        });
-        for command in [found, register] {
-            command_to(&metadata, command).await.map_err(StartError::Metadata)?;
-        }
-        let founded = table.with(|table| table.founding().map(|founding| founding.cluster));
-        if founded != Some(cluster) {
-            return Err(StartError::DataDir {
-                path: config.node.data_dir.clone(),
-                reason: format!(
-                    "its manifest names cluster {cluster}, its metadata another ({founded:?}): files of two directories \
-                     were mixed; restore one of them whole"
-                ),
-            });
-        }
+            incarnation: self.incarnation,
+            peer_address: self.peer_address.clone(),
+            cluster: data_dir.cluster(),
+        };
+        let calls = Calls::new(me.clone(), self.config.cluster.seeds.clone());
+        let network = self.open_network(&me, peer, &calls);
+        let (data_dir, mut belonging) = self.find_cluster(me, data_dir, &calls, &network).await?;
+        let cluster = belonging.founding.cluster;
+
+        let transport: Arc<dyn PeerTransport> = Arc::<PeerNetwork>::clone(&network);
+        let shards = start_shards(&self.config, Arc::clone(&data_dir), transport).await?;
+        self.life.shards = Some(Arc::clone(&shards));
+        network.attach(Arc::downgrade(&shards));
+        let (metadata, control) = self.enter(&shards, &data_dir, &mut belonging, &calls, &network).await?;
+        let table = metadata.table.clone();
 
         readiness.hold("replicas", "local replicas are being recovered");
-        readiness.release("metadata");
+        for concern in ["metadata", "cluster", "registration"] {
+            readiness.release(concern);
+        }
+        let replicas = self.replicas.clone();
+        let room = Room::new(self.config.storage.free_bytes_min);
+        let led = Arc::new(Led::default());
+        let session = session::Session {
+            control: Arc::clone(&control),
+            calls: Arc::clone(&calls),
+            replicas: replicas.clone(),
+            led: Arc::clone(&led),
+            room: room.clone(),
+            stopping: self.life.stopping.subscribe(),
+            metadata_replica: watch::Sender::new(metadata.replica_id),
+        };
+        // From here on the controller hears of this broker: opening many replicas may take longer than a session lives.
+        self.life.background.push(tokio::spawn(session.run()));
+        self.life.background.push(tokio::spawn(book::follow(table.clone(), network.book().clone(), self.config.node.id)));
+
         let own = TopicConfig::resolve(&TopicOverrides::new(), &TopicOverrides::new()).map_err(StartError::Metadata)?;
-        let own = OpenPartition::new(METADATA_PARTITION, METADATA_TOPIC, true, metadata.clone(), own);
-        replicas.set(METADATA_PARTITION, Slot::Open(Arc::new(own)));
-        let mut reconciler =
-            Reconciler::new(&shards, Arc::clone(&data_dir), table.clone(), replicas.clone(), config.topic.clone());
+        let own = OpenPartition::new(
+            (METADATA_PARTITION, metadata.replica_id),
+            METADATA_TOPIC,
+            true,
+            metadata.replica,
+            metadata.peers,
+            own,
+        );
+        let mut reconciler = Reconciler::new(
+            &shards,
+            Arc::clone(&data_dir),
+            table.clone(),
+            replicas.clone(),
+            self.config.topic.clone(),
+        );
+        reconciler.adopt(&Arc::new(own));
         reconciler.catch_up().await;
 
-        let room = Room::new(config.storage.free_bytes_min);
         metrics.watch(BrokerCollector {
             shards: Arc::downgrade(&shards),
-            in_flight_bytes_max: config.storage.in_flight_bytes_max,
+            network: Arc::downgrade(&network),
+            control: Arc::clone(&control),
+            led: Arc::clone(&led),
+            in_flight_bytes_max: self.config.storage.in_flight_bytes_max,
             replicas: replicas.clone(),
             table: table.clone(),
             room: room.clone(),
-            partitions_max: config.limits.metrics_partitions,
-            started,
+            partitions_max: self.config.limits.metrics_partitions,
+            started: self.started,
         });
-        let (drain, drains) = watch::channel(false);
-        let (cut, cuts) = watch::channel(false);
-        let background =
-            vec![tokio::spawn(reconciler.run()), tokio::spawn(room.clone().watch(disk, config.node.data_dir.clone()))];
-        let broker_id = config.node.id;
-        let connections = Connections::new(config.limits.clone(), Arc::clone(&metrics));
+        let gives_back = self.config.cluster.preferred_leaders;
+        let driver = Driver::new(Arc::clone(&control), replicas.clone(), led, gives_back);
+        self.life.background.extend([
+            tokio::spawn(reconciler.run()),
+            tokio::spawn(driver.run()),
+            tokio::spawn(room.clone().watch(disk, self.config.node.data_dir.clone())),
+        ]);
+        let broker_id = self.config.node.id;
         let node = Arc::new(Node {
             id: broker_id,
             cluster,
             table,
-            metadata,
-            replicas,
-            drain: drains.clone(),
+            control,
+            replicas: replicas.clone(),
+            drain: self.life.drain.subscribe(),
             metrics,
             room,
             checks: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
             ready_since: Instant::now(),
-            config,
+            config: self.config,
         });
-        let serving = tokio::spawn(async move {
-            if let Err(error) = server::serve(node, client, connections, drains, cuts).await {
-                fail.send_replace(Some(format!("the client listener has ended: {error}")));
-            }
-        });
+        calls.serve_all(&node);
+        gate.open(&node);
         readiness.release("replicas");
-        tracing::info!(%client_addr, %admin_addr, %cluster, took = ?started.elapsed(), "the broker is ready");
+        tracing::info!(%client_addr, %admin_addr, %cluster, took = ?self.started.elapsed(), "the broker is ready");
         Ok(RunningBroker {
             client_addr,
+            peer_addr,
             admin_addr,
             broker_id,
             cluster_id: cluster,
-            readiness,
-            failed,
-            drain,
-            cut,
-            stop_admin,
-            serving,
-            admin,
-            background,
-            shards: Some(shards),
+            life: self.life,
+            replicas,
         })
     }
+
+    /// Answers other brokers from now on.
+    fn open_network(&mut self, me: &Me, listener: TcpListener, calls: &Arc<Calls>) -> Arc<PeerNetwork> {
+        let identity = PeerIdentity {
+            broker: me.broker,
+            directory: me.directory,
+            incarnation: me.incarnation,
+            cluster: me.cluster,
+        };
+        let config = PeerConfig::new(&self.config.limits);
+        let network = PeerNetwork::start(config, identity, PeerBook::new(), tokio::runtime::Handle::current());
+        self.life.network = Some(Arc::clone(&network));
+        let (drains, cuts) = (self.life.drain.subscribe(), self.life.cut.subscribe());
+        let (served, calls) = (Arc::clone(&network), Arc::clone(calls));
+        let client_address = self.client_address.clone();
+        let serving = async move { served.serve(listener, calls, client_address, drains, cuts).await };
+        self.life.peers_serving = Some(self.life.serve("peer", serving));
+        network
+    }
+
+    /// What this directory belongs to; found out, and noted there, if it belongs to nothing yet.
+    async fn find_cluster(
+        &self,
+        me: Me,
+        data_dir: DataDir,
+        calls: &Arc<Calls>,
+        network: &Arc<PeerNetwork>,
+    ) -> Result<(Arc<DataDir>, Belonging), StartError> {
+        let refused = |reason: String| StartError::DataDir { path: self.config.node.data_dir.clone(), reason };
+        let known = Belonging::load(&data_dir, me.broker, &me.peer_address).map_err(refused)?;
+        let (data_dir, belonging) = match known {
+            Some(known) if data_dir.cluster().is_some() => (Arc::new(data_dir), known),
+            // A start before this one was cut off between its two notes.
+            Some(known) => note(data_dir, known.founding, me.broker).await.map_err(refused)?,
+            None => {
+                let seeds = &self.config.cluster.seeds;
+                let founding = join::find(&me, seeds, &self.readiness, self.hello(network)).await;
+                let founding = founding.map_err(StartError::Cluster)?;
+                note(data_dir, founding, me.broker).await.map_err(refused)?
+            }
+        };
+        for founder in belonging.founding.voters.iter().filter(|founder| founder.broker != me.broker) {
+            book::enter(network.book(), founder);
+        }
+        network.set_cluster(belonging.founding.cluster);
+        calls.tell_founding(belonging.founding.clone());
+        Ok((data_dir, belonging))
+    }
+
+    fn hello(
+        &self,
+        network: &Arc<PeerNetwork>,
+    ) -> impl Fn(String) -> futures::future::BoxFuture<'static, Result<flowstone_protocol::peer::HelloResponse, Error>> + use<>
+    {
+        let client = network.client();
+        let request = HelloRequest {
+            caller: None,
+            seeds: self.config.cluster.seeds.clone(),
+            peer_address: self.peer_address.clone(),
+            feature_level: FEATURE_LEVEL,
+        };
+        move |address: String| {
+            let (client, request) = (client.clone(), request.clone());
+            Box::pin(async move { client.hello(&address, request, HELLO_MAX).await })
+        }
+    }
+
+    /// Opens the metadata's replica and registers; returns once this broker finds its own registration there.
+    async fn enter(
+        &mut self,
+        shards: &Arc<Shards<PartitionMachine>>,
+        data_dir: &Arc<DataDir>,
+        belonging: &mut Belonging,
+        calls: &Arc<Calls>,
+        network: &Arc<PeerNetwork>,
+    ) -> Result<(OpenMetadata, Arc<Control>), StartError> {
+        self.readiness.hold("metadata", "the cluster metadata is being opened");
+        let shards = Arc::downgrade(shards);
+        let mut registered = None;
+        if belonging.metadata_replica.is_none() {
+            // The controller gives this directory a replica of the metadata.
+            registered = Some(self.register(network, None, calls).await?);
+        }
+        loop {
+            if let Some(response) = &registered {
+                let id = ReplicaId::new(response.metadata_replica_id);
+                if belonging.metadata_replica != Some(id) {
+                    belonging.metadata_replica = Some(id);
+                    self.save(data_dir, belonging).await?;
+                }
+            }
+            let others = registered.as_ref().map(metadata_replicas).unwrap_or_default();
+            let opened = self.open_metadata(&shards, data_dir, belonging, &others).await?;
+            let duty = Duty::new(self.config.limits.broker_session_timeout);
+            let me = self.config.node.id;
+            let control = Control::new(me, opened.replica.clone(), opened.table.clone(), duty, network);
+            let founding = belonging.founding.clone();
+            // Ends with the loop's turn, where the replica is opened another time.
+            let keeper = AbortOnDrop(tokio::spawn(duty::run(Arc::clone(&control), founding, self.incarnation)));
+            calls.serve_metadata(&control);
+            let response = match registered.take() {
+                Some(response) => response,
+                None => self.register(network, Some(&control), calls).await?,
+            };
+            if ReplicaId::new(response.metadata_replica_id) != opened.replica_id {
+                tracing::warn!("the replica of the metadata here was given up while the broker was away: it begins anew");
+                drop((keeper, control, opened));
+                calls.stop_metadata();
+                close(&shards, METADATA_PARTITION, true).await;
+                registered = Some(response);
+                continue;
+            }
+            self.readiness.hold("metadata", "the cluster metadata is catching up");
+            self.find_itself(&opened.table, &opened.replica).await?;
+            self.life.background.push(keeper.keep());
+            return Ok((opened, control));
+        }
+    }
+
+    async fn save(&self, data_dir: &Arc<DataDir>, belonging: &Belonging) -> Result<(), StartError> {
+        let (data_dir, belonging) = (Arc::clone(data_dir), belonging.clone());
+        let saved = tokio::task::spawn_blocking(move || belonging.save(&data_dir)).await;
+        let saved = saved.map_err(|error| StartError::System(error.to_string()))?;
+        saved.map_err(|reason| StartError::DataDir { path: self.config.node.data_dir.clone(), reason })
+    }
+
+    async fn open_metadata(
+        &self,
+        shards: &Weak<Shards<PartitionMachine>>,
+        data_dir: &Arc<DataDir>,
+        belonging: &Belonging,
+        others: &[Founder],
+    ) -> Result<OpenMetadata, StartError> {
+        let rules = MetadataRules {
+            topics_max: self.config.limits.topics,
+            partitions_per_topic_max: self.config.limits.partitions_per_topic,
+            partitions_max: self.config.limits.partitions,
+            batch_bytes_max: self.config.batch_bytes_max(),
+            topic_defaults: self.config.topic.clone(),
+        };
+        let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules));
+        let Some(replica_id) = belonging.metadata_replica else {
+            return Err(StartError::System("no replica of the metadata was given to this broker".to_owned()));
+        };
+        let founders = &belonging.founding.voters;
+        let start = if belonging.is_founder() {
+            Start::FirstVoter { voters: founders.iter().map(|founder| founder.replica).collect() }
+        } else {
+            Start::Learner
+        };
+        let known = if others.is_empty() { founders } else { others };
+        let peers: Peers = known.iter().map(|founder| (founder.replica, founder.broker)).collect();
+        let spec = metadata_spec(data_dir, replica_id, Arc::clone(&peers), start);
+        let replica = open_handle(shards, spec, machine).await.map_err(StartError::Metadata)?;
+        let has_peers = peers.iter().any(|(other, _)| *other != replica_id);
+        settled(&replica, has_peers).await.map_err(StartError::Metadata)?;
+        Ok(OpenMetadata { replica_id, peers, replica, table })
+    }
+
+    /// Registers at the controller, whoever that is: `control` knows, once the metadata is open here.
+    async fn register(
+        &self,
+        network: &Arc<PeerNetwork>,
+        control: Option<&Arc<Control>>,
+        calls: &Arc<Calls>,
+    ) -> Result<RegisterResponse, StartError> {
+        let request = RegisterRequest {
+            caller: None,
+            client_address: self.client_address.clone(),
+            peer_address: self.peer_address.clone(),
+            rack: self.config.node.rack.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            feature_level: FEATURE_LEVEL,
+        };
+        let me = self.config.node.id;
+        // Those that the seeds know are asked as well: addresses may have changed while this broker was away.
+        let looking = AbortOnDrop(tokio::spawn(book::look_around(
+            self.config.cluster.seeds.clone(),
+            self.peer_address.clone(),
+            network.book().clone(),
+            self.hello(network),
+            calls.identity(),
+        )));
+        let contacts = || {
+            let controller = control.and_then(|control| control.controller());
+            let known = network.book().all().into_iter().map(|(broker, _)| broker);
+            // Itself, where it may become the controller.
+            let itself = control.map(|control| control.me);
+            let mut contacts: Vec<BrokerId> = controller.into_iter().chain(itself).chain(known).collect();
+            let mut seen = std::collections::HashSet::new();
+            contacts.retain(|broker| seen.insert(*broker));
+            contacts
+        };
+        let client = network.client();
+        let register = |to: BrokerId, request: RegisterRequest| {
+            let (client, calls) = (client.clone(), Arc::clone(calls));
+            async move {
+                if to == me {
+                    return calls.take_in(calls.identity(), request).await;
+                }
+                client.register(to, request, session::ANSWER_MAX).await
+            }
+        };
+        let patience = self.config.limits.broker_session_timeout * REGISTRATION_SESSIONS;
+        let response = session::register(contacts, register, &request, patience, &self.readiness).await;
+        drop(looking);
+        response.map_err(|error| StartError::Cluster(error.message))
+    }
+
+    /// Waits until the metadata here holds this start's registration: it is caught up.
+    async fn find_itself(&self, table: &Published<MetadataTable>, replica: &Replica) -> Result<(), StartError> {
+        let mut changes = table.changes();
+        let me = self.config.node.id;
+        let is_here = || {
+            table.with(|table| table.broker(me).is_some_and(|broker| broker.incarnation == self.incarnation))
+        };
+        let mut seen = replica.status();
+        while !is_here() {
+            match &seen.health {
+                Health::Quarantined { message } | Health::Lost { message, .. } => {
+                    return Err(StartError::Metadata(Error::new(
+                        flowstone_protocol::ErrorCode::Quarantined,
+                        format!("{message}; or start with an empty data directory: the cluster gives this broker its replicas anew"),
+                    )));
+                }
+                Health::Ok | Health::DiskFull | Health::Failed { .. } => {}
+            }
+            tokio::select! {
+                changed = changes.changed() => {
+                    if changed.is_err() {
+                        return Err(StartError::System("the metadata has stopped".to_owned()));
+                    }
+                }
+                now = replica.changed(&seen) => seen = now,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A task that ends with its holder.
+struct AbortOnDrop(JoinHandle<()>);
+
+impl AbortOnDrop {
+    /// It goes on.
+    fn keep(self) -> JoinHandle<()> {
+        let mut kept = tokio::spawn(std::future::ready(()));
+        let mut this = self;
+        std::mem::swap(&mut kept, &mut this.0);
+        kept
+    }
+}
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+fn metadata_replicas(response: &RegisterResponse) -> Vec<Founder> {
+    response.metadata_replicas.iter().filter_map(founder_of).collect()
+}
+
+/// Notes which cluster the directory belongs to; durable when this returns, and only then told to anyone.
+async fn note(
+    mut data_dir: DataDir,
+    founding: Founding,
+    broker: BrokerId,
+) -> Result<(Arc<DataDir>, Belonging), String> {
+    let noting = tokio::task::spawn_blocking(move || {
+        let belonging = Belonging::new(founding, broker, &data_dir);
+        belonging.save(&data_dir)?;
+        data_dir.set_cluster(belonging.founding.cluster).map_err(|error| error.to_string())?;
+        Ok((Arc::new(data_dir), belonging))
+    });
+    noting.await.map_err(|error| error.to_string())?
 }
 
 impl RunningBroker {
     /// Waits until the broker can no longer do its work by itself, and says why; pends for ever while it can.
     pub async fn wait(&self) -> String {
-        let mut failed = self.failed.clone();
+        let mut failed = self.life.failed.clone();
         loop {
             if let Some(reason) = failed.borrow_and_update().clone() {
                 return reason;
@@ -262,48 +721,86 @@ impl RunningBroker {
         }
     }
 
-    /// Stops: takes no new work, answers what is under way, flushes, closes. Calls that have not ended by `deadline` are
-    /// cut off; producers then send again what was not acknowledged.
+    /// Stops: hands its leaderships over, takes no new work, answers what is under way, flushes, closes. Calls that have
+    /// not ended by `deadline` are cut off; producers then send again what was not acknowledged.
     pub async fn shutdown(mut self, deadline: Duration) -> ShutdownReport {
         let began = Instant::now();
-        self.readiness.hold("shutdown", "the broker is draining");
-        self.drain.send_replace(true);
-        let drained = tokio::time::timeout(deadline, &mut self.serving).await.is_ok();
-        if !drained {
-            tracing::warn!(?deadline, "calls are still open after the deadline: they are cut off");
-            self.cut.send_replace(true);
-            if tokio::time::timeout(CUT_MAX, &mut self.serving).await.is_err() {
-                self.serving.abort();
+        self.life.readiness.hold("shutdown", "the broker is draining");
+        self.life.stopping.send_replace(true);
+        self.hand_over(HAND_OVER_MAX.min(deadline / 2)).await;
+        self.life.drain.send_replace(true);
+        let mut serving = self.life.serving.take();
+        let drained = match &mut serving {
+            Some(serving) => {
+                let left = deadline.saturating_sub(began.elapsed());
+                let drained = tokio::time::timeout(left, &mut *serving).await.is_ok();
+                if !drained {
+                    tracing::warn!(?deadline, "calls are still open after the deadline: they are cut off");
+                    self.life.cut.send_replace(true);
+                    if tokio::time::timeout(CUT_MAX, &mut *serving).await.is_err() {
+                        serving.abort();
+                    }
+                }
+                drained
             }
-        }
-        for task in self.background.drain(..) {
+            None => true,
+        };
+        for task in self.life.background.drain(..) {
             task.abort();
             // Aborted: that is the error.
             drop(task.await);
         }
-        if let Some(shards) = self.shards.take() {
+        if let Some(shards) = self.life.shards.take() {
             // Joins threads that still flush: not on the runtime's thread.
             drop(tokio::task::spawn_blocking(move || drop(shards)).await);
         }
-        self.stop_admin.send_replace(true);
-        // A scraper that holds its connection does not hold up the end.
-        drop(tokio::time::timeout(CUT_MAX, &mut self.admin).await);
+        if let Some(network) = self.life.network.take() {
+            network.stop();
+        }
+        // Other brokers' calls wait for nothing that is still done here.
+        self.life.cut.send_replace(true);
+        if let Some(mut peers_serving) = self.life.peers_serving.take()
+            && tokio::time::timeout(CUT_MAX, &mut peers_serving).await.is_err()
+        {
+            peers_serving.abort();
+        }
+        self.life.stop_admin.send_replace(true);
+        if let Some(mut admin) = self.life.admin.take() {
+            // A scraper that holds its connection does not hold up the end.
+            drop(tokio::time::timeout(CUT_MAX, &mut admin).await);
+        }
         let report = ShutdownReport { drained, took: began.elapsed() };
         tracing::info!(drained, took = ?report.took, "the broker has stopped");
         report
     }
-}
 
-impl Drop for RunningBroker {
-    fn drop(&mut self) {
-        self.drain.send_replace(true);
-        self.cut.send_replace(true);
-        self.stop_admin.send_replace(true);
-        for task in self.background.drain(..) {
-            task.abort();
+    /// Hands every leadership to another broker that can take it, the metadata's last: so a planned stop costs no
+    /// election timeout. What nobody takes within `within` stays until the end.
+    async fn hand_over(&self, within: Duration) {
+        let led = |metadata: bool| -> Vec<Replica> {
+            let open = self.replicas.all().into_iter().filter_map(|(tp, slot)| match slot {
+                Slot::Open(partition) if (tp == METADATA_PARTITION) == metadata => Some(partition),
+                _ => None,
+            });
+            let leads = |partition: &Arc<OpenPartition>| {
+                partition.has_peers() && matches!(partition.replica.status().role, Role::Leader | Role::Elected)
+            };
+            open.filter(leads).map(|partition| partition.replica.clone()).collect()
+        };
+        let handing = async {
+            for metadata in [false, true] {
+                futures::stream::iter(led(metadata))
+                    .for_each_concurrent(HANDED_OVER_AT_ONCE, |replica| async move {
+                        if let Err(error) = drive::transfer(&replica, None).await {
+                            tracing::debug!(tp = %replica.tp(), %error, "a leadership was not handed over");
+                        }
+                    })
+                    .await;
+            }
+        };
+        if tokio::time::timeout(within, handing).await.is_err() {
+            tracing::warn!(?within, "not every leadership was handed over in time");
         }
-        self.serving.abort();
-        self.admin.abort();
     }
 }
 
@@ -334,38 +831,28 @@ fn advertised(advertise: &str, listen: &str, bound: SocketAddr) -> String {
     }
 }
 
-fn spawn_admin(
-    listener: TcpListener,
-    readiness: Readiness,
-    metrics: Arc<Metrics>,
-    stop: watch::Receiver<bool>,
-    fail: watch::Sender<Option<String>>,
-) -> JoinHandle<()> {
-    tokio::spawn(async move {
-        if let Err(error) = admin_http::serve(listener, readiness, metrics, stop).await {
-            fail.send_replace(Some(format!("the admin listener has ended: {error}")));
-        }
-    })
-}
-
-/// Opens or makes the directory; a new one is given its cluster at once, before anything is founded, so that a start that
-/// is cut off in the middle goes on with the same one.
-async fn open_data_dir(disk: Arc<dyn Disk>, path: PathBuf) -> Result<Arc<DataDir>, StartError> {
+/// Opens or makes the directory. One of a broker `alone` is given its cluster at once, before anything is founded, so
+/// that a start that is cut off in the middle goes on with the same one.
+async fn open_data_dir(disk: Arc<dyn Disk>, path: PathBuf, alone: bool) -> Result<DataDir, StartError> {
     let opening = tokio::task::spawn_blocking(move || {
         let refused = |reason: String| StartError::DataDir { path: path.clone(), reason };
         let new_id = DirectoryId::new(uuid::Uuid::new_v4().as_u128());
         let mut data_dir =
             DataDir::open_or_create(disk, &path, new_id, STRIPES).map_err(|error| refused(error.to_string()))?;
-        if data_dir.cluster().is_none() {
+        if alone && data_dir.cluster().is_none() {
             let cluster = ClusterId::new(uuid::Uuid::new_v4().as_u128());
             data_dir.set_cluster(cluster).map_err(|error| refused(error.to_string()))?;
         }
-        Ok(Arc::new(data_dir))
+        Ok(data_dir)
     });
     opening.await.map_err(|error| StartError::System(error.to_string()))?
 }
 
-async fn start_shards(config: &Config, data_dir: Arc<DataDir>) -> Result<Arc<Shards<PartitionMachine>>, StartError> {
+async fn start_shards(
+    config: &Config,
+    data_dir: Arc<DataDir>,
+    transport: Arc<dyn PeerTransport>,
+) -> Result<Arc<Shards<PartitionMachine>>, StartError> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let shards = match config.storage.shards {
         // The other half is for the sockets.
@@ -385,8 +872,9 @@ async fn start_shards(config: &Config, data_dir: Arc<DataDir>) -> Result<Arc<Sha
         ..ShardsConfig::default()
     };
     let path = config.node.data_dir.clone();
-    let starting =
-        tokio::task::spawn_blocking(move || Shards::start(shards_config, data_dir, system_clock()).map(Arc::new));
+    let starting = tokio::task::spawn_blocking(move || {
+        Shards::start(shards_config, data_dir, system_clock(), transport).map(Arc::new)
+    });
     match starting.await {
         Ok(Ok(shards)) => Ok(shards),
         Ok(Err(error @ ShardsError::HardState(_))) => Err(StartError::DataDir { path, reason: error.to_string() }),
@@ -395,13 +883,7 @@ async fn start_shards(config: &Config, data_dir: Arc<DataDir>) -> Result<Arc<Sha
     }
 }
 
-/// The id of the replica that a directory founds a cluster's metadata with. Random, as the directory's id is, and a
-/// directory founds once: so a start that is cut off at any point goes on with the same one.
-fn founding_replica(directory: DirectoryId) -> ReplicaId {
-    ReplicaId::new(((directory.get() >> 64) as u64 ^ directory.get() as u64).max(1))
-}
-
-fn metadata_spec(data_dir: &DataDir, replica: ReplicaId) -> ReplicaSpec {
+fn metadata_spec(data_dir: &DataDir, replica: ReplicaId, peers: Peers, start: Start) -> ReplicaSpec {
     ReplicaSpec {
         tp: METADATA_PARTITION,
         replica,
@@ -411,6 +893,8 @@ fn metadata_spec(data_dir: &DataDir, replica: ReplicaId) -> ReplicaSpec {
         retention: RetentionConfig { time: None, bytes: Some(METADATA_LOG_BYTES) },
         internal: true,
         max_message_bytes: METADATA_BATCH_BYTES_MAX,
+        peers,
+        start,
     }
 }
 

@@ -74,6 +74,8 @@ pub struct Addresses {
 pub struct ClusterConfig {
     /// Peer addresses of the brokers that form the cluster; empty or this broker's own: a cluster of one.
     pub seeds: Vec<String>,
+    /// Whether leaderships go back by themselves to the replicas that were meant to lead.
+    pub preferred_leaders: bool,
 }
 
 /// Section `[security]`.
@@ -153,6 +155,14 @@ pub struct LimitsConfig {
     pub metrics_partitions: usize,
     /// Open files to ask of the system.
     pub open_files: u64,
+    /// Silence after which the controller takes a broker for dead.
+    pub broker_session_timeout: Duration,
+    /// Bytes per second that this broker pulls from others for replicas that are new, far behind or damaged.
+    pub pull_bytes_per_second: u64,
+    /// Pulls of other brokers that are served side by side.
+    pub pulls_served: usize,
+    /// Bytes per second of old segments that are read again to find rot; 0: none.
+    pub scrub_bytes_per_second: u64,
 }
 
 /// Section `[log]`: the broker's own messages.
@@ -307,7 +317,7 @@ pub const KEYS: &[Key] = &[
         listen.peer,
         address,
         shown,
-        "Where other brokers connect; a cluster of one does not listen there."
+        "Where other brokers connect (gRPC)."
     ),
     key!("listen.admin", "127.0.0.1:7072", listen.admin, address, shown, "`/livez`, `/readyz`, `/metrics` (HTTP)."),
     key!("advertise.client", "", advertise.client, advertised, shown, "What clients are told, if not `listen.client`."),
@@ -320,6 +330,14 @@ pub const KEYS: &[Key] = &[
         addresses,
         shown_list,
         "Peer addresses that form the cluster, the same list on every broker; empty or only this broker's own: a cluster of one."
+    ),
+    key!(
+        "cluster.preferred_leaders",
+        "true",
+        cluster.preferred_leaders,
+        parsed,
+        shown,
+        "Leaderships go back by themselves to the first replica of each partition once that has caught up."
     ),
     key!(
         "security.insecure",
@@ -529,6 +547,38 @@ pub const KEYS: &[Key] = &[
         "Open files asked of the system at start (as many as its hard limit gives)."
     ),
     key!(
+        "limits.broker_session_timeout",
+        "6s",
+        limits.broker_session_timeout,
+        positive_duration,
+        shown_duration,
+        "Silence after which the controller takes a broker for dead: it is given nothing new until it is back. Leaderships move long before, by themselves."
+    ),
+    key!(
+        "limits.pull_bytes_per_second",
+        "64 MiB",
+        limits.pull_bytes_per_second,
+        size64,
+        size_u64,
+        "Bytes per second that this broker pulls from others for replicas that are new, far behind or damaged, so that serving goes on."
+    ),
+    key!(
+        "limits.pulls_served",
+        "16",
+        limits.pulls_served,
+        positive,
+        shown,
+        "Pulls of other brokers that this one serves side by side; more wait."
+    ),
+    key!(
+        "limits.scrub_bytes_per_second",
+        "4 MiB",
+        limits.scrub_bytes_per_second,
+        parse_bytes,
+        size_u64,
+        "Bytes per second of old segments that are read again in the background to find rot; 0: none."
+    ),
+    key!(
         "log.level",
         "info",
         log.level,
@@ -673,11 +723,15 @@ impl Config {
                 self.limits.connection_window_bytes, self.limits.stream_window_bytes
             ));
         }
-        let others = self.cluster.seeds.iter().filter(|seed| !self.is_own_peer_address(seed)).count();
-        if others > 0 {
+        let mut seeds = self.cluster.seeds.clone();
+        seeds.sort();
+        if let Some(twice) = seeds.windows(2).find(|pair| pair[0] == pair[1]) {
+            return conflict(format!("cluster.seeds names `{}` twice; name every broker once", twice[0]));
+        }
+        if let Some(nowhere) = seeds.iter().find(|seed| split_address(seed).is_ok_and(|(host, port)| is_unspecified(&host) || port == 0)) {
             return conflict(format!(
-                "cluster.seeds names {others} other broker(s), and this version runs clusters of one; leave \
-                 cluster.seeds empty or name this broker's own listen.peer alone"
+                "cluster.seeds names `{nowhere}`, where nobody can be reached; write the address and port by which brokers \
+                 reach that one"
             ));
         }
         let topics = TopicConfig::resolve(&self.topic, &TopicOverrides::new())
@@ -690,8 +744,10 @@ impl Config {
         self.limits.request_bytes.saturating_sub(REQUEST_OVERHEAD_BYTES)
     }
 
-    fn is_own_peer_address(&self, seed: &str) -> bool {
-        seed == self.listen.peer || seed == self.advertise.peer
+    /// Whether there are to be other brokers than the one that others reach at `peer_address`, which is this one: else it is
+    /// a cluster of its own from the start.
+    pub(crate) fn has_other_seeds(&self, peer_address: &str) -> bool {
+        self.cluster.seeds.iter().any(|seed| *seed != self.listen.peer && seed != peer_address)
     }
 
     /// All defaults. Every default is parsed by its own key, so the reference cannot differ from them.
@@ -701,7 +757,10 @@ impl Config {
             node: NodeConfig { id: BrokerId::new(0), data_dir: PathBuf::new(), rack: String::new() },
             listen: nothing(),
             advertise: nothing(),
-            cluster: ClusterConfig { seeds: Vec::new() },
+            cluster: ClusterConfig {
+                seeds: Vec::new(),
+                preferred_leaders: false,
+            },
             security: SecurityConfig { insecure: false },
             storage: StorageConfig {
                 shards: 0,
@@ -737,6 +796,10 @@ impl Config {
                 partitions: 0,
                 metrics_partitions: 0,
                 open_files: 0,
+                broker_session_timeout: Duration::ZERO,
+                pull_bytes_per_second: 0,
+                pulls_served: 0,
+                scrub_bytes_per_second: 0,
             },
             topic: TopicOverrides::new(),
             log: LogConfig { level: String::new(), format: LogFormat::Auto },
@@ -1074,7 +1137,10 @@ mod tests {
         check("", &["listen.client=[::]:7070", "security.insecure=true"], "set advertise.client");
         check("", &["advertise.client=0.0.0.0:7070"], "nobody can connect");
         check("", &["advertise.client=[::]:7070"], "nobody can connect");
-        check("", &["cluster.seeds=127.0.0.1:7071,127.0.0.1:7171"], "clusters of one");
+        check("", &["cluster.seeds=127.0.0.1:7071,127.0.0.1:7071"], "twice");
+        check("", &["cluster.seeds=127.0.0.1:7071,127.0.0.1:0"], "nobody can be reached");
+        check("", &["cluster.seeds=0.0.0.0:7071"], "nobody can be reached");
+        check("", &["cluster.seeds=host"], "the port is missing");
         let missing = Config::load(Some(Path::new("/nonexistent/x.toml")), [], &[]).expect_err("missing").to_string();
         assert!(missing.contains("cannot read the config file /nonexistent/x.toml"), "{missing}");
     }

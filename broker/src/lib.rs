@@ -30,7 +30,7 @@ mod server;
 mod service;
 mod units;
 
-pub use broker::{Broker, RunningBroker, ShutdownReport, StartError};
+pub use broker::{Broker, Listeners, RunningBroker, ShutdownReport, StartError};
 pub use config::{Config, ConfigError, Explained, Origin};
 /// Reading the files of a data directory, for tools that inspect them.
 pub use flowstone_storage as storage;

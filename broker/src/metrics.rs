@@ -2,7 +2,7 @@
 //! with few values. Series per partition are made when asked for, and only for so many partitions.
 
 use std::fmt;
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use flowstone_protocol::Error;
@@ -17,9 +17,12 @@ use prometheus_client::metrics::gauge::{ConstGauge, Gauge};
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
+use crate::cluster::control::Control;
+use crate::cluster::drive::Led;
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
 use crate::partition::{LocalReplicas, PartitionMachine, Slot};
+use crate::peer::PeerNetwork;
 use crate::room::Room;
 
 /// Upper bounds of the latency histograms, in seconds: 50 us to 6.5 s, each twice the one before.
@@ -189,6 +192,11 @@ type PartitionFamily = (&'static str, &'static str, Option<Unit>, fn(&ReplicaSta
 pub(crate) struct BrokerCollector {
     /// Weak: the shards end when the broker says so.
     pub(crate) shards: Weak<Shards<PartitionMachine>>,
+    /// Weak, as above.
+    pub(crate) network: Weak<PeerNetwork>,
+    pub(crate) control: Arc<Control>,
+    /// What the last survey of the groups led here found.
+    pub(crate) led: Arc<Led>,
     /// Bytes that all shards together take in flight.
     pub(crate) in_flight_bytes_max: usize,
     pub(crate) replicas: LocalReplicas,
@@ -240,14 +248,28 @@ impl Collector for BrokerCollector {
             }
         }
         let (topics, metadata_offset) = self.table.with(|table| (table.topic_count(), table.applied()));
+        let (brokers, fenced) = self.table.with(|table| {
+            let fenced = table.brokers().filter(|broker| broker.fenced).count();
+            (table.brokers().count() as i64, fenced as i64)
+        });
+        let peers = self.network.upgrade().map(|network| network.figures()).unwrap_or_default();
         let process = ProcessFigures::read();
-        let gauges: [(&str, &str, Option<Unit>, i64); 13] = [
+        let gauges: [(&str, &str, Option<Unit>, i64); 17] = [
             ("topics", "Topics of the cluster, its own aside", None, topics as i64),
             ("metadata_offset", "Last metadata record taken in", None, metadata_offset.get()),
             ("replicas", "Replicas of this broker", None, replicas.len() as i64),
             ("replicas_leading", "Replicas that lead and serve", None, totals.leading),
             ("partitions_leaderless", "Partitions of this broker that nobody leads", None, totals.leaderless()),
-            ("partitions_under_replicated", "Partitions led here that lack replicas in sync", None, 0),
+            (
+                "partitions_under_replicated",
+                "Partitions led here that lack replicas in sync",
+                None,
+                self.led.under_replicated() as i64,
+            ),
+            ("brokers", "Brokers of the cluster", None, brokers),
+            ("brokers_fenced", "Brokers that the controller has not heard of for too long", None, fenced),
+            ("controller", "1 where this broker is the controller", None, i64::from(self.control.leads())),
+            ("peers_connected", "Other brokers that both streams to are open", None, peers.brokers_connected as i64),
             ("partitions_read_only", "Partitions that refuse writes for want of room", None, totals.full),
             ("partitions_failed", "Partitions whose log failed or is quarantined", None, totals.failed),
             ("log", "Bytes of all segments on this broker", Some(Unit::Bytes), totals.bytes),
@@ -274,11 +296,26 @@ impl Collector for BrokerCollector {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
         }
-        let counters: [(&str, &str, Option<Unit>, f64); 4] = [
+        let counters: [(&str, &str, Option<Unit>, f64); 14] = [
             ("process_cpu", "Processor time of the process", Some(Unit::Seconds), process.cpu_seconds),
             ("replica_steps", "Steps of replicas", None, shards.steps as f64),
             ("flushes_inline", "Flushes that a shard ran itself", None, shards.flushes_inline as f64),
             ("replicas_ended", "Replicas that ended since their disk failed", None, shards.replicas_ended as f64),
+            ("elections", "Elections that replicas here stood for", None, shards.elections as f64),
+            ("leader_changes", "Leaderships that began here", None, shards.leader_changes as f64),
+            ("peer_messages_sent", "Messages to other brokers' replicas", None, shards.messages_sent as f64),
+            (
+                "peer_messages_dropped",
+                "Messages of or to other brokers' replicas that there was no room or no way for",
+                None,
+                shards.messages_dropped as f64 + peers.messages_dropped as f64,
+            ),
+            ("peer_sent", "Bytes of messages to other brokers", Some(Unit::Bytes), peers.bytes_sent as f64),
+            ("pulled", "Bytes pulled from other brokers", Some(Unit::Bytes), shards.pulled_bytes as f64),
+            ("pulls_served", "Bytes that other brokers pulled from here", Some(Unit::Bytes), shards.served_bytes as f64),
+            ("scrubbed", "Bytes of old segments read to find rot", Some(Unit::Bytes), shards.scrubbed_bytes as f64),
+            ("rotten_ranges", "Damaged ranges found", None, shards.rotten_ranges as f64),
+            ("repaired_ranges", "Damaged ranges replaced from another replica", None, shards.repaired_ranges as f64),
         ];
         for (name, help, unit, value) in counters {
             let counter = ConstCounter::new(value);
@@ -308,6 +345,15 @@ struct ShardTotals {
     flush_time: Duration,
     flush_buckets: [u64; FLUSH_BUCKETS.len() + 1],
     replicas_ended: u64,
+    elections: u64,
+    leader_changes: u64,
+    messages_sent: u64,
+    messages_dropped: u64,
+    pulled_bytes: u64,
+    served_bytes: u64,
+    scrubbed_bytes: u64,
+    rotten_ranges: u64,
+    repaired_ranges: u64,
 }
 
 impl ShardTotals {
@@ -321,6 +367,15 @@ impl ShardTotals {
             totals.flushes_inline += shard.flushes_inline;
             totals.flush_time += shard.flush_time;
             totals.replicas_ended += shard.replicas_ended;
+            totals.elections += shard.elections;
+            totals.leader_changes += shard.leader_changes;
+            totals.messages_sent += shard.messages_sent;
+            totals.messages_dropped += shard.messages_dropped;
+            totals.pulled_bytes += shard.pulled_bytes;
+            totals.served_bytes += shard.served_bytes;
+            totals.scrubbed_bytes += shard.scrubbed_bytes;
+            totals.rotten_ranges += shard.rotten_ranges;
+            totals.repaired_ranges += shard.repaired_ranges;
             for (total, bucket) in totals.flush_buckets.iter_mut().zip(shard.flush_buckets) {
                 *total += bucket;
             }
@@ -331,8 +386,8 @@ impl ShardTotals {
 
 #[derive(Default)]
 struct Totals {
-    open: i64,
     leading: i64,
+    leaderless: i64,
     full: i64,
     failed: i64,
     bytes: i64,
@@ -341,15 +396,18 @@ struct Totals {
 
 impl Totals {
     fn count(&mut self, status: &ReplicaStatus) {
-        self.open += 1;
+        self.leaderless += i64::from(!status.is_ready() && status.leader_broker.is_none());
         self.leading += i64::from(status.is_ready());
         self.full += i64::from(status.health == Health::DiskFull);
-        self.failed += i64::from(matches!(status.health, Health::Failed { .. } | Health::Quarantined { .. }));
+        self.failed += i64::from(matches!(
+            status.health,
+            Health::Failed { .. } | Health::Quarantined { .. } | Health::Lost { .. }
+        ));
         self.bytes += status.size_bytes as i64;
     }
 
     fn leaderless(&self) -> i64 {
-        self.unavailable + self.open - self.leading
+        self.unavailable + self.leaderless
     }
 }
 

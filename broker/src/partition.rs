@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use flowstone_protocol::{BatchHeader, Error, ErrorCode, Term, Timestamp, TopicPartition};
+use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, ReplicaId, Term, Timestamp, TopicPartition};
 use flowstone_replication::{Admission, Commanded, Machine, MachineEntry, ReplicaHandle};
 use parking_lot::RwLock;
 use tokio::sync::watch;
@@ -17,6 +17,8 @@ use crate::topic_config::TopicConfig;
 
 /// A replica of this broker.
 pub(crate) type Replica = ReplicaHandle<PartitionMachine>;
+/// Where the replicas of a group are.
+pub(crate) type Peers = Arc<[(ReplicaId, BrokerId)]>;
 
 /// What runs behind a replica's log.
 #[derive(Debug)]
@@ -135,14 +137,47 @@ pub(crate) struct OpenPartition {
     pub(crate) topic: Arc<str>,
     /// One of the cluster's own topics.
     pub(crate) internal: bool,
+    /// Which of the partition's replicas this is.
+    pub(crate) replica_id: ReplicaId,
     pub(crate) replica: Replica,
+    /// Where the group's replicas are, as the reconciler told it last.
+    peers: RwLock<Peers>,
     /// Written by the reconciler when the topic's settings change; readers clone it out.
     config: RwLock<Arc<TopicConfig>>,
 }
 
 impl OpenPartition {
-    pub(crate) fn new(tp: TopicPartition, topic: &str, internal: bool, replica: Replica, config: TopicConfig) -> Self {
-        Self { tp, topic: topic.into(), internal, replica, config: RwLock::new(Arc::new(config)) }
+    pub(crate) fn new(
+        (tp, replica_id): (TopicPartition, ReplicaId),
+        topic: &str,
+        internal: bool,
+        replica: Replica,
+        peers: Peers,
+        config: TopicConfig,
+    ) -> Self {
+        Self {
+            tp,
+            topic: topic.into(),
+            internal,
+            replica_id,
+            replica,
+            peers: RwLock::new(peers),
+            config: RwLock::new(Arc::new(config)),
+        }
+    }
+
+    /// Whether there is anybody else in its group.
+    pub(crate) fn has_peers(&self) -> bool {
+        self.peers.read().iter().any(|(replica, _)| *replica != self.replica_id)
+    }
+
+    /// Tells the replica where the others are, if that is news.
+    pub(crate) fn set_peers(&self, peers: &Peers) {
+        let mut known = self.peers.write();
+        if *known != *peers {
+            *known = Arc::clone(peers);
+            self.replica.set_peers(Arc::clone(peers));
+        }
     }
 
     pub(crate) fn config(&self) -> Arc<TopicConfig> {
@@ -183,14 +218,6 @@ impl LocalReplicas {
 
     pub(crate) fn set(&self, tp: TopicPartition, slot: Slot) {
         self.slots.write().insert(tp, slot);
-        self.changes.send_modify(|count| *count += 1);
-    }
-
-    /// What became of an opening; nothing where the replica is not wanted any more.
-    pub(crate) fn fill(&self, tp: TopicPartition, slot: Slot) {
-        if let Some(opening) = self.slots.write().get_mut(&tp) {
-            *opening = slot;
-        }
         self.changes.send_modify(|count| *count += 1);
     }
 

@@ -24,12 +24,13 @@ pub(crate) struct Room {
 struct RoomState {
     free_bytes_min: u64,
     free_bytes: AtomicU64,
+    total_bytes: AtomicU64,
     full: AtomicBool,
 }
 
 impl Room {
     pub(crate) fn new(free_bytes_min: u64) -> Self {
-        let state = RoomState { free_bytes_min, free_bytes: AtomicU64::new(u64::MAX), full: AtomicBool::new(false) };
+        let state = RoomState { free_bytes_min, free_bytes: AtomicU64::new(u64::MAX), total_bytes: AtomicU64::new(0), full: AtomicBool::new(false) };
         Self { state: Arc::new(state) }
     }
 
@@ -71,6 +72,11 @@ impl Room {
         self.state.free_bytes.load(Ordering::Relaxed)
     }
 
+    /// Of the whole file system; 0 while it was not asked.
+    pub(crate) fn total_bytes(&self) -> u64 {
+        self.state.total_bytes.load(Ordering::Relaxed)
+    }
+
     /// Asks again and again, until aborted.
     pub(crate) async fn watch(self, disk: Arc<dyn Disk>, path: PathBuf) {
         let mut ticks = tokio::time::interval(INTERVAL);
@@ -79,7 +85,12 @@ impl Room {
             ticks.tick().await;
             let (disk, path) = (Arc::clone(&disk), path.clone());
             // Asking may wait for a sick disk: not on this runtime's thread.
-            if let Ok(Ok(free)) = tokio::task::spawn_blocking(move || disk.available_bytes(&path)).await {
+            let asking = tokio::task::spawn_blocking(move || {
+                let total = rustix::fs::statvfs(&path).map_or(0, |stat| stat.f_blocks.saturating_mul(stat.f_frsize));
+                (disk.available_bytes(&path), total)
+            });
+            if let Ok((Ok(free), total)) = asking.await {
+                self.state.total_bytes.store(total, Ordering::Relaxed);
                 self.observe(free);
             }
         }

@@ -1,10 +1,10 @@
 //! The gRPC server: every limit of HTTP/2 and of the messages is set here.
 
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
-use flowstone_protocol::FILE_DESCRIPTOR_SET;
+use flowstone_protocol::{Error, ErrorCode, FILE_DESCRIPTOR_SET};
 use flowstone_protocol::pb::admin_server::AdminServer;
 use flowstone_protocol::pb::log_server::LogServer;
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -15,9 +15,11 @@ use tonic::codegen::{Bytes, Service};
 use tonic::service::Routes;
 use tonic::transport::Server;
 
+use crate::admin_http::Readiness;
 use crate::config::LimitsConfig;
 use crate::connections::{CallGuard, ConnectionCalls, Connections, Incoming};
 use crate::node::Node;
+use crate::peer::wrong_port::{OnlyOn, Port};
 use crate::receiving::Receiving;
 use crate::service::{AdminService, LogCalls, LogService};
 
@@ -26,18 +28,46 @@ const FRAME_BYTES: u32 = 256 << 10;
 /// Largest answer of a call other than Fetch: metadata of very many partitions.
 const RESPONSE_BYTES_MAX: usize = 64 << 20;
 
+/// The services, once the broker has found its cluster; until then every call is told to come again, and why.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    routes: OnceLock<Routes>,
+    readiness: Readiness,
+}
+
+impl Gate {
+    pub(crate) fn new(readiness: Readiness) -> Arc<Self> {
+        Arc::new(Self { routes: OnceLock::new(), readiness })
+    }
+
+    /// Serves from now on. The first call decides.
+    pub(crate) fn open(&self, node: &Arc<Node>) {
+        self.routes.get_or_init(|| routes(node, &node.config.limits));
+    }
+
+    fn closed(&self) -> tonic::Status {
+        let reasons = self.readiness.held();
+        Error::new(
+            ErrorCode::LeaderNotReady,
+            format!("this broker is starting ({}); try again in a moment, or ask another one", reasons.join("; ")),
+        )
+        .to_status()
+    }
+}
+
 /// Serves clients until `drain`; then takes no new connection or call and returns when all have ended. `cut` ends those
 /// that do not.
 pub(crate) async fn serve(
-    node: Arc<Node>,
+    gate: Arc<Gate>,
+    limits: LimitsConfig,
     listener: TcpListener,
     connections: Arc<Connections>,
     mut drain: watch::Receiver<bool>,
     cut: watch::Receiver<bool>,
 ) -> Result<(), tonic::transport::Error> {
-    let limits = node.config.limits.clone();
     let receiving = Receiving::new(limits.receiving_bytes, limits.message_timeout);
-    let routes = GuardedCalls { inner: routes(&node, &limits), receiving };
+    let clients = OnlyOn::new(Port::Client, "", GatedCalls { gate, routes: None });
+    let routes = GuardedCalls { inner: clients, receiving };
     let incoming = Incoming::new(listener, connections, cut);
     Server::builder()
         .initial_stream_window_size(limits.stream_window_bytes)
@@ -91,11 +121,41 @@ fn routes(node: &Arc<Node>, limits: &LimitsConfig) -> Routes {
     routes.prepare()
 }
 
+/// One connection's way through the gate.
+#[derive(Clone, Debug)]
+struct GatedCalls {
+    gate: Arc<Gate>,
+    routes: Option<Routes>,
+}
+
+impl Service<http::Request<Body>> for GatedCalls {
+    type Response = http::Response<Body>;
+    type Error = std::convert::Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        if self.routes.is_none() {
+            self.routes = self.gate.routes.get().cloned();
+        }
+        match &mut self.routes {
+            Some(routes) => Service::<http::Request<Body>>::poll_ready(routes, cx),
+            None => Poll::Ready(Ok(())),
+        }
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        match &mut self.routes {
+            Some(routes) => Box::pin(routes.call(request)),
+            None => Box::pin(std::future::ready(Ok(self.gate.closed().into_http()))),
+        }
+    }
+}
+
 /// Tells a connection's guard of its calls, so that one that is used is not idle, and meters what they receive.
 #[derive(Clone, Debug)]
-struct GuardedCalls<S> {
-    inner: S,
-    receiving: Receiving,
+pub(crate) struct GuardedCalls<S> {
+    pub(crate) inner: S,
+    pub(crate) receiving: Receiving,
 }
 
 impl<S> Service<http::Request<Body>> for GuardedCalls<S>
@@ -124,7 +184,7 @@ where
 
 /// A response's body; the call ends with it.
 #[derive(Debug)]
-struct CountedBody {
+pub(crate) struct CountedBody {
     inner: Body,
     // Held for its drop alone.
     _guard: Option<CallGuard>,

@@ -19,6 +19,8 @@ pub(crate) mod upkeep;
 #[cfg(test)]
 mod refusal_tests;
 #[cfg(test)]
+mod scaling_tests;
+#[cfg(test)]
 mod table_tests;
 #[cfg(test)]
 mod testing;

@@ -7,15 +7,18 @@ use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition};
-use flowstone_replication::{FlushMode, Health, LogConfig, Reconfigure, ReplicaSpec, Reply, RetentionConfig, Shards};
+use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, ReplicaId, TopicId, TopicPartition};
+use flowstone_replication::{
+    FlushMode, Health, LogConfig, Reconfigure, ReplicaSpec, Reply, RetentionConfig, Role, Shards, Start,
+};
 use flowstone_storage::DataDir;
 use tokio::sync::oneshot;
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 
-use super::table::{METADATA_TOPIC_ID, MetadataTable, Topic};
+use super::change::{PartitionEntry, Place, Recovered};
+use super::table::{METADATA_PARTITION, METADATA_TOPIC_ID, MetadataTable, Topic};
 use crate::coordinator::Published;
-use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Replica, Slot};
+use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Peers, Replica, Slot};
 use crate::topic_config::{FlushPolicy, TopicConfig, TopicOverrides};
 
 /// Time that all openings of a start are given before the broker serves without those that are left.
@@ -33,9 +36,11 @@ pub(crate) struct Reconciler {
     pub(crate) topic_defaults: TopicOverrides,
     /// Metadata up to here is done; `None` before the first pass.
     done: Option<Offset>,
-    /// Openings under way; each ends with its slot filled, and is compared with the metadata then: what was altered
-    /// meanwhile would else reach nobody.
-    openings: JoinSet<TopicPartition>,
+    /// Openings under way; each is compared with the metadata when it ends: what was altered meanwhile would else reach
+    /// nobody.
+    openings: JoinSet<(TopicPartition, Slot)>,
+    /// The opening of each slot that has one: taking the slot away ends it.
+    opening: HashMap<TopicPartition, AbortHandle>,
     /// One for each open replica: tells of its leadership and health.
     watches: JoinSet<()>,
     watched: HashMap<TopicPartition, AbortHandle>,
@@ -45,7 +50,28 @@ pub(crate) struct Reconciler {
 #[derive(Debug)]
 struct Wanted {
     topic: Arc<Topic>,
-    replicas: Vec<(TopicPartition, ReplicaId)>,
+    replicas: Vec<WantedReplica>,
+}
+
+/// One replica that this broker's directory is to have.
+#[derive(Clone, Debug)]
+struct WantedReplica {
+    tp: TopicPartition,
+    replica: ReplicaId,
+    peers: Peers,
+    start: Start,
+}
+
+impl WantedReplica {
+    fn of(tp: TopicPartition, entry: &PartitionEntry, replica: ReplicaId) -> Self {
+        let start = match entry.recovered() {
+            Some(Recovered { replica: survivor, from }) if survivor == replica => Start::Recovered { from },
+            _ if entry.is_founder(replica) => Start::FirstVoter { voters: entry.founders().into() },
+            _ => Start::Learner,
+        };
+        let peers = entry.places().map(|place| (place.replica, place.broker)).collect();
+        Self { tp, replica, peers, start }
+    }
 }
 
 impl Reconciler {
@@ -66,13 +92,15 @@ impl Reconciler {
             topic_defaults,
             done: None,
             openings: JoinSet::new(),
+            opening: HashMap::new(),
             watches: JoinSet::new(),
             watched: HashMap::new(),
         }
     }
 
-    /// The first pass, and its openings: returns when every local replica leads or has said why not, and at the latest
-    /// after [`START_OPENINGS_MAX`]: one sick folder must not keep all others from being served.
+    /// The first pass, and its openings: returns when every local replica is open, leads where it is alone, or has said
+    /// why not, and at the latest after [`START_OPENINGS_MAX`]: one sick folder must not keep all others from being
+    /// served.
     pub(crate) async fn catch_up(&mut self) {
         self.remove_strangers().await;
         self.pass();
@@ -121,107 +149,173 @@ impl Reconciler {
     }
 
     /// An opening has ended: its replica is made what the metadata wants by now.
-    fn on_opened(&mut self, opened: Result<TopicPartition, JoinError>) {
-        let Ok(tp) = opened else { return };
+    fn on_opened(&mut self, opened: Result<(TopicPartition, Slot), JoinError>) {
+        // One that was ended belongs to a replica that is gone.
+        let Ok((tp, slot)) = opened else { return };
+        self.opening.remove(&tp);
+        self.replicas.set(tp, slot.clone());
+        let Slot::Open(partition) = slot else { return };
+        self.watch(&partition);
         let Some(shards) = self.shards.upgrade() else { return };
-        let Some(Slot::Open(partition)) = self.replicas.get(tp) else { return };
         let wanted = self.table.with(|table| table.topic(tp.topic).map(|topic| self.wanted(topic)));
-        if let Some(Wanted { topic, mut replicas }) = wanted {
-            replicas.retain(|(wanted, _)| *wanted == tp);
-            self.make_so(&shards, &Wanted { topic, replicas });
+        let Some(Wanted { topic, mut replicas }) = wanted else { return };
+        replicas.retain(|wanted| wanted.tp == tp);
+        if replicas.is_empty() {
+            // Taken away while it was being opened.
+            self.delete(&shards, tp);
+            return;
         }
+        self.make_so(&shards, &Wanted { topic, replicas });
+    }
+
+    fn watch(&mut self, partition: &OpenPartition) {
         let watch = self.watches.spawn(watch(partition.replica.clone(), self.replicas.clone()));
-        if let Some(earlier) = self.watched.insert(tp, watch) {
+        if let Some(earlier) = self.watched.insert(partition.tp, watch) {
             earlier.abort();
         }
     }
 
+    /// Looks after the metadata's own replica, which was opened before there was any metadata.
+    pub(crate) fn adopt(&mut self, partition: &Arc<OpenPartition>) {
+        self.replicas.set(partition.tp, Slot::Open(Arc::clone(partition)));
+        self.watch(partition);
+    }
+
     /// What this broker has of a topic.
     fn wanted(&self, topic: &Arc<Topic>) -> Wanted {
-        let replicas = topic.partitions.iter().enumerate().filter_map(|(partition, places)| {
-            let place = places.iter().find(|place| place.directory == self.directory)?;
-            let partition = PartitionId::new(partition as i32);
-            Some((TopicPartition { topic: topic.id, partition }, place.replica))
+        let replicas = topic.entries().filter_map(|(tp, entry)| {
+            // A replica that took the place of another in this directory goes before that one.
+            let place = entry.places().find(|place| place.directory == self.directory)?;
+            Some(WantedReplica::of(tp, entry, place.replica))
         });
         Wanted { topic: Arc::clone(topic), replicas: replicas.collect() }
     }
 
-    /// What is wanted of the topics that changed, and replicas here whose topic is gone.
+    /// What is wanted of the topics that changed, and replicas here whose topic or place is gone.
     fn look(&self) -> (Offset, Vec<Wanted>, Vec<TopicPartition>) {
         let since = self.done.unwrap_or(Offset::new(-1));
         self.table.with(|table| {
-            let changed = table
-                .topics()
-                // The metadata's own replica is opened before there is any metadata.
+            self.tell_metadata_peers(table);
+            let changed: Vec<&Arc<Topic>> = match self.done {
+                None => table.topics().collect(),
+                Some(done) => table.changed_since(done).collect(),
+            };
+            // The metadata's own replica is opened before there is any metadata.
+            let changed: Vec<Wanted> = changed
+                .into_iter()
                 .filter(|topic| topic.id != METADATA_TOPIC_ID)
-                .filter(|topic| self.done.is_none() || topic.changed_at > since);
-            let wanted = changed.map(|topic| self.wanted(topic)).collect();
+                .map(|topic| self.wanted(topic))
+                .collect();
             let deleted: Option<HashSet<TopicId>> =
                 table.deleted_since(since).map(|topics| topics.into_iter().collect());
-            let is_gone = |topic: TopicId| match &deleted {
+            let is_deleted = |topic: TopicId| match &deleted {
                 Some(deleted) => deleted.contains(&topic),
                 // Too many were deleted to be remembered.
                 None => table.topic(topic).is_none(),
             };
-            let gone = self.replicas.all().into_iter().map(|(tp, _)| tp).filter(|tp| is_gone(tp.topic)).collect();
-            (table.applied(), wanted, gone)
+            let looked_at: HashSet<TopicId> = changed.iter().map(|wanted| wanted.topic.id).collect();
+            let has_no_place = |tp: TopicPartition| {
+                let is_here = |entry: &PartitionEntry| entry.places().any(|place| place.directory == self.directory);
+                looked_at.contains(&tp.topic) && !table.partition(tp).is_some_and(is_here)
+            };
+            let here = || self.replicas.all().into_iter().map(|(tp, _)| tp).filter(|tp| tp.topic != METADATA_TOPIC_ID);
+            let gone = if looked_at.is_empty() && deleted.as_ref().is_some_and(HashSet::is_empty) {
+                Vec::new()
+            } else {
+                here().filter(|tp| is_deleted(tp.topic) || has_no_place(*tp)).collect()
+            };
+            (table.applied(), changed, gone)
         })
+    }
+
+    /// Where the metadata's other replicas are follows from who is registered.
+    fn tell_metadata_peers(&self, table: &MetadataTable) {
+        let Some(Slot::Open(metadata)) = self.replicas.get(METADATA_PARTITION) else { return };
+        let peers: Peers = metadata_places(table).map(|place| (place.replica, place.broker)).collect();
+        if !peers.is_empty() {
+            metadata.set_peers(&peers);
+        }
     }
 
     fn make_so(&mut self, shards: &Arc<Shards<PartitionMachine>>, wanted: &Wanted) {
         let topic = &wanted.topic;
         let config = TopicConfig::resolve(&self.topic_defaults, &topic.overrides);
-        for (tp, replica) in &wanted.replicas {
+        for wanted in &wanted.replicas {
+            let tp = wanted.tp;
             let config = match &config {
                 Ok(config) => config,
                 // Defaults of this broker that contradict what the topic was given.
                 Err(error) => {
                     let error = Error::clone(error).with_topic(topic.name.as_str()).with_partition(tp.partition);
-                    self.replicas.set(*tp, Slot::Refused(error));
+                    self.replicas.set(tp, Slot::Refused(error));
                     continue;
                 }
             };
-            match self.replicas.get(*tp) {
-                Some(Slot::Open(partition)) => bring_up(&partition, config),
+            match self.replicas.get(tp) {
+                Some(Slot::Open(partition)) if partition.replica_id == wanted.replica => {
+                    partition.set_peers(&wanted.peers);
+                    bring_up(&partition, config);
+                }
+                Some(Slot::Open(earlier)) => {
+                    tracing::info!(%tp, from = %earlier.replica_id, to = %wanted.replica, "a replica takes another's place");
+                    self.open(shards, topic, wanted, config.clone(), Some(earlier));
+                }
                 // Looked at again when its opening ends.
                 Some(Slot::Opening) => {}
                 None | Some(Slot::Failed(_) | Slot::Refused(_)) => {
-                    self.open(shards, topic, *tp, *replica, config.clone())
+                    self.open(shards, topic, wanted, config.clone(), None);
                 }
             }
         }
     }
 
+    /// Opens a replica; one that has its place until now is closed before.
     fn open(
         &mut self,
         shards: &Arc<Shards<PartitionMachine>>,
         topic: &Arc<Topic>,
-        tp: TopicPartition,
-        replica: ReplicaId,
+        wanted: &WantedReplica,
         config: TopicConfig,
+        earlier: Option<Arc<OpenPartition>>,
     ) {
+        let WantedReplica { tp, replica: replica_id, peers, start } = wanted.clone();
         self.replicas.set(tp, Slot::Opening);
+        if let Some(watch) = self.watched.remove(&tp) {
+            watch.abort();
+        }
+        // What a recovered replica goes on with is what the earlier one has.
+        let delete_earlier = !matches!(start, Start::Recovered { .. });
         let spec = ReplicaSpec {
             tp,
-            replica,
+            replica: replica_id,
             dir: self.data_dir.replica_dir(tp),
             log: log_config(&config),
             flush: flush_mode(config.flush),
             retention: retention(&config),
             internal: topic.internal,
             max_message_bytes: config.max_message_bytes,
+            peers: Arc::clone(&peers),
+            start,
         };
-        let (sender, receiver) = oneshot::channel();
-        shards.open(spec, PartitionMachine::records(), Reply::from(sender));
-        let (replicas, topic) = (self.replicas.clone(), Arc::clone(topic));
-        self.openings.spawn(async move {
-            let slot = match receiver.await.unwrap_or_else(|_| Err(shutting_down())) {
+        // Weak while it waits: the shards end when the broker says so.
+        let shards = Arc::downgrade(shards);
+        let topic = Arc::clone(topic);
+        // Whatever had this place is closed first, and what is being deleted is gone first; at the start there is nothing.
+        let is_first = self.done.is_none();
+        let opening = self.openings.spawn(async move {
+            if !is_first {
+                close(&shards, tp, earlier.is_some() && delete_earlier).await;
+            }
+            drop(earlier);
+            let opened = open_handle(&shards, spec, PartitionMachine::records()).await;
+            let slot = match opened {
                 Ok(replica) => {
+                    let partition =
+                        OpenPartition::new((tp, replica_id), &topic.name, topic.internal, replica, peers, config);
                     // One that failed is opened again by its shard, and says meanwhile what is wrong with it.
-                    if let Err(error) = settled(&replica).await {
+                    if let Err(error) = settled(&partition.replica, partition.has_peers()).await {
                         tracing::error!(topic = topic.name, partition = tp.partition.get(), %error, "cannot open a replica");
                     }
-                    let partition = OpenPartition::new(tp, &topic.name, topic.internal, replica, config);
                     Slot::Open(Arc::new(partition))
                 }
                 Err(error) => {
@@ -229,10 +323,9 @@ impl Reconciler {
                     Slot::Failed(error.with_topic(topic.name.as_str()).with_partition(tp.partition))
                 }
             };
-            // Deleted meanwhile: the slot is gone, and so is the replica.
-            replicas.fill(tp, slot);
-            tp
+            (tp, slot)
         });
+        self.opening.insert(tp, opening);
     }
 
     fn delete(&mut self, shards: &Arc<Shards<PartitionMachine>>, tp: TopicPartition) {
@@ -242,6 +335,10 @@ impl Reconciler {
         if let Some(watch) = self.watched.remove(&tp) {
             watch.abort();
         }
+        // One that was not begun is not; one that was is closed by what follows.
+        if let Some(opening) = self.opening.remove(&tp) {
+            opening.abort();
+        }
         let data_dir = Arc::clone(&self.data_dir);
         shards.close(
             tp,
@@ -250,16 +347,14 @@ impl Reconciler {
         );
     }
 
-    /// Folders of replicas that the metadata does not name: left by a crash in the middle of a deletion.
+    /// Folders of replicas that the metadata does not give to this directory: left by a crash in the middle of a
+    /// deletion, or taken away while this broker was down.
     async fn remove_strangers(&self) {
-        let known: HashSet<TopicPartition> = self.table.with(|table| {
-            let partitions = |topic: &Arc<Topic>| {
-                let id = topic.id;
-                (0..topic.partitions.len())
-                    .map(move |partition| TopicPartition { topic: id, partition: PartitionId::new(partition as i32) })
-            };
-            table.topics().flat_map(partitions).collect()
+        let mut known: HashSet<TopicPartition> = self.table.with(|table| {
+            let is_here = |entry: &PartitionEntry| entry.places().any(|place| place.directory == self.directory);
+            table.entries().filter(|(_, _, entry)| is_here(entry)).map(|(_, tp, _)| tp).collect()
         });
+        known.insert(METADATA_PARTITION);
         let data_dir = Arc::clone(&self.data_dir);
         let removed = tokio::task::spawn_blocking(move || {
             for tp in data_dir.replicas()?.into_iter().filter(|tp| !known.contains(tp)) {
@@ -274,30 +369,51 @@ impl Reconciler {
     }
 }
 
-/// Opens a replica and waits until it leads.
+/// Every replica of the metadata: those that vote or leave, and those that only follow.
+fn metadata_places(table: &MetadataTable) -> impl Iterator<Item = Place> {
+    let voters = table.partition(METADATA_PARTITION).into_iter().flat_map(|entry| entry.places().copied());
+    voters.chain(table.observers())
+}
+
+/// Opens a replica, and waits until its log is recovered.
 ///
 /// # Errors
-/// The first thing that kept it from that.
-pub(crate) async fn open_replica(
-    shards: &Shards<PartitionMachine>,
+/// It is open already, or the shards are stopping.
+pub(crate) async fn open_handle(
+    shards: &Weak<Shards<PartitionMachine>>,
     spec: ReplicaSpec,
     machine: PartitionMachine,
 ) -> Result<Replica, Error> {
     let (sender, receiver) = oneshot::channel();
-    shards.open(spec, machine, Reply::from(sender));
-    let replica: Replica = receiver.await.map_err(|_| shutting_down())??;
-    settled(&replica).await?;
-    Ok(replica)
+    match shards.upgrade() {
+        Some(shards) => shards.open(spec, machine, Reply::from(sender)),
+        None => return Err(shutting_down()),
+    }
+    receiver.await.map_err(|_| shutting_down())?
 }
 
-/// Waits until a replica leads, or until it is known what keeps it from that.
-async fn settled(replica: &Replica) -> Result<(), Error> {
+/// Closes a replica, if it is open, and waits until that is done.
+pub(crate) async fn close(shards: &Weak<Shards<PartitionMachine>>, tp: TopicPartition, delete_files: bool) {
+    let (sender, receiver) = oneshot::channel();
+    if let Some(shards) = shards.upgrade() {
+        shards.close(tp, delete_files, Reply::from(sender));
+    }
+    // An error means that the shards are stopping: then all are closed.
+    drop(receiver.await);
+}
+
+/// Waits until a replica has found its part in its group (one that is alone leads), or until it is known what keeps it
+/// from that.
+pub(crate) async fn settled(replica: &Replica, has_peers: bool) -> Result<(), Error> {
     let mut status = replica.status();
     loop {
         match &status.health {
             _ if status.is_ready() => return Ok(()),
             Health::Failed { message } => return Err(Error::new(ErrorCode::StorageFailed, message.clone())),
-            Health::Quarantined { message } => return Err(Error::new(ErrorCode::Quarantined, message.clone())),
+            Health::Quarantined { message } | Health::Lost { message, .. } => {
+                return Err(Error::new(ErrorCode::Quarantined, message.clone()));
+            }
+            Health::Ok | Health::DiskFull if has_peers && status.role != Role::Opening => return Ok(()),
             Health::Ok | Health::DiskFull => status = replica.changed(&status).await,
         }
     }
@@ -359,8 +475,10 @@ mod tests {
     use flowstone_storage::sim_disk::Operation;
 
     use super::*;
-    use crate::controller::commands::{AlterTopic, CreateTopic, MetadataCommand, MetadataReply, MetadataRules};
-    use crate::controller::table::{BrokerEntry, METADATA_PARTITION, Place};
+    use crate::controller::commands::{
+        AlterTopic, CreateTopic, MetadataCommand, MetadataReply, MetadataRules, Registration,
+    };
+    use crate::controller::table::{METADATA_PARTITION, Place};
     use crate::node::command_to;
 
     /// Nothing here takes this long; what does has hung.
@@ -382,7 +500,8 @@ mod tests {
             let data_dir = DataDir::open_or_create(disk.shared(), path, DirectoryId::new(7), 1).expect("an empty disk");
             let data_dir = Arc::new(data_dir);
             let config = ShardsConfig { shards: 1, inline_flush_bytes_max: 0, ..ShardsConfig::default() };
-            let shards = Shards::start(config, Arc::clone(&data_dir), Arc::new(|| Timestamp::new(1))).expect("started");
+            let clock = Arc::new(|| Timestamp::new(1));
+            let shards = Shards::start(config, Arc::clone(&data_dir), clock, Arc::new(NoPeers)).expect("started");
             let shards = Arc::new(shards);
             let rules = MetadataRules {
                 topics_max: 10,
@@ -401,16 +520,20 @@ mod tests {
                 retention: RetentionConfig::default(),
                 internal: true,
                 max_message_bytes: 1 << 20,
+                peers: Arc::from([]),
+                start: Start::alone(ReplicaId::new(1)),
             };
             let metadata = open_replica(&shards, spec, machine).await.expect("opened");
             let voter = Place { broker: BrokerId::new(1), directory: data_dir.id(), replica: ReplicaId::new(1) };
-            let broker = BrokerEntry {
+            let broker = Registration {
                 id: BrokerId::new(1),
                 directory: data_dir.id(),
                 client_address: "127.0.0.1:1".to_owned(),
                 peer_address: "127.0.0.1:2".to_owned(),
                 rack: String::new(),
                 version: String::new(),
+                incarnation: 1,
+                seed: 1,
             };
             let found = MetadataCommand::Found { cluster: ClusterId::new(3), voters: vec![voter] };
             for command in [found, MetadataCommand::RegisterBroker(broker)] {

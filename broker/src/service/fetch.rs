@@ -29,7 +29,7 @@ use futures::task::AtomicWaker;
 use parking_lot::Mutex;
 use tonic::{Status, Streaming};
 
-use super::produce::{drained, in_partition};
+use super::produce::drained;
 use super::{find, parse_tp, shutting_down, unreadable};
 use crate::metrics::Api;
 use crate::node::Node;
@@ -113,6 +113,10 @@ struct Position {
     read: Option<ReadUnderWay>,
     /// Responses of it in `ready`.
     in_line: usize,
+    /// Any replica will do.
+    any_replica: bool,
+    /// The highest high watermark that the client was told, here or elsewhere.
+    known_high_watermark: Option<Offset>,
     /// Dropped with the position: a read that is parked for it is then nobody's, and its shard forgets it.
     alive: Arc<()>,
     /// After damage was found: one batch at a time, so that all before it is still delivered.
@@ -249,7 +253,7 @@ impl FetchSession {
                     "fetch_id {reader} reads this partition on the same stream; set that one, or open a second stream"
                 ),
             );
-            return Err(in_partition(error, &partition));
+            return Err(self.node.explain(error, &partition));
         }
         Ok(Position {
             generation,
@@ -259,6 +263,9 @@ impl FetchSession {
             last_epoch: (wanted.last_epoch >= 0).then(|| LeaderEpoch::new(wanted.last_epoch)),
             read: None,
             in_line: 0,
+            any_replica: wanted.from_any_replica,
+            known_high_watermark: (wanted.from_any_replica && wanted.known_high_watermark > 0)
+                .then(|| Offset::new(wanted.known_high_watermark)),
             alive: Arc::default(),
             one_by_one: false,
         })
@@ -322,7 +329,7 @@ impl FetchSession {
             let answer = match read {
                 Ok(answer) => answer,
                 Err(error) => {
-                    let error = in_partition(error, &position.partition);
+                    let error = self.node.explain(error, &position.partition);
                     self.fail(fetch_id, session, generation, in_line, error);
                     continue;
                 }
@@ -334,7 +341,7 @@ impl FetchSession {
             }
             if let Err(damage) = answer.bytes.verify() {
                 if position.one_by_one {
-                    let error = in_partition(corrupt(&damage), &position.partition);
+                    let error = self.node.explain(corrupt(&damage), &position.partition);
                     self.fail(fetch_id, session, generation, in_line, error);
                 } else {
                     position.one_by_one = true;
@@ -343,6 +350,9 @@ impl FetchSession {
                 continue;
             }
             let bytes = answer.bytes.len();
+            if position.any_replica {
+                position.known_high_watermark = position.known_high_watermark.max(Some(answer.high_watermark));
+            }
             if answer.bytes.next > position.next {
                 position.next = answer.bytes.next;
                 // It told of what the client had read before; the records now on their way are this log's own.
@@ -386,7 +396,14 @@ impl FetchSession {
             let number = self.count;
             position.read = Some(ReadUnderWay { number, bytes, since: Instant::now() });
             self.reading_bytes += bytes;
-            let request = ReadRequest { from: position.next, max_bytes, last_epoch: position.last_epoch, wait: true };
+            let request = ReadRequest {
+                from: position.next,
+                max_bytes,
+                last_epoch: position.last_epoch,
+                wait: true,
+                any_replica: position.any_replica,
+                known_high_watermark: position.known_high_watermark,
+            };
             let arrivals = Arc::downgrade(&self.arrivals);
             let reply = Reply::while_alive(&position.alive, move |read| {
                 if let Some(arrivals) = arrivals.upgrade() {

@@ -1,28 +1,31 @@
 //! `Metadata` and `WatchMetadata`: brokers, topics, and where partitions are led.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use flowstone_protocol::{Error, ErrorCode, Offset, PartitionId, TopicName, TopicPartition, pb};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, PartitionId, TopicName, TopicPartition, pb};
 use futures::{FutureExt, Stream, StreamExt, stream};
 use tonic::Status;
 
 use super::{repeated, shutting_down};
+use crate::controller::change::PartitionEntry;
 use crate::controller::commands::unknown_topic;
 use crate::controller::table::{MetadataTable, Topic};
-use crate::node::Node;
-use crate::partition::Slot;
+use crate::node::{Led, Node};
 
 /// Between a watcher's updates.
 const PAUSE: Duration = Duration::from_millis(20);
 /// Nobody.
 const NO_LEADER: i32 = -1;
 
+/// How long a name that is not known here may take to be looked up for certain.
+const LOOK_UP_MAX: Duration = Duration::from_secs(2);
+
 /// The named topics, or all.
-pub(super) fn metadata(node: &Node, request: &pb::MetadataRequest) -> Result<pb::MetadataResponse, Error> {
+pub(super) async fn metadata(node: &Node, request: &pb::MetadataRequest) -> Result<pb::MetadataResponse, Error> {
     let names_max = node.config.limits.queries_per_request;
     if request.topics.len() > names_max {
         return Err(Error::new(
@@ -33,14 +36,19 @@ pub(super) fn metadata(node: &Node, request: &pb::MetadataRequest) -> Result<pb:
             ),
         ));
     }
+    let is_known = |name: &String| node.table.with(|table| table.topic_named(name).is_some());
+    if !request.topics.iter().all(is_known) {
+        // Another broker may have created it a moment ago; if that cannot be found out, what is known here must do.
+        drop(tokio::time::timeout(LOOK_UP_MAX, node.control.caught_up()).await);
+    }
     let view = View::of(node);
     let topics = if request.topics.is_empty() {
         let wanted = view.topics.iter().filter(|topic| request.include_internal || !topic.internal);
-        wanted.map(|topic| topic_metadata(node, topic)).collect()
+        wanted.map(|topic| topic_metadata(node, &view, topic)).collect()
     } else {
         let by_name: HashMap<&str, &Arc<Topic>> =
             view.topics.iter().map(|topic| (topic.name.as_str(), topic)).collect();
-        request.topics.iter().map(|name| named(node, by_name.get(name.as_str()).copied(), name)).collect()
+        request.topics.iter().map(|name| named(node, &view, by_name.get(name.as_str()).copied(), name)).collect()
     };
     Ok(view.response(node, topics))
 }
@@ -51,6 +59,8 @@ struct View {
     /// Sorted by name.
     topics: Vec<Arc<Topic>>,
     brokers: Vec<pb::Broker>,
+    /// Brokers that the controller has not heard of for too long.
+    dead: HashSet<BrokerId>,
     applied: Offset,
 }
 
@@ -60,7 +70,12 @@ impl View {
     }
 
     fn of_table(table: &MetadataTable) -> Self {
-        Self { topics: table.topics().cloned().collect(), brokers: brokers(table), applied: table.applied() }
+        Self {
+            topics: table.topics().cloned().collect(),
+            brokers: brokers(table),
+            dead: table.brokers().filter(|broker| broker.fenced).map(|broker| broker.id).collect(),
+            applied: table.applied(),
+        }
     }
 
     fn response(self, node: &Node, topics: Vec<pb::TopicMetadata>) -> pb::MetadataResponse {
@@ -74,9 +89,9 @@ impl View {
     }
 }
 
-fn named(node: &Node, topic: Option<&Arc<Topic>>, name: &str) -> pb::TopicMetadata {
+fn named(node: &Node, view: &View, topic: Option<&Arc<Topic>>, name: &str) -> pb::TopicMetadata {
     let error = match topic {
-        Some(topic) => return topic_metadata(node, topic),
+        Some(topic) => return topic_metadata(node, view, topic),
         // A name that no topic can have says so, rather than that there is none.
         None => match TopicName::new(name) {
             Ok(_) => unknown_topic(name),
@@ -106,19 +121,20 @@ pub(super) fn brokers(table: &MetadataTable) -> Vec<pb::Broker> {
 
 /// The broker that leads the metadata.
 pub(super) fn controller(node: &Node) -> i32 {
-    if node.metadata.status().is_ready() { node.id.get() } else { NO_LEADER }
+    node.control.controller().map_or(NO_LEADER, BrokerId::get)
 }
 
-fn topic_metadata(node: &Node, topic: &Topic) -> pb::TopicMetadata {
-    let partitions = topic.partitions.iter().enumerate().map(|(partition, places)| {
+fn topic_metadata(node: &Node, view: &View, topic: &Topic) -> pb::TopicMetadata {
+    let partitions = topic.partitions.iter().enumerate().map(|(partition, entry)| {
         let partition = PartitionId::new(partition as i32);
-        let (leader_id, leader_epoch) = leader(node, TopicPartition { topic: topic.id, partition });
+        let (leader_id, leader_epoch) = leader(node, &view.dead, TopicPartition { topic: topic.id, partition }, entry);
+        let brokers = || entry.replicas().iter().map(|place| place.broker);
         pb::PartitionMetadata {
             partition: partition.get(),
             leader_id,
             leader_epoch,
-            replicas: places.iter().map(|place| place.broker.get()).collect(),
-            alive: Vec::new(),
+            replicas: brokers().map(BrokerId::get).collect(),
+            alive: brokers().filter(|broker| !view.dead.contains(broker)).map(BrokerId::get).collect(),
         }
     });
     pb::TopicMetadata {
@@ -130,15 +146,10 @@ fn topic_metadata(node: &Node, topic: &Topic) -> pb::TopicMetadata {
     }
 }
 
-/// Who leads, and since which epoch, as far as this broker knows.
-pub(super) fn leader(node: &Node, tp: TopicPartition) -> (i32, i32) {
-    match node.replicas.get(tp) {
-        Some(Slot::Open(partition)) => {
-            let status = partition.replica.status();
-            (if status.is_ready() { node.id.get() } else { NO_LEADER }, status.leader_epoch().get())
-        }
-        _ => (NO_LEADER, -1),
-    }
+/// Who leads, and since which epoch, as far as this broker knows; a dead broker leads nothing.
+fn leader(node: &Node, dead: &HashSet<BrokerId>, tp: TopicPartition, entry: &PartitionEntry) -> (i32, i32) {
+    let Led { by, epoch } = node.led(tp, entry.leader());
+    (by.filter(|leader| !dead.contains(leader)).map_or(NO_LEADER, BrokerId::get), epoch.get())
 }
 
 /// The updates of one watcher.
@@ -223,14 +234,14 @@ impl Watcher {
         let mut leaders = HashMap::new();
         for topic in view.topics.iter().filter(|topic| self.include_internal || !topic.internal) {
             let mut changed = whole || topic.changed_at > since;
-            for partition in 0..topic.partitions.len() {
+            for (partition, entry) in topic.partitions.iter().enumerate() {
                 let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(partition as i32) };
-                let now = leader(&node, tp);
+                let now = leader(&node, &view.dead, tp, entry);
                 changed |= self.leaders.get(&tp) != Some(&now);
                 leaders.insert(tp, now);
             }
             if changed {
-                topics.push(topic_metadata(&node, topic));
+                topics.push(topic_metadata(&node, &view, topic));
             }
         }
         self.leaders = leaders;

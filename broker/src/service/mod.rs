@@ -1,11 +1,14 @@
 //! The gRPC services: each call is one file, dispatch only matches.
 
 mod admin;
+mod brokers;
 mod fetch;
 mod fetch_body;
 mod metadata;
 mod offsets;
+mod partitions;
 mod produce;
+mod topics;
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -26,7 +29,7 @@ use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
 use crate::receiving::Held;
 
-pub(crate) use admin::AdminService;
+pub(crate) use admin::{AdminService, forwarded};
 pub(crate) use produce::REQUEST_BYTES_MIN;
 
 /// `flowstone.v1.Log`.
@@ -64,8 +67,7 @@ impl Log for LogService {
     }
 
     async fn metadata(&self, request: Request<pb::MetadataRequest>) -> Result<Response<pb::MetadataResponse>, Status> {
-        let call = async { metadata::metadata(&self.node, request.get_ref()) };
-        counted(&self.node, Api::Metadata, call).await
+        counted(&self.node, Api::Metadata, metadata::metadata(&self.node, request.get_ref())).await
     }
 
     async fn watch_metadata(
@@ -149,7 +151,7 @@ pub(crate) fn now() -> Timestamp {
     Timestamp::new(i64::try_from(since.as_millis()).unwrap_or(i64::MAX))
 }
 
-/// The replica that serves `tp`, or what to tell the client.
+/// The replica here that may serve `tp`, or what to tell the client. Whether it leads is its own to say.
 fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
     match node.replicas.get(tp) {
         Some(Slot::Open(partition)) => return Ok(partition),
@@ -157,10 +159,11 @@ fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
         Some(Slot::Opening) | None => {}
     }
     let topic = node.table.with(|table| {
-        let topic = table.topic(tp.topic);
-        topic.map(|topic| (topic.name.clone(), topic.partitions.len()))
+        let topic = table.topic(tp.topic)?;
+        let is_here = table.partition(tp).is_some_and(|entry| entry.places().any(|place| place.broker == node.id));
+        Some((topic.name.clone(), topic.partitions.len(), is_here))
     });
-    let Some((name, partitions)) = topic else {
+    let Some((name, partitions, is_here)) = topic else {
         return Err(Error::new(
             ErrorCode::UnknownTopic,
             format!("there is no topic with id {}; it was deleted, or never created: look its name up again", tp.topic),
@@ -178,6 +181,13 @@ fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
         )
         .with_topic(name)
         .with_partition(tp.partition));
+    }
+    if !is_here {
+        let error = Error::new(
+            ErrorCode::NotLeader,
+            format!("broker {} has no replica of this partition; ask the broker that leads it", node.id),
+        );
+        return Err(node.with_leader_hint(error.with_topic(name).with_partition(tp.partition), tp));
     }
     let (code, what) = if *node.drain.borrow() {
         (ErrorCode::ShuttingDown, "this broker is shutting down; try again when it is back")

@@ -8,7 +8,6 @@ use flowstone_replication::{FoundOffset, OffsetQuery, Reply};
 use futures::{StreamExt, stream};
 use tokio::sync::oneshot;
 
-use super::produce::in_partition;
 use super::{find, parse_tp};
 use crate::node::Node;
 
@@ -31,7 +30,7 @@ pub(super) async fn list_offsets(
         ));
     }
     // A few at a time: looking a time up may read from the disk, and others ask, too.
-    let lookups: Vec<_> = request.queries.into_iter().map(|query| one(node, query)).collect();
+    let lookups: Vec<_> = request.queries.into_iter().map(|query| one(node, query, request.linearizable)).collect();
     let answers: Vec<_> = stream::iter(lookups).buffered(QUERIES_AT_ONCE).collect().await;
     let answers = answers.into_iter().map(|answer: Result<pb::OffsetAnswer, Error>| {
         answer.unwrap_or_else(|error| pb::OffsetAnswer {
@@ -46,7 +45,7 @@ pub(super) async fn list_offsets(
     Ok(pb::ListOffsetsResponse { answers: answers.collect() })
 }
 
-async fn one(node: &Arc<Node>, query: pb::OffsetQuery) -> Result<pb::OffsetAnswer, Error> {
+async fn one(node: &Arc<Node>, query: pb::OffsetQuery, linearizable: bool) -> Result<pb::OffsetAnswer, Error> {
     let partition = find(node, parse_tp(&query.topic_id, query.partition)?)?;
     let wanted = match query.at {
         Some(At::Start(_)) => OffsetQuery::Start,
@@ -57,21 +56,31 @@ async fn one(node: &Arc<Node>, query: pb::OffsetQuery) -> Result<pb::OffsetAnswe
                 ErrorCode::InvalidRequest,
                 format!("timestamp {ms} is below zero; give milliseconds since 1970"),
             );
-            return Err(in_partition(error, &partition));
+            return Err(node.explain(error, &partition));
         }
         Some(At::RecordsFromEnd(records)) => OffsetQuery::RecordsFromEnd(records),
         None => {
             let error = Error::new(ErrorCode::InvalidRequest, "set `at`: start, end, timestamp or records_from_end");
-            return Err(in_partition(error, &partition));
+            return Err(node.explain(error, &partition));
         }
     };
+    if linearizable {
+        // Who leads asks a majority whether it still does; what is looked up afterwards is at least as new.
+        let (sender, receiver) = oneshot::channel();
+        partition.replica.read_index(Reply::from(sender));
+        receiver
+            .await
+            .map_err(|_| super::shutting_down())
+            .and_then(|answer| answer)
+            .map_err(|error| node.explain(error, &partition))?;
+    }
     let (sender, receiver) = oneshot::channel();
     partition.replica.list_offset(wanted, Reply::from(sender));
     let found: Option<FoundOffset> = receiver
         .await
         .map_err(|_| super::shutting_down())
         .and_then(|answer| answer)
-        .map_err(|error| in_partition(error, &partition))?;
+        .map_err(|error| node.explain(error, &partition))?;
     let status = partition.replica.status();
     let (offset, timestamp) = match found {
         Some(found) => (found.offset, found.timestamp),

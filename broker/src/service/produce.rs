@@ -199,8 +199,9 @@ impl ProduceSession {
         let batch = request.batch;
         let target = Arc::clone(&partition);
         let checked = move |(batch, header)| Checked { request_id, received, acks, partition: target, batch, header };
+        let node = Arc::clone(&self.node);
         let refused =
-            move |error, partition: &OpenPartition| Refused { request_id, acks, error: in_partition(error, partition) };
+            move |error, partition: &OpenPartition| Refused { request_id, acks, error: node.explain(error, partition) };
         match rules.check_inline(&batch) {
             Some(Ok(batch)) => self.admit(checked(batch)),
             Some(Err(error)) => self.refuse(refused(error, &partition)),
@@ -227,9 +228,9 @@ impl ProduceSession {
         let partition = find(&self.node, parse_tp(&request.topic_id, request.partition)?)?;
         if partition.internal {
             let error = crate::controller::commands::internal_topic(&partition.topic);
-            return Err(in_partition(error, &partition));
+            return Err(self.node.explain(error, &partition));
         }
-        self.node.room.check().map_err(|error| in_partition(error, &partition))?;
+        self.node.room.check().map_err(|error| self.node.explain(error, &partition))?;
         Ok(partition)
     }
 
@@ -251,11 +252,12 @@ impl ProduceSession {
         self.held.release();
         self.answers.state.lock().in_flight += 1;
         let answers = Arc::clone(&self.answers);
-        let metrics = Arc::clone(&self.node.metrics);
+        let node = Arc::clone(&self.node);
         let replica = partition.replica.clone();
         let reply = Reply::new(move |produced: Result<Produced, Error>| {
-            metrics.answered(Api::Produce, received, produced.as_ref().err());
-            answers.complete((acks != Acks::None).then(|| result(request_id, produced, &partition)));
+            node.metrics.answered(Api::Produce, received, produced.as_ref().err());
+            let produced = produced.map_err(|error| node.explain(error, &partition));
+            answers.complete((acks != Acks::None).then(|| result(request_id, produced)));
         });
         replica.produce(batch, header, acks, permit, reply);
     }
@@ -307,7 +309,7 @@ pub(super) fn drained(mut drain: watch::Receiver<bool>) -> Pending<()> {
     })
 }
 
-fn result(request_id: u64, produced: Result<Produced, Error>, partition: &OpenPartition) -> pb::ProduceResult {
+fn result(request_id: u64, produced: Result<Produced, Error>) -> pb::ProduceResult {
     match produced {
         Ok(produced) => pb::ProduceResult {
             request_id,
@@ -319,14 +321,9 @@ fn result(request_id: u64, produced: Result<Produced, Error>, partition: &OpenPa
             request_id,
             base_offset: -1,
             log_append_time: -1,
-            error: Some(in_partition(error, partition).to_detail()),
+            error: Some(error.to_detail()),
         },
     }
-}
-
-/// Names the partition that an error is about.
-pub(super) fn in_partition(error: Error, partition: &OpenPartition) -> Error {
-    error.with_topic(&*partition.topic).with_partition(partition.tp.partition)
 }
 
 /// How a batch is checked and, where its topic asks for it, rewritten.

@@ -1,0 +1,290 @@
+//! What this broker answers to others on the peer listener, from before there is a cluster until it stops.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use bytes::Bytes;
+use flowstone_protocol::peer::{
+    BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, ForwardResponse, HelloRequest, HelloResponse,
+    InstructRequest, InstructResponse, KnownBroker, RegisterRequest, RegisterResponse, ReportRequest, ReportResponse,
+    instruct_request,
+};
+use flowstone_protocol::{
+    BrokerId, Error, ErrorCode, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition,
+};
+use parking_lot::RwLock;
+
+use super::control::Control;
+use super::drive::transfer;
+use super::duty::Lost;
+use super::form::{Founder, Founding, Me, founder_message};
+use crate::controller::commands::{Leadership, MetadataCommand, MetadataReply, MoveProgress, Registration};
+use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, MetadataTable};
+use crate::node::Node;
+use crate::partition::{OpenPartition, Slot};
+use crate::peer::{PeerCalls, PeerIdentity};
+use crate::service;
+
+/// This broker, as others ask for it.
+#[derive(Debug)]
+pub(crate) struct Calls {
+    me: Me,
+    seeds: Vec<String>,
+    /// Set once it is known, and never changed; readers clone it out.
+    founding: RwLock<Option<Founding>>,
+    /// Set while the metadata's replica is open.
+    control: RwLock<Option<Arc<Control>>>,
+    node: OnceLock<Arc<Node>>,
+}
+
+impl Calls {
+    pub(crate) fn new(me: Me, seeds: Vec<String>) -> Arc<Self> {
+        Arc::new(Self { me, seeds, founding: RwLock::new(None), control: RwLock::new(None), node: OnceLock::new() })
+    }
+
+    /// From now on it can be told to others; it is durable here.
+    pub(crate) fn tell_founding(&self, founding: Founding) {
+        *self.founding.write() = Some(founding);
+    }
+
+    /// The metadata's replica is open.
+    pub(crate) fn serve_metadata(&self, control: &Arc<Control>) {
+        *self.control.write() = Some(Arc::clone(control));
+    }
+
+    /// It is closed again.
+    pub(crate) fn stop_metadata(&self) {
+        *self.control.write() = None;
+    }
+
+    /// The broker serves.
+    pub(crate) fn serve_all(&self, node: &Arc<Node>) {
+        self.node.get_or_init(|| Arc::clone(node));
+    }
+
+    /// Who this broker says it is.
+    pub(crate) fn identity(&self) -> PeerIdentity {
+        PeerIdentity {
+            broker: self.me.broker,
+            directory: self.me.directory,
+            incarnation: self.me.incarnation,
+            cluster: self.founding.read().as_ref().map(|founding| founding.cluster),
+        }
+    }
+
+    fn control(&self) -> Result<Arc<Control>, Error> {
+        self.control.read().clone().ok_or_else(|| self.starting())
+    }
+
+    fn node(&self) -> Result<&Arc<Node>, Error> {
+        self.node.get().ok_or_else(|| self.starting())
+    }
+
+    fn starting(&self) -> Error {
+        Error::new(
+            ErrorCode::LeaderNotReady,
+            format!("broker {} is starting; try again in a moment, or ask another one", self.me.broker),
+        )
+    }
+
+    /// Takes a broker in, where this one is the controller.
+    pub(crate) async fn take_in(&self, from: PeerIdentity, request: RegisterRequest) -> Result<RegisterResponse, Error> {
+        let control = self.control()?;
+        if !control.leads() {
+            return Err(control.not_controller());
+        }
+        let registration = Registration {
+            id: from.broker,
+            directory: from.directory,
+            client_address: request.client_address,
+            peer_address: request.peer_address,
+            rack: request.rack,
+            version: request.version,
+            incarnation: from.incarnation,
+            seed: rand::random(),
+        };
+        let reply = control.command(MetadataCommand::RegisterBroker(registration)).await?;
+        let MetadataReply::Registered { metadata_replica, is_founder } = reply else {
+            return Err(Error::new(ErrorCode::Internal, "the controller answered something else"));
+        };
+        control.duty.heard(from.broker, from.incarnation, Instant::now(), None);
+        Ok(control.table.with(|table| RegisterResponse {
+            error: None,
+            cluster_id: table
+                .founding()
+                .map(|founding| Bytes::copy_from_slice(&founding.cluster.to_bytes()))
+                .unwrap_or_default(),
+            metadata_replica_id: metadata_replica.get(),
+            is_founder,
+            metadata_replicas: metadata_replicas(table).iter().map(founder_message).collect(),
+            feature_level: table.founding().map_or(FEATURE_LEVEL, |founding| founding.feature_level),
+        }))
+    }
+
+    /// Takes a broker's heartbeat, where this one is the controller. Its news are committed when this returns.
+    pub(crate) async fn take_heartbeat(
+        &self,
+        from: BrokerId,
+        incarnation: u64,
+        request: BrokerHeartbeatRequest,
+    ) -> Result<BrokerHeartbeatResponse, Error> {
+        let control = self.control()?;
+        if !control.leads() {
+            return Err(control.not_controller());
+        }
+        let known = control.table.with(|table| table.broker(from).cloned());
+        let Some(known) = known.filter(|known| known.incarnation == incarnation) else {
+            return Err(Error::new(
+                ErrorCode::InvalidRequest,
+                format!(
+                    "broker {from} has no session by this start of it: it was decommissioned, or another start has \
+                     registered since; restart it where it belongs to the cluster, else stop it"
+                ),
+            ));
+        };
+        control.duty.heard(from, incarnation, Instant::now(), Some(&request));
+        if known.fenced && !request.stopping {
+            control.command(MetadataCommand::UnfenceBroker { broker: from, incarnation }).await?;
+        }
+        let leaders: Vec<Leadership> = request
+            .leaders
+            .iter()
+            .filter_map(|row| {
+                Some(Leadership {
+                    tp: partition(&row.topic_id, row.partition)?,
+                    replica: ReplicaId::new(row.replica_id),
+                    epoch: LeaderEpoch::new(row.leader_epoch),
+                })
+            })
+            .collect();
+        if !leaders.is_empty() {
+            control.command(MetadataCommand::LeadersChanged { broker: from, leaders }).await?;
+        }
+        let ids = |ids: &[u64]| ids.iter().copied().map(ReplicaId::new).collect::<Vec<_>>();
+        for progress in &request.moves {
+            let Some(tp) = partition(&progress.topic_id, progress.partition) else { continue };
+            let command = MoveProgress {
+                tp,
+                may_remove: progress.may_remove,
+                removed: ids(&progress.removed),
+                wanted: ids(&progress.wanted),
+                seed: rand::random(),
+            };
+            control.command(MetadataCommand::MoveProgress(command)).await?;
+        }
+        control.duty.lost(request.lost.iter().filter_map(Lost::of));
+        Ok(control.table.with(|table| BrokerHeartbeatResponse {
+            error: None,
+            metadata_end: table.applied().get(),
+            metadata_replica_id: table.broker(from).map_or(0, |broker| broker.metadata_replica.get()),
+        }))
+    }
+
+    /// Hands a partition's leadership over, where it is led here.
+    pub(crate) async fn hand_over(&self, tp: TopicPartition, to: Option<ReplicaId>) -> Result<(), Error> {
+        let node = self.node()?;
+        let partition = self.open(node, tp)?;
+        if !partition.replica.status().is_ready() {
+            let error = Error::new(ErrorCode::NotLeader, format!("broker {} does not lead the partition", node.id));
+            return Err(node.explain(error, &partition));
+        }
+        transfer(&partition.replica, to).await.map_err(|error| node.explain(error, &partition))
+    }
+
+    fn open(&self, node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
+        match node.replicas.get(tp) {
+            Some(Slot::Open(partition)) => Ok(partition),
+            _ => Err(Error::new(ErrorCode::NotLeader, format!("broker {} has no replica of the partition", node.id))
+                .with_partition(tp.partition)),
+        }
+    }
+}
+
+/// Where the metadata's replicas are: those that vote, and those that follow.
+pub(crate) fn metadata_replicas(table: &MetadataTable) -> Vec<Founder> {
+    let voters = table.partition(METADATA_PARTITION).into_iter().flat_map(|entry| entry.places().copied());
+    let places = voters.chain(table.observers());
+    places
+        .map(|place| Founder {
+            broker: place.broker,
+            directory: place.directory,
+            replica: place.replica,
+            peer_address: table.broker(place.broker).map(|broker| broker.peer_address.clone()).unwrap_or_default(),
+        })
+        .collect()
+}
+
+pub(crate) fn partition(topic_id: &[u8], partition: i32) -> Option<TopicPartition> {
+    Some(TopicPartition { topic: TopicId::from_slice(topic_id)?, partition: PartitionId::new(partition) })
+}
+
+fn malformed() -> Error {
+    Error::new(ErrorCode::InvalidRequest, "topic_id needs 16 bytes; this is a defect of the broker that asked")
+}
+
+#[tonic::async_trait]
+impl PeerCalls for Calls {
+    async fn hello(&self, _from: PeerIdentity, _request: HelloRequest) -> Result<HelloResponse, Error> {
+        let founding = self.founding.read().clone();
+        let control = self.control.read().clone();
+        let brokers = match &control {
+            Some(control) => control.table.with(|table| {
+                let known = table.brokers().map(|broker| (broker.id, broker.peer_address.clone()));
+                known.collect::<Vec<_>>()
+            }),
+            None => founding.iter().flat_map(|founding| &founding.voters).map(|voter| (voter.broker, voter.peer_address.clone())).collect(),
+        };
+        let brokers = brokers
+            .into_iter()
+            .map(|(broker, peer_address)| KnownBroker { broker_id: broker.get(), peer_address });
+        Ok(HelloResponse {
+            answerer: Some(self.identity().to_caller(None)),
+            seeds: self.seeds.clone(),
+            peer_address: self.me.peer_address.clone(),
+            feature_level: FEATURE_LEVEL,
+            founding: founding.map(|founding| founding.to_message()),
+            controller_id: control.as_ref().and_then(|control| control.controller()).map_or(-1, BrokerId::get),
+            brokers: brokers.collect(),
+        })
+    }
+
+    async fn register(&self, from: PeerIdentity, request: RegisterRequest) -> Result<RegisterResponse, Error> {
+        self.take_in(from, request).await
+    }
+
+    async fn broker_heartbeat(
+        &self,
+        from: PeerIdentity,
+        request: BrokerHeartbeatRequest,
+    ) -> Result<BrokerHeartbeatResponse, Error> {
+        self.take_heartbeat(from.broker, from.incarnation, request).await
+    }
+
+    async fn forward(&self, _from: PeerIdentity, request: ForwardRequest) -> Result<ForwardResponse, Error> {
+        let response = service::forwarded(self.node()?, &request.method, request.request).await?;
+        Ok(ForwardResponse { error: None, response })
+    }
+
+    async fn report(&self, _from: PeerIdentity, request: ReportRequest) -> Result<ReportResponse, Error> {
+        let topics = request.topic_ids.iter().map(|id| TopicId::from_slice(id).ok_or_else(malformed));
+        let topics = topics.collect::<Result<Vec<_>, Error>>()?;
+        Ok(super::report::of_this_broker(self.node()?, &topics).await)
+    }
+
+    async fn instruct(&self, _from: PeerIdentity, request: InstructRequest) -> Result<InstructResponse, Error> {
+        let tp = partition(&request.topic_id, request.partition).ok_or_else(malformed)?;
+        match request.what {
+            Some(instruct_request::What::TransferLeaderTo(to)) => {
+                let to = (to != 0).then(|| ReplicaId::new(to));
+                self.hand_over(tp, to).await?;
+            }
+            Some(instruct_request::What::RecoverAs(_)) | None => {
+                return Err(Error::new(
+                    ErrorCode::Unsupported,
+                    format!("broker {} does not know this instruction; run one version on all", self.me.broker),
+                ));
+            }
+        }
+        Ok(InstructResponse { error: None })
+    }
+}

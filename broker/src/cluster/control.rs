@@ -1,0 +1,216 @@
+//! The metadata as this broker holds it: its own replica, what is committed, and the way to whoever leads it.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use flowstone_protocol::peer::ForwardRequest;
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset};
+use flowstone_replication::Reply;
+use futures::future::BoxFuture;
+use parking_lot::RwLock;
+use tokio::sync::oneshot;
+
+use super::duty::Duty;
+use crate::controller::commands::{MetadataCommand, MetadataReply};
+use crate::controller::table::MetadataTable;
+use crate::coordinator::Published;
+use crate::partition::{PartitionCommand, PartitionReply, Replica};
+use crate::peer::{PeerBook, PeerClient, PeerNetwork};
+
+/// A call for the controller looks for it this long: about two elections.
+const LOOK_FOR_CONTROLLER_MAX: Duration = Duration::from_secs(8);
+/// A controller that takes longer to say how far the metadata is is not waited for.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+/// What a broker forwards to learn how far the metadata is: no call of clients'. Answered with an offset, big endian.
+pub(crate) const METADATA_END: &str = "MetadataEnd";
+/// Between two looks where nothing tells of a change.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
+/// This broker's hold on the metadata.
+#[derive(Debug)]
+pub(crate) struct Control {
+    pub(crate) me: BrokerId,
+    /// Its replica of the metadata: takes commands while it leads. Replaced where the controller gives this broker another
+    /// one; readers clone it out.
+    metadata: RwLock<Replica>,
+    /// The committed metadata.
+    pub(crate) table: Published<MetadataTable>,
+    /// What the controller keeps in memory, in use while the metadata is led here.
+    pub(crate) duty: Duty,
+    /// Calls other brokers.
+    pub(crate) peers: PeerClient,
+    /// Brokers that may know who the controller is.
+    book: PeerBook,
+    /// Whom to ask next where nobody is known to be it.
+    asked: AtomicUsize,
+}
+
+impl Control {
+    pub(crate) fn new(
+        me: BrokerId,
+        metadata: Replica,
+        table: Published<MetadataTable>,
+        duty: Duty,
+        network: &PeerNetwork,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            me,
+            metadata: RwLock::new(metadata),
+            table,
+            duty,
+            peers: network.client(),
+            book: network.book().clone(),
+            asked: AtomicUsize::new(0),
+        })
+    }
+
+    /// This broker's replica of the metadata.
+    pub(crate) fn metadata(&self) -> Replica {
+        self.metadata.read().clone()
+    }
+
+    /// It has another one from now on.
+    pub(crate) fn set_metadata(&self, replica: Replica) {
+        *self.metadata.write() = replica;
+    }
+
+    /// Somebody who may know, where this broker does not: a replica that was removed from its group hears nothing more.
+    fn anybody(&self) -> Option<BrokerId> {
+        let known = self.book.all();
+        if known.is_empty() {
+            return None;
+        }
+        let turn = self.asked.fetch_add(1, Ordering::Relaxed) % known.len();
+        Some(known[turn].0)
+    }
+
+    /// Whether this broker is the controller.
+    pub(crate) fn leads(&self) -> bool {
+        self.metadata().status().is_ready()
+    }
+
+    /// The broker that leads the metadata, as far as is known here.
+    pub(crate) fn controller(&self) -> Option<BrokerId> {
+        let status = self.metadata().status();
+        if status.is_ready() { Some(self.me) } else { status.leader_broker }
+    }
+
+    /// Waits until this broker has applied all that was committed when it was asked, as the controller says.
+    ///
+    /// # Errors
+    /// The controller cannot be asked.
+    pub(crate) async fn caught_up(&self) -> Result<(), Error> {
+        let end = self
+            .at_controller(|to| {
+                Box::pin(async move {
+                    if to == self.me {
+                        return self.committed_end().await;
+                    }
+                    let request =
+                        ForwardRequest { caller: None, method: METADATA_END.to_owned(), request: Bytes::new() };
+                    let response = self.peers.forward(to, request, ANSWER_MAX).await?.response;
+                    let end = <[u8; 8]>::try_from(&response[..]).map_err(|_| {
+                        let what = "the controller answered something else; run one version of Flowstone on all";
+                        Error::new(ErrorCode::Internal, what)
+                    })?;
+                    Ok(Offset::new(i64::from_be_bytes(end)))
+                })
+            })
+            .await?;
+        // Told of every commit; a term's first entry changes nothing, and is told as well.
+        drop(self.table.changes().wait_for(|applied| *applied >= end).await);
+        Ok(())
+    }
+
+    /// One past the last committed offset of the metadata, once most voters have confirmed that this broker leads them.
+    ///
+    /// # Errors
+    /// This broker is not the controller.
+    pub(crate) async fn committed_end(&self) -> Result<Offset, Error> {
+        if !self.leads() {
+            return Err(self.not_controller());
+        }
+        let (sender, receiver) = oneshot::channel();
+        self.metadata().read_index(Reply::from(sender));
+        receiver.await.map_err(|_| shutting_down())?
+    }
+
+    /// Has the controller, which must be this broker, decide; returns when that is committed.
+    ///
+    /// # Errors
+    /// `NOT_LEADER` where another is the controller, `LEADER_NOT_READY` or `NO_LEADER` where nobody is at the moment.
+    pub(crate) async fn command(&self, command: MetadataCommand) -> Result<MetadataReply, Error> {
+        if !self.leads() {
+            return Err(self.not_controller());
+        }
+        command_to(&self.metadata(), command).await
+    }
+
+    /// Who is, for whoever took this broker for the controller.
+    pub(crate) fn not_controller(&self) -> Error {
+        match self.controller().filter(|controller| *controller != self.me) {
+            Some(controller) => {
+                let error = Error::new(
+                    ErrorCode::NotLeader,
+                    format!("broker {} is not the controller, broker {controller} is; ask that one", self.me),
+                );
+                let address =
+                    self.table.with(|table| table.broker(controller).map(|broker| broker.client_address.clone()));
+                error.with_leader(controller, address.unwrap_or_default())
+            }
+            None => Error::new(
+                ErrorCode::NoLeader,
+                "the cluster has no controller at the moment: it is being elected, or most voters of the metadata cannot \
+                 be reached; try again in a moment",
+            ),
+        }
+    }
+
+    /// Has `call` speak to the controller, whoever that is, as often as it says that it was not, or not yet.
+    ///
+    /// # Errors
+    /// What the controller said, or that there is none.
+    pub(crate) async fn at_controller<'a, T, C>(&self, call: C) -> Result<T, Error>
+    where
+        C: Fn(BrokerId) -> BoxFuture<'a, Result<T, Error>>,
+    {
+        let began = Instant::now();
+        let mut hint = None;
+        loop {
+            let error = match hint.take().or_else(|| self.controller()).or_else(|| self.anybody()) {
+                Some(controller) => match call(controller).await {
+                    Ok(answer) => return Ok(answer),
+                    Err(error) => {
+                        hint = error.leader_hint.as_ref().map(|(broker, _)| *broker).filter(|hint| *hint != controller);
+                        error
+                    }
+                },
+                None => self.not_controller(),
+            };
+            // Nothing was done where nobody was the controller.
+            let is_elsewhere =
+                matches!(error.code, ErrorCode::NotLeader | ErrorCode::NoLeader | ErrorCode::LeaderNotReady);
+            if !is_elsewhere || began.elapsed() > LOOK_FOR_CONTROLLER_MAX {
+                return Err(error);
+            }
+            let metadata = self.metadata();
+            let seen = metadata.status();
+            drop(tokio::time::timeout(LOOK_EVERY, metadata.changed(&seen)).await);
+        }
+    }
+}
+
+/// Has the controller behind `metadata` decide, and waits until that is committed.
+pub(crate) async fn command_to(metadata: &Replica, command: MetadataCommand) -> Result<MetadataReply, Error> {
+    let (sender, receiver) = oneshot::channel();
+    metadata.command(PartitionCommand::Metadata(command), Reply::from(sender));
+    let answered = receiver.await.map_err(|_| shutting_down())?;
+    let PartitionReply::Metadata(reply) = answered??;
+    Ok(reply)
+}
+
+fn shutting_down() -> Error {
+    Error::new(ErrorCode::ShuttingDown, "this broker is shutting down; try again when it is back")
+}

@@ -1,0 +1,343 @@
+//! Brings the groups that are led here to where the metadata wants them, one member at a time, and tells how far they are.
+//!
+//! What is to be done next is [`next_step`]'s to say, from how the group is and what is wanted: nothing is remembered, so
+//! a leader that comes later goes on where another one stopped. Here it is only carried out.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use flowstone_protocol::{BrokerId, Error, ErrorCode, ReplicaId, TopicPartition};
+use flowstone_replication::membership_plan::{PlanStep, next_step};
+use flowstone_replication::{GroupStatus, MembershipChange, Reply};
+use futures::{StreamExt, stream};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, oneshot};
+use tokio::time::MissedTickBehavior;
+
+use super::control::Control;
+use crate::controller::change::PartitionEntry;
+use crate::controller::table::{METADATA_PARTITION, MetadataTable};
+use crate::partition::{LocalReplicas, Replica, Slot};
+
+/// Groups whose members are being changed are looked at this often.
+const STEP_EVERY: Duration = Duration::from_millis(150);
+/// All groups led here are looked at this often.
+const SURVEY_EVERY: Duration = Duration::from_secs(2);
+/// A step that takes longer is asked for again.
+const STEP_MAX: Duration = Duration::from_secs(5);
+/// Groups that are looked at side by side.
+const AT_ONCE: usize = 64;
+/// Steps of one group at one go.
+const STEPS_MAX: usize = 8;
+/// The replica that was meant to lead must have been in sync for so long before it is given the lead: one that comes and
+/// goes is not worth the change.
+const PREFERRED_AFTER: Duration = Duration::from_secs(5);
+/// Leaderships that go back in one survey.
+const TRANSFERS_MAX: usize = 50;
+
+/// How the groups led here are, as of the last survey, and what is to be told to the controller.
+#[derive(Debug, Default)]
+pub(crate) struct Led {
+    /// Groups that lack a wanted replica in sync.
+    under_replicated: AtomicUsize,
+    /// Held for a look or a change; nothing waits inside.
+    progress: Mutex<HashMap<TopicPartition, Progress>>,
+    /// There is something to tell.
+    news: Notify,
+}
+
+/// How far a change of replicas is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    pub(crate) may_remove: bool,
+    pub(crate) removed: Vec<ReplicaId>,
+    /// The replicas that the leader was told to arrive at.
+    pub(crate) wanted: Vec<ReplicaId>,
+}
+
+impl Led {
+    pub(crate) fn under_replicated(&self) -> usize {
+        self.under_replicated.load(Ordering::Relaxed)
+    }
+
+    /// What the controller is to be told; taken, as it is found out again where it gets lost.
+    pub(crate) fn take_progress(&self) -> Vec<(TopicPartition, Progress)> {
+        self.progress.lock().drain().collect()
+    }
+
+    pub(crate) fn has_progress(&self) -> bool {
+        !self.progress.lock().is_empty()
+    }
+
+    /// Waits until there is something to tell.
+    pub(crate) async fn has_news(&self) {
+        self.news.notified().await;
+    }
+
+    fn tell(&self, tp: TopicPartition, progress: Progress) {
+        self.progress.lock().insert(tp, progress);
+        self.news.notify_one();
+    }
+}
+
+/// What is wanted of one group.
+#[derive(Clone, Debug)]
+struct Goal {
+    wanted: Vec<ReplicaId>,
+    leaving: Vec<ReplicaId>,
+    /// Learners that stay so.
+    observers: Vec<ReplicaId>,
+    may_remove: bool,
+    is_changing: bool,
+    /// The broker that was meant to lead, with its replica, while it is alive and may be given something.
+    preferred: Option<(BrokerId, ReplicaId)>,
+}
+
+impl Goal {
+    fn of(table: &MetadataTable, tp: TopicPartition, entry: &PartitionEntry) -> Self {
+        let observers = if tp == METADATA_PARTITION {
+            table.observers().map(|place| place.replica).collect()
+        } else {
+            Vec::new()
+        };
+        let preferred = entry.replicas().first().and_then(|place| {
+            let broker = table.broker(place.broker)?;
+            broker.takes_replicas().then_some((place.broker, place.replica))
+        });
+        Self {
+            wanted: entry.replicas().iter().map(|place| place.replica).collect(),
+            leaving: entry.leaving().iter().map(|place| place.replica).collect(),
+            observers,
+            may_remove: entry.may_remove(),
+            is_changing: entry.is_changing(),
+            preferred,
+        }
+    }
+
+    /// The next step, observers included.
+    fn next(&self, view: &GroupStatus) -> PlanStep {
+        // To the plan a learner is one that shall vote, or go.
+        let mut voting = view.clone();
+        voting.membership.learners.retain(|replica| !self.observers.contains(replica));
+        voting.members.retain(|member| !self.observers.contains(&member.replica));
+        let step = next_step(&voting, &self.wanted, &self.leaving, self.may_remove);
+        match step {
+            PlanStep::Nothing if self.is_grown(view) => PlanStep::ReportMayRemove,
+            PlanStep::Nothing => {
+                let is_member = |replica: &ReplicaId| {
+                    view.membership.voters.contains(replica) || view.membership.learners.contains(replica)
+                };
+                match self.observers.iter().find(|replica| !is_member(replica)) {
+                    Some(replica) => PlanStep::AddLearner(*replica),
+                    None => PlanStep::Nothing,
+                }
+            }
+            step => step,
+        }
+    }
+
+    /// A change that only adds is over once all vote.
+    fn is_grown(&self, view: &GroupStatus) -> bool {
+        self.is_changing
+            && !self.may_remove
+            && self.leaving.is_empty()
+            && self.wanted.iter().all(|replica| view.membership.voters.contains(replica))
+    }
+
+    fn in_sync(&self, view: &GroupStatus) -> usize {
+        let counts = |replica: &&ReplicaId| {
+            **replica == view.replica
+                || view.members.iter().any(|member| member.replica == **replica && member.in_sync && !member.is_learner)
+        };
+        self.wanted.iter().filter(counts).count()
+    }
+}
+
+/// Looks after the groups that are led here.
+#[derive(Debug)]
+pub(crate) struct Driver {
+    control: Arc<Control>,
+    replicas: LocalReplicas,
+    led: Arc<Led>,
+    /// Whether leaderships go back by themselves.
+    gives_back: bool,
+    /// Since when the replica that was meant to lead is in sync again.
+    in_sync_since: HashMap<TopicPartition, Instant>,
+    /// Groups at rest whose members are not as wanted, as of the last survey.
+    odd: HashSet<TopicPartition>,
+}
+
+impl Driver {
+    pub(crate) fn new(control: Arc<Control>, replicas: LocalReplicas, led: Arc<Led>, gives_back: bool) -> Self {
+        Self { control, replicas, led, gives_back, in_sync_since: HashMap::new(), odd: HashSet::new() }
+    }
+
+    /// Until aborted.
+    pub(crate) async fn run(mut self) {
+        let mut ticks = tokio::time::interval(STEP_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut surveyed = Instant::now();
+        loop {
+            ticks.tick().await;
+            self.step_all().await;
+            if surveyed.elapsed() >= SURVEY_EVERY {
+                self.survey().await;
+                surveyed = Instant::now();
+            }
+        }
+    }
+
+    /// The replica here, where it leads.
+    fn leader(&self, tp: TopicPartition) -> Option<Replica> {
+        match self.replicas.get(tp)? {
+            Slot::Open(partition) if partition.replica.status().is_ready() => Some(partition.replica.clone()),
+            _ => None,
+        }
+    }
+
+    async fn step_all(&self) {
+        let goals: Vec<(Replica, Goal)> = self.control.table.with(|table| {
+            let changing = table.changing().map(|(tp, _)| tp);
+            let mut tps: HashSet<TopicPartition> = changing.chain(self.odd.iter().copied()).collect();
+            if self.control.leads() {
+                tps.insert(METADATA_PARTITION);
+            }
+            let goal = |tp: TopicPartition| Some((self.leader(tp)?, Goal::of(table, tp, table.partition(tp)?)));
+            tps.into_iter().filter_map(goal).collect()
+        });
+        let led = &self.led;
+        stream::iter(goals)
+            .for_each_concurrent(AT_ONCE, |(replica, goal)| async move {
+                let tp = replica.tp();
+                if let Err(error) = step(&replica, &goal, led).await {
+                    // It leads no more, or a change is under way: the next look tells.
+                    tracing::debug!(%tp, %error, "a step of a change of members was refused");
+                }
+            })
+            .await;
+    }
+
+    /// All groups led here.
+    async fn survey(&mut self) {
+        let goals: Vec<(Replica, Goal)> = self.control.table.with(|table| {
+            let open = self.replicas.all().into_iter().filter_map(|(tp, slot)| match slot {
+                Slot::Open(partition) if partition.replica.status().is_ready() => Some((tp, partition.replica.clone())),
+                _ => None,
+            });
+            let goal = |(tp, replica): (TopicPartition, Replica)| {
+                let goal = Goal::of(table, tp, table.partition(tp)?);
+                // One that is alone, as it should be, has nothing to be looked at.
+                (goal.wanted.len() > 1 || goal.is_changing).then_some((replica, goal))
+            };
+            open.filter_map(goal).collect()
+        });
+        let views: Vec<(Replica, Goal, GroupStatus)> = stream::iter(goals)
+            .map(|(replica, goal)| async move {
+                let view = group(&replica).await.ok()?;
+                Some((replica, goal, view))
+            })
+            .buffer_unordered(AT_ONCE)
+            .filter_map(std::future::ready)
+            .collect()
+            .await;
+        let lacking = views.iter().filter(|(_, goal, view)| goal.in_sync(view) < goal.wanted.len()).count();
+        self.led.under_replicated.store(lacking, Ordering::Relaxed);
+        self.odd = views
+            .iter()
+            .filter(|(_, goal, view)| goal.next(view) != PlanStep::Nothing)
+            .map(|(replica, _, _)| replica.tp())
+            .collect();
+        if self.gives_back {
+            self.give_back(&views).await;
+        }
+    }
+
+    /// Leaderships go back to the replicas that were meant to lead, once these have caught up.
+    async fn give_back(&mut self, views: &[(Replica, Goal, GroupStatus)]) {
+        let now = Instant::now();
+        let mut due = Vec::new();
+        let mut waiting = HashMap::new();
+        for (replica, goal, view) in views {
+            let Some((broker, preferred)) = goal.preferred else { continue };
+            let in_sync = |member: &&flowstone_replication::MemberStatus| {
+                member.replica == preferred && member.in_sync && !member.is_learner
+            };
+            if preferred == view.replica || goal.is_changing || !view.members.iter().any(|member| in_sync(&member)) {
+                continue;
+            }
+            let since = *self.in_sync_since.get(&replica.tp()).unwrap_or(&now);
+            waiting.insert(replica.tp(), since);
+            if now.duration_since(since) >= PREFERRED_AFTER {
+                due.push((replica, broker, preferred));
+            }
+        }
+        self.in_sync_since = waiting;
+        for (replica, broker, preferred) in due.into_iter().take(TRANSFERS_MAX) {
+            self.in_sync_since.remove(&replica.tp());
+            match transfer(replica, Some(preferred)).await {
+                Ok(()) => tracing::debug!(tp = %replica.tp(), %broker, "leadership went back"),
+                Err(error) => tracing::debug!(tp = %replica.tp(), %broker, %error, "leadership did not go back"),
+            }
+        }
+    }
+}
+
+/// As many steps of one group as go at once.
+async fn step(replica: &Replica, goal: &Goal, led: &Led) -> Result<(), Error> {
+    for _ in 0..STEPS_MAX {
+        let view = group(replica).await?;
+        let change = match goal.next(&view) {
+            PlanStep::Nothing => return Ok(()),
+            PlanStep::AddLearner(id) => MembershipChange::AddLearner(id),
+            PlanStep::Promote(id) => MembershipChange::Promote(id),
+            PlanStep::Remove(id) => MembershipChange::Remove(id),
+            PlanStep::TransferAway(to) => return transfer(replica, Some(to)).await,
+            PlanStep::ReportMayRemove => {
+                led.tell(replica.tp(), Progress { may_remove: true, removed: Vec::new(), wanted: goal.wanted.clone() });
+                return Ok(());
+            }
+            PlanStep::Done { removed } => {
+                led.tell(replica.tp(), Progress { may_remove: false, removed, wanted: goal.wanted.clone() });
+                return Ok(());
+            }
+        };
+        tracing::info!(tp = %replica.tp(), ?change, "the group's members change");
+        let (sender, receiver) = oneshot::channel();
+        replica.change_membership(change, Reply::from(sender));
+        answer(receiver).await?;
+    }
+    Ok(())
+}
+
+/// How the group is, as the replica sees it.
+///
+/// # Errors
+/// The replica has ended, or does not answer.
+pub(crate) async fn group(replica: &Replica) -> Result<GroupStatus, Error> {
+    let (sender, receiver) = oneshot::channel();
+    replica.group(Reply::from(sender));
+    answer(receiver).await
+}
+
+/// Hands leadership over, to the best of the others where none is named; returns when another leads.
+///
+/// # Errors
+/// It did not come to that.
+pub(crate) async fn transfer(replica: &Replica, to: Option<ReplicaId>) -> Result<(), Error> {
+    let (sender, receiver) = oneshot::channel();
+    replica.transfer_leader(to, Reply::from(sender));
+    answer(receiver).await
+}
+
+async fn answer<T>(receiver: oneshot::Receiver<Result<T, Error>>) -> Result<T, Error> {
+    match tokio::time::timeout(STEP_MAX, receiver).await {
+        Ok(Ok(answer)) => answer,
+        Ok(Err(_)) => Err(Error::new(ErrorCode::ShuttingDown, "this broker is shutting down; ask another one")),
+        Err(_) => Err(Error::new(
+            ErrorCode::TimedOut,
+            format!("the partition did not do it within {STEP_MAX:?}; look at its health, and try again"),
+        )),
+    }
+}

@@ -1,0 +1,211 @@
+//! This broker's session with the controller: it registers at each start, then says every half second that it lives, what
+//! it leads, how far the changes of its groups are, and which of its replicas can never vote again.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use flowstone_protocol::peer::{
+    BrokerHeartbeatRequest, BrokerHeartbeatResponse, LeaderRow, LostReplica, MoveProgress, RegisterRequest,
+    RegisterResponse,
+};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, ReplicaId, TopicPartition};
+use flowstone_replication::Health;
+use tokio::sync::watch;
+use tokio::time::MissedTickBehavior;
+
+use super::calls::Calls;
+use super::control::Control;
+use super::drive::Led;
+use crate::admin_http::Readiness;
+use crate::partition::{LocalReplicas, OpenPartition, Slot};
+use crate::room::Room;
+
+/// Between two heartbeats where there is nothing to tell.
+const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
+/// News are told this soon, several together.
+const TELL_WITHIN: Duration = Duration::from_millis(20);
+/// A controller that takes longer to answer is looked for anew.
+pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Between two tries to register.
+const REGISTER_EVERY: Duration = Duration::from_millis(100);
+/// Leaders told with one heartbeat.
+const ROWS_MAX: usize = 10_000;
+
+/// Registers, at whichever of the brokers that `contacts` gives is the controller; tries until it is accepted.
+///
+/// # Errors
+/// A refusal that did not go away within `patience`: long enough for a session of the same broker that has ended to be
+/// noticed.
+pub(crate) async fn register<C, R, F>(
+    contacts: C,
+    register: R,
+    request: &RegisterRequest,
+    patience: Duration,
+    readiness: &Readiness,
+) -> Result<RegisterResponse, Error>
+where
+    C: Fn() -> Vec<BrokerId>,
+    R: Fn(BrokerId, RegisterRequest) -> F,
+    F: Future<Output = Result<RegisterResponse, Error>>,
+{
+    let mut refused_since: Option<Instant> = None;
+    let mut hint = None;
+    loop {
+        let mut why = None;
+        for broker in hint.take().into_iter().chain(contacts()) {
+            match register(broker, request.clone()).await {
+                Ok(response) => return Ok(response),
+                Err(error) => {
+                    hint = error.leader_hint.as_ref().map(|(leader, _)| *leader).filter(|leader| *leader != broker);
+                    if !error.is_retriable() || error.code == ErrorCode::InvalidRequest {
+                        let since = *refused_since.get_or_insert_with(Instant::now);
+                        if since.elapsed() > patience {
+                            return Err(error);
+                        }
+                        tracing::warn!(%broker, %error, "the registration was refused; it is tried again");
+                        why = Some(error);
+                        break;
+                    }
+                    why = Some(error);
+                    if hint.is_some() {
+                        break;
+                    }
+                }
+            }
+        }
+        let why = why.map_or_else(|| "no other broker is known yet".to_owned(), |error| error.message);
+        readiness.hold("registration", format!("the cluster has not taken this broker in yet: {why}"));
+        tokio::time::sleep(REGISTER_EVERY).await;
+    }
+}
+
+/// What a session is about.
+#[derive(Debug)]
+pub(crate) struct Session {
+    pub(crate) control: Arc<Control>,
+    pub(crate) calls: Arc<Calls>,
+    pub(crate) replicas: LocalReplicas,
+    pub(crate) led: Arc<Led>,
+    pub(crate) room: Room,
+    /// True once the broker hands its leaderships over.
+    pub(crate) stopping: watch::Receiver<bool>,
+    /// The replica of the metadata that this broker is to have.
+    pub(crate) metadata_replica: watch::Sender<ReplicaId>,
+}
+
+impl Session {
+    /// Until aborted.
+    pub(crate) async fn run(mut self) {
+        let mut ticks = tokio::time::interval(HEARTBEAT_EVERY);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut changes = self.replicas.changes();
+        let mut told = HashMap::new();
+        loop {
+            tokio::select! {
+                _ = ticks.tick() => {}
+                changed = changes.changed() => match changed {
+                    Ok(()) => tokio::time::sleep(TELL_WITHIN).await,
+                    Err(_) => return,
+                },
+                () = self.led.has_news() => {}
+                changed = self.stopping.changed() => if changed.is_err() { return },
+            }
+            changes.borrow_and_update();
+            self.heartbeat(&mut told).await;
+        }
+    }
+
+    /// Says everything once. What was not taken is said again.
+    async fn heartbeat(&self, told: &mut HashMap<TopicPartition, LeaderEpoch>) {
+        if self.control.table.with(|table| table.brokers().count() <= 1) && self.control.leads() && !self.led.has_progress() {
+            // There is nobody to tell, and nothing.
+            return;
+        }
+        let open = self.open();
+        let leads = Self::leads(&open, told);
+        let moves = self.led.take_progress().into_iter().map(|(tp, progress)| MoveProgress {
+            topic_id: tp.topic.to_bytes().to_vec().into(),
+            partition: tp.partition.get(),
+            may_remove: progress.may_remove,
+            removed: progress.removed.iter().map(|replica| replica.get()).collect(),
+            wanted: progress.wanted.iter().map(|replica| replica.get()).collect(),
+        });
+        let request = BrokerHeartbeatRequest {
+            caller: None,
+            metadata_applied: self.control.table.with(|table| table.applied().get()),
+            leaders: leads.iter().map(|(_, _, row)| row.clone()).collect(),
+            moves: moves.collect(),
+            lost: open.iter().filter_map(|partition| lost(partition)).collect(),
+            stopping: *self.stopping.borrow(),
+            disk_free_bytes: self.room.free_bytes(),
+            disk_total_bytes: self.room.total_bytes(),
+        };
+        match self.control.at_controller(|to| Box::pin(self.tell(to, &request))).await {
+            Ok(answer) => {
+                for (tp, epoch, _) in leads {
+                    told.insert(tp, epoch);
+                }
+                if let id @ 1.. = answer.metadata_replica_id {
+                    self.metadata_replica.send_if_modified(|known| std::mem::replace(known, ReplicaId::new(id)).get() != id);
+                }
+            }
+            Err(error) if error.code == ErrorCode::InvalidRequest => {
+                // It was decommissioned, or another broker took its place.
+                tracing::error!(%error, "the controller does not know this broker's session");
+            }
+            Err(error) => tracing::debug!(%error, "a heartbeat was not taken"),
+        }
+    }
+
+    async fn tell(&self, to: BrokerId, request: &BrokerHeartbeatRequest) -> Result<BrokerHeartbeatResponse, Error> {
+        if to == self.control.me {
+            let incarnation = self.calls.identity().incarnation;
+            return self.calls.take_heartbeat(self.control.me, incarnation, request.clone()).await;
+        }
+        self.control.peers.broker_heartbeat(to, request.clone(), ANSWER_MAX).await
+    }
+
+    fn open(&self) -> Vec<Arc<OpenPartition>> {
+        let all = self.replicas.all().into_iter();
+        all.filter_map(|(_, slot)| if let Slot::Open(partition) = slot { Some(partition) } else { None }).collect()
+    }
+
+    /// Leaderships that the controller was not told of.
+    fn leads(
+        open: &[Arc<OpenPartition>],
+        told: &HashMap<TopicPartition, LeaderEpoch>,
+    ) -> Vec<(TopicPartition, LeaderEpoch, LeaderRow)> {
+        let rows = open.iter().filter_map(|partition| {
+            let status = partition.replica.status();
+            let epoch = status.leader_epoch();
+            if !status.is_ready() || told.get(&partition.tp) == Some(&epoch) {
+                return None;
+            }
+            let row = LeaderRow {
+                topic_id: partition.tp.topic.to_bytes().to_vec().into(),
+                partition: partition.tp.partition.get(),
+                leader_epoch: epoch.get(),
+                replica_id: partition.replica_id.get(),
+            };
+            Some((partition.tp, epoch, row))
+        });
+        rows.take(ROWS_MAX).collect()
+    }
+}
+
+/// A replica that can never vote again under its id.
+pub(crate) fn lost(partition: &OpenPartition) -> Option<LostReplica> {
+    let Health::Lost { message, lost_memory, last_term, last_index } = partition.replica.status().health else {
+        return None;
+    };
+    Some(LostReplica {
+        topic_id: partition.tp.topic.to_bytes().to_vec().into(),
+        partition: partition.tp.partition.get(),
+        replica_id: partition.replica_id.get(),
+        reason: message,
+        lost_memory,
+        last_term: last_term.get(),
+        last_index: last_index.get(),
+    })
+}

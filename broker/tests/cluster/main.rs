@@ -1,0 +1,7 @@
+//! Several whole brokers in one process, on ports of the system's choice and folders of their own, and clients that speak
+//! gRPC to them with the generated code alone.
+
+mod forming;
+mod operations;
+mod surviving;
+mod world;

@@ -1,0 +1,142 @@
+//! What operators ask for, at any broker.
+
+use flowstone_protocol::pb;
+
+use super::world::{World, error_of, soon, until};
+
+async fn no_moves(world: &World) {
+    until("all moves are done", async || {
+        let moves = world.any().moves().await.map_err(|error| error.to_string())?;
+        if moves.is_empty() { Ok(()) } else { Err(format!("{moves:?}")) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_fourth_broker_takes_over_from_the_first() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 4, 3).await.expect("created");
+    for number in 0..20 {
+        world.produce(&topic, number % 4, &number.to_string()).await;
+    }
+    world.add_place(4).await;
+    world.start(4).await;
+    // One partition by hand, asked at the newcomer.
+    let request = pb::MovePartitionRequest { topic: "orders".to_owned(), partition: 0, brokers: vec![4, 2, 3] };
+    let moved = soon("move", world.client(4).admin.move_partition(request)).await.map_err(error_of).expect("begun");
+    assert_eq!(moved.into_inner().r#move.expect("told").to, [4, 2, 3]);
+    no_moves(&world).await;
+    let description = world.client(4).describe("orders").await.expect("described");
+    assert_eq!(description.partitions[0].replicas, [4, 2, 3]);
+    // The rest by draining, the metadata's vote included.
+    let drain = pb::DrainBrokerRequest { broker_id: 1, ..Default::default() };
+    soon("drain", world.client(2).admin.drain_broker(drain)).await.map_err(error_of).expect("begun");
+    until("broker 1 is empty", async || {
+        let health = world.client(3).health().await.map_err(|error| error.to_string())?;
+        let first = health.brokers.iter().find(|broker| broker.broker_id == 1).ok_or("gone")?;
+        if first.replicas == 0 && world.any().moves().await.is_ok_and(|moves| moves.is_empty()) {
+            Ok(())
+        } else {
+            Err(format!("{first:?}"))
+        }
+    })
+    .await;
+    world.stop(1).await;
+    until("broker 1 is decommissioned", async || {
+        let request = pb::DecommissionBrokerRequest { broker_id: 1 };
+        let answered = soon("decommission", world.client(4).admin.decommission_broker(request)).await;
+        answered.map(|_| ()).map_err(|status| error_of(status).to_string())
+    })
+    .await;
+    world.healthy().await;
+    for partition in 0..4 {
+        let written: Vec<String> = (0..20).filter(|n| n % 4 == partition).map(|n| n.to_string()).collect();
+        assert_eq!(world.values(&topic, partition).await, written);
+    }
+    let cluster = world.client(2).cluster().await.expect("described");
+    assert_eq!(cluster.brokers.iter().map(|broker| broker.id).collect::<Vec<_>>(), [2, 3, 4]);
+    // The three that are left are a cluster of their own right: any one may die.
+    world.kill(2).await;
+    world.produce(&topic, 1, "after").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn leaderships_are_transferred_and_balanced() {
+    let world = World::of(3).await;
+    world.any().create("orders", 3, 3).await.expect("created");
+    world.healthy().await;
+    for to in [2, 3, 1] {
+        let request =
+            pb::TransferLeaderRequest { topic: "orders".to_owned(), partition: 0, to_broker_id: to };
+        let answered = until("transferred", async || {
+            let answered = soon("transfer", world.client(1).admin.transfer_leader(request.clone())).await;
+            answered.map_err(|status| error_of(status).to_string())
+        })
+        .await;
+        assert_eq!(answered.into_inner().leader_id, to);
+        until("everyone knows", async || {
+            for id in world.ids() {
+                let leader = world.client(id).leader("orders", 0).await?;
+                if leader != to {
+                    return Err(format!("broker {id} says {leader}"));
+                }
+            }
+            Ok(())
+        })
+        .await;
+    }
+    let request = pb::RebalanceRequest { validate_only: true, leaders_only: true };
+    soon("rebalance", world.client(3).admin.rebalance(request)).await.map_err(error_of).expect("planned");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_dead_broker_is_replaced_by_a_new_one() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 2, 3).await.expect("created");
+    world.produce(&topic, 0, "kept").await;
+    world.add_place(4).await;
+    world.start(4).await;
+    world.kill(3).await;
+    until("replaced", async || {
+        let request = pb::ReplaceBrokerRequest { old_broker_id: 3, new_broker_id: 4, validate_only: false };
+        let answered = soon("replace", world.client(1).admin.replace_broker(request)).await;
+        answered.map(|_| ()).map_err(|status| error_of(status).to_string())
+    })
+    .await;
+    no_moves(&world).await;
+    world.healthy().await;
+    let description = world.client(4).describe("orders").await.expect("described");
+    for partition in &description.partitions {
+        assert!(partition.replicas.contains(&4) && !partition.replicas.contains(&3), "{partition:?}");
+    }
+    world.kill(1).await;
+    assert_eq!(world.values(&topic, 0).await, ["kept"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_partition_without_a_majority_goes_on_with_what_a_survivor_has() {
+    let mut world = World::of(3).await;
+    // On two brokers: one of them gone is the majority gone, while the cluster itself goes on.
+    let topic = world.any().create("orders", 1, 2).await.expect("created");
+    world.produce(&topic, 0, "kept").await;
+    let replicas = world.any().describe("orders").await.expect("described").partitions[0].replicas.clone();
+    let (gone, survivor) = (replicas[0], replicas[1]);
+    world.kill(gone).await;
+    let recovered = until("recovered", async || {
+        let request = pb::RecoverPartitionRequest {
+            topic: "orders".to_owned(),
+            partition: 0,
+            from_broker_id: survivor,
+            validate_only: false,
+        };
+        let answered = soon("recover", world.any().admin.recover_partition(request)).await;
+        answered.map_err(|status| error_of(status).to_string())
+    })
+    .await;
+    assert!(recovered.into_inner().detail.contains("is kept"));
+    assert_eq!(world.values(&topic, 0).await, ["kept"]);
+    world.produce(&topic, 0, "after").await;
+    world.start(gone).await;
+    world.healthy().await;
+    assert_eq!(world.values(&topic, 0).await, ["kept", "after"]);
+}

@@ -1,0 +1,162 @@
+//! Brokers that die, come back, and lose what they had.
+
+use flowstone_protocol::ErrorCode;
+
+use super::world::{World, batch, soon, until};
+
+#[tokio::test(flavor = "multi_thread")]
+async fn any_one_broker_may_die_and_come_back() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 3, 3).await.expect("created");
+    let mut written = vec![Vec::new(); 3];
+    for dead in [1, 2, 3] {
+        for partition in 0..3 {
+            let value = format!("before {dead} dies");
+            world.produce(&topic, partition, &value).await;
+            written[partition as usize].push(value);
+        }
+        world.kill(dead).await;
+        for partition in 0..3 {
+            let value = format!("while {dead} is dead");
+            world.produce(&topic, partition, &value).await;
+            written[partition as usize].push(value);
+        }
+        world.start(dead).await;
+        world.healthy().await;
+    }
+    for partition in 0..3 {
+        assert_eq!(world.values(&topic, partition).await, written[partition as usize]);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn all_may_die_and_come_back() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "kept").await;
+    for id in [1, 2, 3] {
+        world.kill(id).await;
+    }
+    world.start_all(&[3, 1, 2]).await;
+    assert_eq!(world.values(&topic, 0).await, ["kept"]);
+    world.produce(&topic, 0, "more").await;
+    assert_eq!(world.values(&topic, 0).await, ["kept", "more"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_with_a_lost_disk_gets_everything_anew_under_its_old_id() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 2, 3).await.expect("created");
+    for number in 0..10 {
+        world.produce(&topic, number % 2, &number.to_string()).await;
+    }
+    for wiped in [2, 1] {
+        world.kill(wiped).await;
+        world.wipe(wiped);
+        world.start(wiped).await;
+        world.healthy().await;
+        for partition in 0..2 {
+            let leader = world.leader(wiped, "orders", partition).await;
+            let end = world.client(leader).end(&topic, partition, true).await.expect("listed");
+            let read = world.client(wiped).read(&topic, partition, end, true).await.expect("it has all");
+            let written: Vec<String> = (0..10).filter(|n| n % 2 == partition).map(|n| n.to_string()).collect();
+            assert_eq!(read, written, "on broker {wiped}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_comes_back_under_another_address() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.kill(2).await;
+    let moved = super::world::free_address().await;
+    world.places.get_mut(&2).expect("a place").peer = moved;
+    world.start(2).await;
+    world.healthy().await;
+    world.kill(1).await;
+    world.produce(&topic, 0, "by the broker that moved").await;
+    assert_eq!(world.values(&topic, 0).await, ["by the broker that moved"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_stops_hands_its_leaderships_over_first() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 6, 3).await.expect("created");
+    world.healthy().await;
+    let led: Vec<i32> = {
+        let description = world.any().describe("orders").await.expect("described");
+        description.partitions.iter().filter(|p| p.leader_id == 1).map(|p| p.partition).collect()
+    };
+    assert!(!led.is_empty(), "placement spreads leaders");
+    let before: Vec<i32> = {
+        let description = world.any().describe("orders").await.expect("described");
+        description.partitions.iter().map(|p| p.leader_epoch).collect()
+    };
+    world.stop(1).await;
+    // Its session has not ended, and no election timeout has passed: they are led already.
+    for partition in led {
+        let leader = world.leader(2, "orders", partition).await;
+        assert_ne!(leader, 1);
+        let description = world.client(2).describe("orders").await.expect("described");
+        let epoch = description.partitions[partition as usize].leader_epoch;
+        assert_eq!(epoch, before[partition as usize] + 1, "one election, no more");
+        world.client(leader).produce(&topic, partition, batch(&["x"])).await.expect("served");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_topic_is_deleted_while_a_broker_is_down_and_made_anew() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 2, 3).await.expect("created");
+    world.produce(&topic, 0, "old").await;
+    world.kill(3).await;
+    world.any().delete("orders").await.expect("deleted");
+    let again = world.client(2).create("orders", 1, 2).await;
+    let again = match again {
+        Ok(again) => again,
+        // The dead broker may still be counted among those that can take replicas.
+        Err(error) => panic!("{error}"),
+    };
+    assert_ne!(again.id, topic.id);
+    world.produce(&again, 0, "new").await;
+    world.start(3).await;
+    world.healthy().await;
+    assert_eq!(world.values(&again, 0).await, ["new"]);
+    let folder = world.places[&3].dir.join("topics");
+    until("the old topic's files are gone", async || {
+        let old = flowstone_protocol::TopicId::from_slice(&topic.id).expect("an id").to_string();
+        let names: Vec<String> = std::fs::read_dir(&folder)
+            .expect("a folder")
+            .map(|entry| entry.expect("read").file_name().to_string_lossy().into_owned())
+            .collect();
+        if names.contains(&old) { Err(format!("{names:?}")) } else { Ok(()) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wrong_broker_names_the_right_one() {
+    let world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    let single = world.any().create("single", 1, 1).await.expect("created");
+    for topic in [&topic, &single] {
+        let leader = world.leader(1, &topic.name, 0).await;
+        for id in world.ids().into_iter().filter(|id| *id != leader) {
+            until("the leader's name", async || {
+                let answered = world.client(id).produce(topic, 0, batch(&["x"])).await;
+                let error = answered.expect_err("it does not lead");
+                assert!(matches!(error.code, ErrorCode::NotLeader | ErrorCode::NoLeader), "{error}");
+                match error.leader_hint {
+                    Some((hint, address)) if hint.get() == leader => {
+                        assert_eq!(address, world.running[&leader].client_addr.to_string());
+                        Ok(())
+                    }
+                    hint => Err(format!("{hint:?}")),
+                }
+            })
+            .await;
+        }
+    }
+    soon("nothing hangs", async {}).await;
+}
