@@ -71,11 +71,11 @@ pub fn run(settings: &Settings, tell: &mut dyn FnMut(Duration, &str)) -> Outcome
     let heal = format!("{}s", HEAL.as_secs());
     let arguments = [
         // Small segments, so that there are sealed ones to damage.
-        ["verify", "-o", "json", "--keep", "-c", "segment.bytes=1048576"].as_slice(),
+        ["verify", "-o", "json", "--keep", "-c", "segment.bytes=2097152"].as_slice(),
         &["--for", &length, "--partitions", &partitions, "--rate", &rate, "--heal", &heal],
     ]
     .concat();
-    let verify = cluster.command(&arguments).spawn().map_err(Failure::of("flowstone verify"))?;
+    let mut verify = cluster.command(&arguments).spawn().map_err(Failure::of("flowstone verify"))?;
     let schedule = Schedule::new(settings.seed, settings.length, &cluster.ids(), &settings.kinds);
     let mut report = Report {
         verdict: Value::Null,
@@ -86,6 +86,10 @@ pub fn run(settings: &Settings, tell: &mut dyn FnMut(Duration, &str)) -> Outcome
     };
     for step in schedule.steps {
         thread::sleep(step.at.saturating_sub(began.elapsed()));
+        if matches!(verify.try_wait(), Ok(Some(_))) {
+            tell(began.elapsed(), "the workload has ended early");
+            break;
+        }
         if step.fault.kind.takes_a_copy() && cluster.ok(&["cluster", "health"]).is_err() {
             tell(began.elapsed(), &format!("{} left out: not healed yet", step.fault));
             continue;

@@ -23,7 +23,7 @@ fn a_wiped_broker_comes_back_as_a_new_one() {
 /// Writes numbered lines until there are sealed segments everywhere.
 fn fill(cluster: &Cluster, lines: usize) -> String {
     let text: String = (0..lines).map(|number| format!("{number:08} {}\n", "x".repeat(200))).collect();
-    let arguments = ["topic", "create", "lines", "-r", "3", "-c", "segment.bytes=1048576"];
+    let arguments = ["topic", "create", "lines", "-r", "3", "-c", "segment.bytes=2097152"];
     cluster.ok(&arguments).expect("a topic with small segments");
     let mut produce = cluster.command(&["produce", "lines"]);
     let mut produce = produce.stdin(std::process::Stdio::piped()).spawn().expect("the command runs");
@@ -36,7 +36,7 @@ fn fill(cluster: &Cluster, lines: usize) -> String {
 fn a_flipped_byte_in_a_sealed_segment_is_mended_from_another_broker() {
     let _alone = alone();
     let mut cluster = Setup::new(3).start().expect("three brokers form a cluster");
-    let text = fill(&cluster, 20_000);
+    let text = fill(&cluster, 40_000);
     cluster.wait_healthy().expect("all copies are whole");
     let leader = cluster.leader("lines", 0).expect("asked").expect("a leader");
     let sealed = sealed_segments(cluster.broker(leader).data_dir()).expect("a folder");
