@@ -194,8 +194,10 @@ impl State {
                 *of_topic.entry((planned.tp.topic, *broker)).or_default() += 1;
             }
         }
+        // Pairs between which nothing can be moved: it stays so, as what a broker is given is not moved on.
+        let mut hopeless = HashSet::new();
         for moved in 0.. {
-            let Some((index, many, few)) = self.next_move(&counts, &held, &of_topic) else { return };
+            let Some((index, many, few)) = self.next_move(&counts, &held, &of_topic, &mut hopeless) else { return };
             if moved == moves_max {
                 self.more = true;
                 return;
@@ -220,6 +222,7 @@ impl State {
         counts: &BTreeMap<BrokerId, i64>,
         held: &HashMap<BrokerId, Vec<usize>>,
         of_topic: &HashMap<(TopicId, BrokerId), i64>,
+        hopeless: &mut HashSet<(BrokerId, BrokerId)>,
     ) -> Option<(usize, BrokerId, BrokerId)> {
         let mut order: Vec<(i64, BrokerId)> = counts.iter().map(|(broker, count)| (*count, *broker)).collect();
         order.sort_unstable();
@@ -227,14 +230,11 @@ impl State {
         for (much, many) in order.iter().rev() {
             for (little, few) in order.iter().take_while(|(little, _)| much - little >= 2) {
                 debug_assert!(little < much);
-                let best = held.get(many).into_iter().flatten().copied().filter(|index| {
-                    let Planned { from, to, .. } = &self.partitions[*index];
-                    // One that was given a replica in this plan is not moved again.
-                    let is_still = from.contains(many) && !to.contains(few) && to.iter().all(|to| from.contains(to));
-                    let better: Vec<BrokerId> =
-                        to.iter().map(|broker| if broker == many { *few } else { *broker }).collect();
-                    is_still && self.crowding(&better) <= self.crowding(to)
-                });
+                if hopeless.contains(&(*many, *few)) {
+                    continue;
+                }
+                let best = held.get(many).into_iter().flatten().copied();
+                let best = best.filter(|index| self.can_move(&self.partitions[*index], *many, *few));
                 let best = best.min_by_key(|index| {
                     let Planned { tp, bytes, .. } = &self.partitions[*index];
                     (here(tp.topic, *few) - here(tp.topic, *many), *bytes, *tp)
@@ -242,9 +242,22 @@ impl State {
                 if let Some(index) = best {
                     return Some((index, *many, *few));
                 }
+                hopeless.insert((*many, *few));
             }
         }
         None
+    }
+
+    /// Whether a replica may go from one broker to the other: racks are shared by no more replicas than before.
+    fn can_move(&self, planned: &Planned, many: BrokerId, few: BrokerId) -> bool {
+        let Planned { from, to, .. } = planned;
+        // One that was given a replica in this plan is not moved again.
+        if to.contains(&few) || to.iter().any(|broker| !from.contains(broker)) {
+            return false;
+        }
+        let is_shared =
+            |rack: Option<usize>| to.iter().any(|broker| *broker != many && self.placement.rack(*broker) == rack);
+        !is_shared(self.placement.rack(few)) || is_shared(self.placement.rack(many))
     }
 
     /// Names other preferred leaders where some brokers have more than others. What one broker has too many may reach the
@@ -259,7 +272,8 @@ impl State {
             let mut order: Vec<(usize, BrokerId)> =
                 preferred.iter().map(|(broker, led)| (led.len(), *broker)).collect();
             order.sort_unstable();
-            for (most, start) in order.into_iter().rev() {
+            let least = order.first().map_or(0, |(least, _)| *least);
+            for (most, start) in order.into_iter().rev().take_while(|(most, _)| *most >= least + 2) {
                 if let Some(path) = self.path_down(&preferred, start, most) {
                     for (index, from, to) in path {
                         let planned = &mut self.partitions[index].to;

@@ -60,13 +60,16 @@ impl MetadataTable {
 
     /// As in a checkpoint: with the leader, and without the directories that the brokers have said.
     fn show_entry(&self, entry: &PartitionEntry) -> PartitionAssignment {
-        let mut shown = show_assignment(&entry.assignment());
-        for place in shown.replicas.iter_mut().chain(&mut shown.leaving) {
-            let broker = self.broker(BrokerId::new(place.broker_id));
-            if broker.is_some_and(|broker| place.directory_id[..] == broker.directory.to_bytes()) {
-                place.directory_id = Bytes::new();
+        let place = |place: &Place| {
+            let broker = self.broker(place.broker);
+            let is_known = broker.is_some_and(|broker| broker.directory == place.directory);
+            ReplicaPlace {
+                broker_id: place.broker.get(),
+                directory_id: if is_known { Bytes::new() } else { place.directory.to_bytes().to_vec().into() },
+                replica_id: place.replica.get(),
             }
-        }
+        };
+        let mut shown = show_assignment_with(&entry.assignment(), place);
         shown.leader = entry
             .leader()
             .map(|leader| PartitionLeadership { broker_id: leader.broker.get(), leader_epoch: leader.epoch.get() });
@@ -142,15 +145,19 @@ pub(super) fn show_place(place: &Place) -> ReplicaPlace {
 }
 
 pub(super) fn show_assignment(assignment: &Assignment) -> PartitionAssignment {
+    show_assignment_with(assignment, show_place)
+}
+
+fn show_assignment_with(assignment: &Assignment, place: impl Fn(&Place) -> ReplicaPlace) -> PartitionAssignment {
     let ids = |ids: &[ReplicaId]| ids.iter().map(|replica| replica.get()).collect::<Vec<_>>();
     let (founders, founders_gone) = match &assignment.founders {
         Founders::Replicas => (Vec::new(), false),
         Founders::These(founders) => (ids(founders), founders.is_empty()),
     };
     PartitionAssignment {
-        replicas: assignment.replicas.iter().map(show_place).collect(),
+        replicas: assignment.replicas.iter().map(&place).collect(),
         founders,
-        leaving: assignment.leaving.iter().map(show_place).collect(),
+        leaving: assignment.leaving.iter().map(&place).collect(),
         may_remove: assignment.may_remove,
         founders_gone,
         before: ids(&assignment.before),

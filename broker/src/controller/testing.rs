@@ -53,8 +53,11 @@ impl Cluster {
     }
 
     pub(super) fn of_racks(racks: &[&str]) -> Self {
-        let mut cluster =
-            Self { table: MetadataTable::new(rules()), log: Vec::new(), draws: Draws::from_seed(0xc0ffee) };
+        Self::with_rules(racks, rules())
+    }
+
+    pub(super) fn with_rules(racks: &[&str], rules: MetadataRules) -> Self {
+        let mut cluster = Self { table: MetadataTable::new(rules), log: Vec::new(), draws: Draws::from_seed(0xc0ffee) };
         let voters = (1..=racks.len().min(3)).map(|id| Place {
             broker: BrokerId::new(id as i32),
             directory: DirectoryId::new(id as u128),
