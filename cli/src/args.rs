@@ -2,7 +2,10 @@
 
 use crate::failure::{Failure, Outcome};
 use crate::output::Format;
-use crate::{bench, broker, cluster, completion, config, consume, debug, dev, moment, produce, topic, verify};
+use crate::{
+    bench, broker, broker_admin, cluster, completion, config, consume, debug, dev, moment, partition, produce, topic,
+    verify,
+};
 use clap::{Args, Parser, Subcommand};
 use std::time::Duration;
 
@@ -113,6 +116,10 @@ pub(crate) enum Command {
     Verify(verify::VerifyArgs),
     #[command(subcommand)]
     Cluster(cluster::ClusterCommand),
+    #[command(subcommand)]
+    BrokerAdmin(broker_admin::BrokerAdminCommand),
+    #[command(subcommand)]
+    Partition(partition::PartitionCommand),
     #[command(subcommand)]
     Config(config::ConfigCommand),
     #[command(subcommand)]

@@ -45,6 +45,10 @@ pub(crate) struct ConsumeArgs {
     #[arg(short = 'e', long = "to-end")]
     to_end: bool,
 
+    /// Read from a broker in this rack where one has a replica, rather than from the leader
+    #[arg(long, value_name = "RACK")]
+    rack: Option<String>,
+
     /// What to print of a record: %t topic, %p partition, %o offset, %k key, %v value, %h headers, %T timestamp in
     /// ms, %% and \n \t \xNN. No line end is added
     #[arg(short, long, value_name = "TEMPLATE")]
@@ -113,6 +117,9 @@ async fn build(client: &Client, args: &ConsumeArgs) -> Outcome<Consumer> {
             Some(Until::Offset(offset)) => StopAt::Offset(offset),
             Some(Until::Time(ms)) => StopAt::Timestamp(ms),
         });
+    if let Some(rack) = &args.rack {
+        consumer = consumer.rack(rack);
+    }
     let mut places = Vec::new();
     for topic in &args.topics {
         if args.partitions.is_empty() {

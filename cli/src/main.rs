@@ -9,6 +9,7 @@
 mod args;
 mod bench;
 mod broker;
+mod broker_admin;
 mod cluster;
 mod completion;
 mod config;
@@ -20,7 +21,9 @@ mod escape;
 mod failure;
 mod lines;
 mod moment;
+mod moves;
 mod output;
+mod partition;
 mod position;
 mod produce;
 mod record_json;
@@ -53,6 +56,8 @@ fn run(cli: Cli) -> Outcome {
         Command::Broker(args) => serving()?.block_on(broker::run(args)),
         Command::Topic(command) => asking()?.block_on(topic::run(command, &common)),
         Command::Cluster(command) => asking()?.block_on(cluster::run(command, &common)),
+        Command::BrokerAdmin(command) => asking()?.block_on(broker_admin::run(command, &common)),
+        Command::Partition(command) => asking()?.block_on(partition::run(command, &common)),
         Command::Produce(args) => asking()?.block_on(produce::run(args, &common)),
         Command::Consume(args) => asking()?.block_on(consume::run(args, &common)),
         Command::Verify(args) => asking()?.block_on(verify::run(&args, &common)),

@@ -104,6 +104,22 @@ fn aligned(rows: &[Vec<String>]) -> String {
     text
 }
 
+/// Prints a line beside what [`print`] printed.
+pub(crate) fn print_line(line: &str) -> Outcome {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}").and_then(|()| out.flush()).map_err(Failure::from_stdout)
+}
+
+/// Ids, separated by commas; `-` for none.
+pub(crate) fn numbers(ids: &[i32]) -> String {
+    if ids.is_empty() { "-".to_owned() } else { ids.iter().map(i32::to_string).collect::<Vec<_>>().join(",") }
+}
+
+/// The id of a broker, where there is one.
+pub(crate) fn or_none(id: Option<i32>) -> String {
+    id.map_or_else(|| "none".to_owned(), |id| id.to_string())
+}
+
 /// Bytes for people, in powers of 1024.
 pub(crate) fn bytes(count: u64) -> String {
     const UNITS: [&str; 6] = ["B", "KiB", "MiB", "GiB", "TiB", "PiB"];

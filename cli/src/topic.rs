@@ -154,13 +154,14 @@ impl Row for PartitionDescription {
         "END",
         "REPLICAS",
         "BYTES",
+        "IN-SYNC",
     ];
     const NARROW: usize = 7;
 
     fn cells(&self) -> Vec<String> {
         vec![
             self.partition.to_string(),
-            self.leader.map_or_else(|| "none".to_owned(), |id| id.to_string()),
+            output::or_none(self.leader),
             self.log_start.to_string(),
             self.high_watermark.to_string(),
             self.records.to_string(),
@@ -168,8 +169,9 @@ impl Row for PartitionDescription {
             self.error.clone().unwrap_or_else(|| "ok".to_owned()),
             self.leader_epoch.to_string(),
             self.end_offset.to_string(),
-            self.replicas.iter().map(i32::to_string).collect::<Vec<_>>().join(","),
+            output::numbers(&self.replicas),
             self.log_bytes.to_string(),
+            output::numbers(&self.in_sync),
         ]
     }
 
