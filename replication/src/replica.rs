@@ -1216,8 +1216,12 @@ impl<M: Machine> Replica<M> {
 
     fn read_now(&mut self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>, fx: &mut Effects<M>) {
         let log = self.raft.log_mut();
-        // What the reader was told elsewhere does not go back.
-        let known = request.known_high_watermark.filter(|_| request.any_replica && !self.serving);
+        // What the reader was told elsewhere does not go back. A leader, too, may be behind what its followers know to be
+        // committed: while its own disk is slow.
+        let end = log.end_offset();
+        let known = request
+            .known_high_watermark
+            .filter(|&known| if self.serving { known <= end } else { request.any_replica });
         let high_watermark = log.high_watermark().max(known.unwrap_or(Offset::ZERO));
         let log_start = log.log_start();
         match log.read(request.from, request.max_bytes) {

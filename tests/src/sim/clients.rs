@@ -56,9 +56,15 @@ pub(crate) enum Client {
     Producer(Producer),
     Reader(Reader),
     /// Asks for the high watermark that is certain.
-    Asker { group: usize },
+    Asker {
+        group: usize,
+    },
     /// Moves the log start, once.
-    Trimmer { group: usize, to: Offset, is_done: bool },
+    Trimmer {
+        group: usize,
+        to: Offset,
+        is_done: bool,
+    },
 }
 
 #[derive(Debug)]
@@ -69,6 +75,7 @@ pub(crate) struct Producer {
     acks: Acks,
     id: i64,
     next_sequence: i32,
+    next_number: u64,
     in_flight: VecDeque<Pending>,
     /// Whom it believes to lead.
     believes: usize,
@@ -76,6 +83,7 @@ pub(crate) struct Producer {
 
 #[derive(Debug)]
 struct Pending {
+    number: u64,
     sequence: i32,
     values: Vec<ValueId>,
     batch: Bytes,
@@ -142,7 +150,8 @@ impl World {
         let sender = self.history.sender(kind);
         let believes = self.random.index(self.plan.brokers);
         let in_flight = VecDeque::new();
-        let producer = Producer { group, sender, kind, acks, id, next_sequence: 0, in_flight, believes };
+        let producer =
+            Producer { group, sender, kind, acks, id, next_sequence: 0, next_number: 0, in_flight, believes };
         self.add_client(Client::Producer(producer));
     }
 
@@ -197,11 +206,18 @@ impl World {
     }
 
     fn on_producer(&mut self, client: usize, it: &mut Producer) -> Option<Duration> {
-        if !self.stops_sending && it.in_flight.len() < BATCHES_MAX && self.random.below(4) > 0 {
+        // No further ahead of the oldest than a partition remembers.
+        let oldest = it.in_flight.front().map_or(it.next_number, |pending| pending.number);
+        let has_room = it.next_number < oldest + BATCHES_MAX as u64;
+        if !self.stops_sending && has_room && self.random.below(4) > 0 {
             let pending = self.new_batch(it);
             it.in_flight.push_back(pending);
         }
-        let mut again = if self.stops_sending { None } else { Some(self.random.micros(500, self.plan.produce_gap.as_micros() as u64)) };
+        let mut again = if self.stops_sending {
+            None
+        } else {
+            Some(self.random.micros(500, self.plan.produce_gap.as_micros() as u64))
+        };
         for at in 0..it.in_flight.len() {
             let pending = &mut it.in_flight[at];
             if pending.is_asked {
@@ -230,6 +246,8 @@ impl World {
         let count = 1 + self.random.below(RECORDS_MAX);
         let sequence = it.next_sequence;
         it.next_sequence += count as i32;
+        let number = it.next_number;
+        it.next_number += 1;
         let mut builder = RecordBatchBuilder::new(Compression::None);
         if it.id >= 0 {
             builder = builder.producer(ProducerId::new(it.id), ProducerEpoch::new(0), Sequence::new(sequence));
@@ -245,7 +263,7 @@ impl World {
         }
         let batch = builder.build();
         let header = BatchHeader::parse(&batch).expect("just built");
-        Pending { sequence, values, batch, header, is_asked: false, retry_at: self.now, tries: 0 }
+        Pending { number, sequence, values, batch, header, is_asked: false, retry_at: self.now, tries: 0 }
     }
 
     fn on_reader(&mut self, client: usize, it: &mut Reader) -> Option<Duration> {
@@ -275,7 +293,15 @@ impl World {
         Some(self.random.millis(100, 1_000))
     }
 
-    fn ask(&mut self, client: usize, group: usize, broker: usize, request: Request, sequence: i32, asked: Option<Asked>) {
+    fn ask(
+        &mut self,
+        client: usize,
+        group: usize,
+        broker: usize,
+        request: Request,
+        sequence: i32,
+        asked: Option<Asked>,
+    ) {
         self.ask_with(client, group, broker, request, sequence, asked, None);
     }
 
@@ -313,8 +339,7 @@ impl World {
         };
         match request {
             Request::Produce { batch, header, acks } => {
-                let reply =
-                    running.outbox.reply(move |it| Out::Answered { operation, answer: Answer::Produced(it) });
+                let reply = running.outbox.reply(move |it| Out::Answered { operation, answer: Answer::Produced(it) });
                 handle.produce(batch, header, acks, Permit::unbounded(), reply);
             }
             Request::Read(request) => {
@@ -398,12 +423,20 @@ impl World {
                 };
                 let number = why.bytes().map(u64::from).sum();
                 self.note("refused", &[sequence as u64, number], || {
-                    format!("group {}: producer {} sequence {sequence} by broker {}: {why}", it.group, it.id, operation.broker + 1)
+                    format!(
+                        "group {}: producer {} sequence {sequence} by broker {}: {why}",
+                        it.group,
+                        it.id,
+                        operation.broker + 1
+                    )
                 });
                 if let Answer::Produced(Err(error)) = &other
                     && error.code == ErrorCode::DuplicateSequence
                 {
-                    self.fail(&format!("producer {}'s batch {sequence} is refused as long known, and was never acknowledged: {error}", it.id));
+                    self.fail(&format!(
+                        "producer {}'s batch {sequence} is refused as long known, and was never acknowledged: {error}",
+                        it.id
+                    ));
                 }
                 // Whoever does not lead any more, or is gone: another one is asked.
                 it.believes = self.other_broker(it.group, operation.broker);
@@ -457,8 +490,10 @@ impl World {
                     let position = it.position;
                     self.fail(&format!("a reader at offset {position} of group {} is told: {error}", it.group));
                 }
+                // Where the log begins, its leader says.
+                let broker = self.leader_of(it.group).unwrap_or(operation.broker);
                 it.is_asked = true;
-                self.ask(client, it.group, operation.broker, Request::LogStart, 0, None);
+                self.ask(client, it.group, broker, Request::LogStart, 0, None);
                 None
             }
             Answer::Read(Err(error)) if error.code == ErrorCode::LogDiverged => {
@@ -505,7 +540,14 @@ impl World {
             self.fail(&format!("a reader is given records up to {position} above the high watermark {high_watermark}"));
         }
         self.note("read", &[broker as u64, it.position.get() as u64], || {
-            format!("group {}: up to {} from broker {}", it.group, it.position, broker_id(broker))
+            format!(
+                "group {}, reader {:?}: up to {} of {} from broker {}",
+                it.group,
+                it.reader,
+                it.position,
+                it.high_watermark,
+                broker_id(broker)
+            )
         });
         it.position > before
     }

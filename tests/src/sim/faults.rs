@@ -82,8 +82,10 @@ impl World {
             Fault::CutRing => {
                 let all = self.brokers.len();
                 let far = |a: usize, b: usize| (a + 1) % all != b && (b + 1) % all != a;
-                let pairs: Vec<_> =
-                    (0..all).flat_map(|a| (0..all).map(move |b| (a, b))).filter(|&(a, b)| a != b && far(a, b)).collect();
+                let pairs: Vec<_> = (0..all)
+                    .flat_map(|a| (0..all).map(move |b| (a, b)))
+                    .filter(|&(a, b)| a != b && far(a, b))
+                    .collect();
                 // Of three, all are neighbours: one link of the ring is cut.
                 let pairs = if pairs.is_empty() { vec![(0, 1), (1, 0)] } else { pairs };
                 self.cut_pairs(&pairs);
@@ -243,7 +245,7 @@ impl World {
             })
     }
 
-    fn places_on(&self, broker: usize) -> Vec<Listener> {
+    pub(crate) fn places_on(&self, broker: usize) -> Vec<Listener> {
         let mut found = Vec::new();
         for group in &self.groups {
             let here = group.places().filter(|place| place.broker == broker);

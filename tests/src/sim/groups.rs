@@ -284,7 +284,8 @@ impl World {
         let to = self.random.pick(&places).copied();
         let it = &self.brokers[broker];
         let (Some(running), Some(handle)) = (&it.running, it.handle(self.groups[group].tp)) else { return false };
-        handle.transfer_leader(to, running.outbox.reply(move |result| Out::Changed { group, what: "transfer", result }));
+        handle
+            .transfer_leader(to, running.outbox.reply(move |result| Out::Changed { group, what: "transfer", result }));
         self.note("transfer", &[group as u64, broker as u64], || format!("group {group}: broker {broker} to {to:?}"));
         self.after(broker);
         true
@@ -298,13 +299,16 @@ impl World {
             !it.is_paused && it.handle(tp).is_some_and(|handle| handle.status().role == Role::Leader)
         };
         // Of two that believe it, the one of the higher term.
-        (0..self.brokers.len()).filter(leads).max_by_key(|&broker| self.brokers[broker].handle(tp).map(|it| it.status().term))
+        (0..self.brokers.len())
+            .filter(leads)
+            .max_by_key(|&broker| self.brokers[broker].handle(tp).map(|it| it.status().term))
     }
 
     /// Where the replicas of a group are, for people.
     pub(crate) fn describe(&self, group: usize) -> String {
         let it = &self.groups[group];
-        let mut text = format!("group {group}: wanted {:?}, leaving {:?}, may remove {}", it.wanted, it.leaving, it.may_remove);
+        let mut text =
+            format!("group {group}: wanted {:?}, leaving {:?}, may remove {}", it.wanted, it.leaving, it.may_remove);
         for broker in 0..self.brokers.len() {
             let is = &self.brokers[broker];
             match (&is.running, is.handle(it.tp)) {
@@ -315,7 +319,11 @@ impl World {
                 }
                 (Some(running), Some(handle)) => {
                     let replica = running.replicas[&it.tp].replica;
-                    text.push_str(&format!("\n  broker {} replica {replica}: {:?}", broker_id(broker), handle.status()));
+                    text.push_str(&format!(
+                        "\n  broker {} replica {replica}: {:?}",
+                        broker_id(broker),
+                        handle.status()
+                    ));
                 }
             }
         }

@@ -26,12 +26,15 @@ mod outbox;
 mod plan;
 mod producers;
 mod random;
+mod scenario;
 mod time;
 mod trace;
 mod workers;
 mod world;
 
 pub use counts::Counts;
+#[doc(hidden)]
+pub use network::Weather;
 pub use plan::{Fault, Plan};
 pub use world::{Report, World};
 

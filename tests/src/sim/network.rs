@@ -16,7 +16,7 @@ pub(crate) enum Node {
 
 /// How bad the network is when nothing is cut.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Weather {
+pub struct Weather {
     pub(crate) delay_micros: (u64, u64),
     pub(crate) lost_permille: u64,
     pub(crate) twice_permille: u64,
@@ -27,13 +27,8 @@ pub(crate) struct Weather {
 }
 
 impl Weather {
-    pub(crate) const CALM: Self = Self {
-        delay_micros: (50, 300),
-        lost_permille: 0,
-        twice_permille: 0,
-        reorders: false,
-        very_late_permille: 0,
-    };
+    pub(crate) const CALM: Self =
+        Self { delay_micros: (50, 300), lost_permille: 0, twice_permille: 0, reorders: false, very_late_permille: 0 };
 
     pub(crate) fn drawn(random: &mut Random) -> Self {
         let mut weather = Self::CALM;

@@ -80,6 +80,11 @@ impl Fault {
         Self::Transfer,
         Self::Trim,
     ];
+
+    /// Its name, as it is written on a command line.
+    pub fn name(self) -> String {
+        format!("{self:?}").to_lowercase()
+    }
 }
 
 /// See the module.
@@ -106,7 +111,8 @@ pub struct Plan {
     /// Which faults.
     pub faults: Vec<Fault>,
     /// How bad the network is between cuts.
-    pub(crate) weather: Weather,
+    #[doc(hidden)]
+    pub weather: Weather,
     /// Clocks that are fast or slow.
     pub clock_drift: bool,
     /// After how many entries a checkpoint is due.

@@ -62,10 +62,8 @@ impl Producers {
         }
         let producer = entry.header.producer_id.get();
         let committed = &self.committed;
-        let known = self
-            .overlay
-            .entry(producer)
-            .or_insert_with(|| committed.get(&producer).cloned().unwrap_or_default());
+        let known =
+            self.overlay.entry(producer).or_insert_with(|| committed.get(&producer).cloned().unwrap_or_default());
         push(known, batch_of(entry));
     }
 

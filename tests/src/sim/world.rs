@@ -7,9 +7,7 @@ use std::time::{Duration, Instant};
 
 use flowstone_checker::{History, LogId};
 use flowstone_protocol::{Error, ErrorCode, ReplicaId};
-use flowstone_replication::{
-    GroupMessage, JobKind, PeerBody, PullAnswer, PullRequest, PullWhat, Reply, Role,
-};
+use flowstone_replication::{GroupMessage, JobKind, PeerBody, PullAnswer, PullRequest, PullWhat, Reply, Role};
 use flowstone_storage::sim_disk::Crash;
 
 use super::broker::{SimBroker, broker_id, broker_index};
@@ -427,6 +425,12 @@ impl World {
                 self.counts.truncations += 1;
             }
         }
+        for &who in before.keys().filter(|who| !running.seen.contains_key(who)) {
+            self.check(|invariant| {
+                invariant.ended(who);
+                Ok(())
+            });
+        }
         let ended: u64 = running.shards.shards().metrics().iter().map(|shard| shard.replicas_ended).sum();
         self.counts.reopened += ended - running.ended_before;
         running.ended_before = ended;
@@ -791,7 +795,9 @@ impl World {
         let is_group_well = |number: usize| {
             let group = &self.groups[number];
             let Some(leader) = self.leader_of(number) else { return false };
-            let Some(leader) = self.brokers[leader].handle(group.tp).map(|handle| handle.status()) else { return false };
+            let Some(leader) = self.brokers[leader].handle(group.tp).map(|handle| handle.status()) else {
+                return false;
+            };
             group.leaving.is_empty()
                 && self.settled_at[number] == group.version
                 && group.wanted.iter().all(|place| {

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use clap::Parser;
-use flowstone_tests::sim::{Counts, Plan, Report, World, run};
+use flowstone_tests::sim::{Counts, Plan, Report, World};
 
 /// Runs the simulator.
 #[derive(Debug, Parser)]
@@ -28,6 +28,12 @@ struct Arguments {
     /// Run every seed twice and compare the traces.
     #[arg(long)]
     twice: bool,
+    /// Leave these faults out (as in `rot,wipe`).
+    #[arg(long, value_delimiter = ',')]
+    without: Vec<String>,
+    /// Only these faults.
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
     /// Seeds side by side.
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
     threads: usize,
@@ -36,10 +42,25 @@ struct Arguments {
     findings: u64,
 }
 
+impl Arguments {
+    fn plan(&self, seed: u64) -> Plan {
+        let mut plan = Plan::drawn(seed);
+        plan.faults.retain(|fault| {
+            let name = fault.name();
+            !self.without.contains(&name) && (self.only.is_empty() || self.only.contains(&name))
+        });
+        plan
+    }
+}
+
 fn main() -> std::process::ExitCode {
     let arguments = Arguments::parse();
+    if !arguments.print {
+        // The replicas catch panics of the consensus core, and a panic of a run is told with its seed.
+        std::panic::set_hook(Box::new(|_| {}));
+    }
     if let Some(seed) = arguments.seed {
-        let mut plan = if arguments.calm { Plan::calm(seed) } else { Plan::drawn(seed) };
+        let mut plan = if arguments.calm { Plan::calm(seed) } else { arguments.plan(seed) };
         plan.prints = arguments.print;
         let report = World::new(plan).run();
         show(&report.counts);
@@ -69,9 +90,9 @@ fn run_many(arguments: &Arguments) -> std::process::ExitCode {
                     if seed >= end || found.load(Ordering::Relaxed) >= arguments.findings {
                         return;
                     }
-                    let mut report = run_caught(seed);
+                    let mut report = run_caught(arguments.plan(seed));
                     if arguments.twice {
-                        let again = run_caught(seed);
+                        let again = run_caught(arguments.plan(seed));
                         if again.hash != report.hash && report.broken.is_none() {
                             report.broken = Some(format!(
                                 "seed {seed}: two runs differ: {:016x}, {:016x}",
@@ -104,8 +125,9 @@ fn run_many(arguments: &Arguments) -> std::process::ExitCode {
 }
 
 /// A panic in a run is a finding of its seed.
-fn run_caught(seed: u64) -> Report {
-    std::panic::catch_unwind(|| run(seed)).unwrap_or_else(|panic| {
+fn run_caught(plan: Plan) -> Report {
+    let seed = plan.seed;
+    std::panic::catch_unwind(|| World::new(plan).run()).unwrap_or_else(|panic| {
         let what = panic
             .downcast_ref::<String>()
             .map(String::as_str)

@@ -19,9 +19,8 @@ impl Invariant for CommittedNeverChanges {
         if known != *entry {
             return Err(format!("{}: committed was {known:?}, and replica {} commits {entry:?}", who.tp, who.replica));
         }
-        let before = entry.index.get().checked_sub(1).and_then(|index| {
-            self.entries.get(&(who.tp, RaftIndex::new(index)))
-        });
+        let before =
+            entry.index.get().checked_sub(1).and_then(|index| self.entries.get(&(who.tp, RaftIndex::new(index))));
         match before {
             Some(before) if before.next_offset != entry.base_offset || before.term > entry.term => {
                 Err(format!("{}: {entry:?} does not follow {before:?}", who.tp))

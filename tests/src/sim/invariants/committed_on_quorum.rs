@@ -14,10 +14,15 @@ use super::{Held, Invariant, Sight};
 struct Flushed {
     index: RaftIndex,
     epochs: Vec<EpochStart>,
+    /// It ended in the round in which it may have flushed more.
+    is_unknown: bool,
 }
 
 impl Flushed {
     fn has(&self, index: RaftIndex, term: Term) -> bool {
+        if self.is_unknown {
+            return true;
+        }
         let epoch = self.epochs.iter().rev().find(|start| start.index <= index);
         self.index >= index && epoch.is_some_and(|start| start.epoch.term() == Some(term))
     }
@@ -36,6 +41,7 @@ impl Invariant for CommittedOnQuorum {
         let Sight { who, replica, is_relaxed, .. } = *sight;
         let log = replica.log();
         let flushed = self.flushed.entry(who).or_default();
+        flushed.is_unknown = false;
         flushed.index = if is_relaxed { log.last_index() } else { log.flushed_index() };
         if flushed.epochs != log.epochs() {
             flushed.epochs = log.epochs().to_vec();
@@ -66,7 +72,8 @@ impl Invariant for CommittedOnQuorum {
         ))
     }
 
-    fn damaged(&mut self, _who: Listener) {
-        // What it had when it said so counts: that is why no more than a minority may be damaged.
+    // What a damaged one had when it said so counts: that is why no more than a minority may be damaged.
+    fn ended(&mut self, who: Listener) {
+        self.flushed.entry(who).or_default().is_unknown = true;
     }
 }

@@ -19,12 +19,11 @@ pub(super) struct LogMatching {
 /// The same on every replica: nothing in it that an append stamps.
 fn content(entry: &LogEntry) -> u64 {
     match &entry.body {
-        EntryBody::Batch(batch) => BatchHeader::parse(batch).map_or(0, |header| {
-            mix(u64::from(header.crc) ^ (header.total_bytes() as u64).rotate_left(32))
-        }),
-        EntryBody::Control { ctype, payload } => {
-            payload.iter().fold(u64::from(ctype.id() as u16), |hash, &byte| mix(hash.wrapping_mul(31) ^ u64::from(byte)))
-        }
+        EntryBody::Batch(batch) => BatchHeader::parse(batch)
+            .map_or(0, |header| mix(u64::from(header.crc) ^ (header.total_bytes() as u64).rotate_left(32))),
+        EntryBody::Control { ctype, payload } => payload
+            .iter()
+            .fold(u64::from(ctype.id() as u16), |hash, &byte| mix(hash.wrapping_mul(31) ^ u64::from(byte))),
     }
 }
 

@@ -62,6 +62,9 @@ pub(crate) trait Invariant: Debug {
     /// What this replica had may be gone: its disk was wiped, or rots.
     fn damaged(&mut self, _who: Listener) {}
 
+    /// It ended in this round: what it did last was not looked at.
+    fn ended(&mut self, _who: Listener) {}
+
     /// It crashed in the middle of an operation: what that did is not known.
     fn interrupted(&mut self, _who: Listener) {}
 }
