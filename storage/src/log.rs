@@ -212,6 +212,9 @@ pub struct Log {
     pub(crate) config: LogConfig,
     /// The newest durable one.
     pub(crate) checkpoint: Checkpoint,
+    /// The one before it, whose file is kept for the case that the newest one's rots; it knows the same members, and the
+    /// log holds all entries behind it.
+    pub(crate) spare_checkpoint: Option<RaftIndex>,
     /// Oldest first; the last is the one before `active`.
     pub(crate) sealed: VecDeque<Sealed>,
     pub(crate) active: Active,
@@ -1185,21 +1188,32 @@ impl Log {
         CheckpointJob { disk: Arc::clone(&self.disk), dir: self.dir.to_path_buf(), checkpoint, is_new }
     }
 
-    /// Takes note of a checkpoint that was written, and removes older ones. A failure changes and poisons nothing: the
-    /// older checkpoint still holds.
+    /// Takes note of a checkpoint that was written, and removes older ones but the last before it: that one is begun from
+    /// where the new one's file rots. A failure changes and poisons nothing: the older checkpoint still holds.
+    ///
+    /// One that knows other members is not kept: a replica that believed it could stand for election among those that are
+    /// replicas no more.
     pub fn checkpoint_done(&mut self, done: CheckpointDone) -> Result<(), StorageError> {
         done.written?;
         if done.checkpoint.applied <= self.checkpoint.applied {
             return Ok(());
         }
-        self.checkpoint = done.checkpoint;
+        let before = std::mem::replace(&mut self.checkpoint, done.checkpoint);
+        self.spare_checkpoint = (before.membership == self.checkpoint.membership).then_some(before.applied);
         // An old file that stays does no harm, so a failure is no matter; the next checkpoint tries again.
         for name in self.disk.read_dir(&self.dir).unwrap_or_default() {
-            if Checkpoint::index_of_name(&name).is_some_and(|applied| applied < self.checkpoint.applied) {
+            if Checkpoint::index_of_name(&name)
+                .is_some_and(|applied| applied < self.checkpoint.applied && Some(applied) != self.spare_checkpoint)
+            {
                 let _ = self.disk.remove_file(&self.dir.join(name));
             }
         }
         Ok(())
+    }
+
+    /// The checkpoint before the newest one, if it is kept: opening begins from it where the newest one's file is rotten.
+    pub fn spare_checkpoint(&self) -> Option<RaftIndex> {
+        self.spare_checkpoint
     }
 
     /// Writes a checkpoint here and now.

@@ -22,7 +22,7 @@ use crate::install::{self, PROGRESS_NAME};
 use crate::log::{Log, LogConfig, write_blocks};
 use crate::recovery::{
     CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
-    decide_checkpoint, decide_no_segments, decide_segment, first_needed,
+    decide_checkpoint, decide_no_segments, decide_segment, first_needed, keeps_spare,
 };
 use crate::segment::{Active, IndexFile, Sealed, SegmentName};
 use crate::slots::{SealedFiles, replace_index_file};
@@ -52,9 +52,18 @@ impl Log {
         if found.was_installed {
             found.temporary.push(PROGRESS_NAME.to_owned());
         }
-        let checkpoint = found.checkpoint(&disk, dir, flushed)?;
-        let durable = flushed.max(checkpoint.applied);
-        Self::open_from(disk, dir, config, identity, found, checkpoint, durable, now)
+        let durable = flushed.max(found.checkpoints.first().copied().unwrap_or(CREATION_INDEX));
+        let checkpoint = found.checkpoint(&disk, dir, durable)?;
+        let spare = found.spare_checkpoint(&disk, dir, &checkpoint)?;
+        let mut useless = found.checkpoints.clone();
+        useless.retain(|applied| *applied != checkpoint.applied && Some(*applied) != spare);
+        let mut log = Self::open_from(disk, dir, config, identity, found, checkpoint, durable, now)?;
+        log.spare_checkpoint = spare;
+        for applied in useless {
+            // Nothing depends on their being gone.
+            let _ = log.disk.remove_file(&dir.join(Checkpoint::file_name(applied)));
+        }
+        Ok(log)
     }
 
     /// Opens a log from the files found, beginning with `checkpoint`; entries up to `durable` must be there.
@@ -86,8 +95,7 @@ impl Log {
 
         // Decided; from here on files change. First the checkpoint itself: a life before this one may have been killed
         // between its renaming and the flush of the folder, and what it replaces must not go before it is there.
-        let replaced = found.checkpoints.iter().any(|applied| *applied < checkpoint.applied) || !dropped.is_empty();
-        if replaced {
+        if !dropped.is_empty() {
             disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
         }
         let orphans = found.index_files.iter().filter(|name| !found.segments.contains(name));
@@ -96,10 +104,6 @@ impl Log {
         let dropped = dropped.iter().flat_map(|name| [name.log_path(dir), name.index_path(dir)]);
         for path in leftovers.chain(dropped) {
             remove_if_there(&disk, &path)?;
-        }
-        for applied in found.checkpoints.iter().filter(|applied| **applied < checkpoint.applied) {
-            // Nothing depends on their being gone.
-            remove_if_there(&disk, &dir.join(Checkpoint::file_name(*applied)))?;
         }
         let mut segments: VecDeque<WalkedSegment> = segments.into();
         let last = match segments.pop_back() {
@@ -115,6 +119,7 @@ impl Log {
             }
         };
         let end_offset = last.end_offset;
+        let log_first = segments.front().unwrap_or(&last).name.base_offset;
         let last_index = RaftIndex::new(last.end_index.get() - 1);
         for segment in segments.iter().chain([&last]).filter(|segment| segment.end_index > durable.next()) {
             segment.write_again(dir, durable)?;
@@ -132,7 +137,8 @@ impl Log {
             sealed: VecDeque::with_capacity(segments.len()),
             active,
             epochs,
-            log_start: checkpoint.log_start,
+            // Retention may have gone on from a newer checkpoint that is rotten now.
+            log_start: checkpoint.log_start.max(log_first),
             high_watermark: checkpoint.end_offset_at_applied,
             committed: checkpoint.applied,
             flushed: last_index,
@@ -149,6 +155,7 @@ impl Log {
             is_roll_overdue: false,
             poison: None,
             checkpoint,
+            spare_checkpoint: None,
             disk,
         };
         for segment in segments {
@@ -200,7 +207,8 @@ impl FoundFiles {
         Ok(found)
     }
 
-    fn checkpoint(&self, disk: &Arc<dyn Disk>, dir: &Path, flushed: RaftIndex) -> Result<Checkpoint, OpenError> {
+    /// The checkpoint to begin from, where entries up to `durable` were flushed.
+    fn checkpoint(&self, disk: &Arc<dyn Disk>, dir: &Path, durable: RaftIndex) -> Result<Checkpoint, OpenError> {
         let mut facts = Vec::with_capacity(1);
         let mut newest = None;
         let mut rot = String::new();
@@ -214,14 +222,13 @@ impl FoundFiles {
                 Found::Rotten(detail) => {
                     tracing::error!(dir = %dir.display(), %applied, detail, "a checkpoint is rotten, trying an older one");
                     facts.push(CheckpointFact { applied: *applied, valid: false });
-                    rot = format!("; {} is rotten: {detail}", Checkpoint::file_name(*applied));
+                    rot.push_str(&format!("; {} is rotten: {detail}", Checkpoint::file_name(*applied)));
                 }
             }
         }
         let decision = decide_checkpoint(&facts, self.segments.first().map(|segment| segment.first_index));
         match (decision, newest) {
             (CheckpointDecision::Use(applied), Some(checkpoint)) => {
-                let durable = flushed.max(applied);
                 let no_log = self.segments.is_empty() && decide_no_segments(applied, durable) != SegmentDecision::Keep;
                 if no_log {
                     let detail = format!("no segment is left, entries up to {durable} were flushed");
@@ -235,6 +242,29 @@ impl FoundFiles {
             }
             _ => Err(quarantine(dir, Offset::ZERO, format!("it has no valid checkpoint{rot}"))),
         }
+    }
+}
+
+impl FoundFiles {
+    /// The checkpoint that is kept beside `newest`.
+    fn spare_checkpoint(
+        &self,
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        newest: &Checkpoint,
+    ) -> Result<Option<RaftIndex>, OpenError> {
+        let Some(applied) = self.checkpoints.iter().copied().find(|applied| *applied < newest.applied) else {
+            return Ok(None);
+        };
+        let found = match checkpoint::read(disk, dir, applied)? {
+            Found::Valid(found) => Some(found),
+            Found::Rotten(_) => None,
+        };
+        let same_members = found.as_ref().is_some_and(|found| found.membership == newest.membership);
+        let fact = CheckpointFact { applied, valid: found.is_some() };
+        let needed = first_needed(&self.segments, newest.log_start, newest.applied);
+        let log_first = self.segments.get(needed).map(|segment| segment.first_index);
+        Ok(keeps_spare(fact, same_members, log_first).then_some(applied))
     }
 }
 

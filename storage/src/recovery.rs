@@ -4,7 +4,7 @@
 //! is quarantined is left as it was found. A row of the tests below for each row of the tables.
 //!
 //! `durable` is the index up to which this replica answered for its entries: the higher of the flushed index of the hard
-//! state and the newest checkpoint's. Up to there nothing is cut; above it, whatever is not whole never happened.
+//! state and the newest checkpoint's, by its name: it got that only after a flush up to there, whatever became of it. Up to there nothing is cut; above it, whatever is not whole never happened.
 
 use flowstone_protocol::{Offset, RaftIndex};
 
@@ -44,6 +44,18 @@ pub fn decide_checkpoint(found: &[CheckpointFact], log_first: Option<RaftIndex>)
         (Some(applied), Some(first)) if first > applied.next() => CheckpointDecision::QuarantineGap(applied),
         (Some(applied), _) => CheckpointDecision::Use(applied),
     }
+}
+
+/// Whether an older checkpoint is kept beside the one that is begun from, for the case that this rots.
+///
+/// | older checkpoint | members | the log begins | decision |
+/// |---|---|---|---|
+/// | valid | the same | at most one past it | keep |
+/// | any other | | | remove |
+///
+/// With other members it could stand for election among replicas that are none any more.
+pub fn keeps_spare(older: CheckpointFact, same_members: bool, log_first: Option<RaftIndex>) -> bool {
+    older.valid && same_members && log_first.is_some_and(|first| first <= older.applied.next())
 }
 
 /// What an index file offers of a segment.
@@ -161,6 +173,21 @@ mod tests {
         check(&[(1, true), (9, false)], Some(5), QuarantineGap(index(1)));
         check(&[(9, true)], Some(10), Use(index(9)));
         check(&[(9, true)], Some(11), QuarantineGap(index(9)));
+    }
+
+    #[test]
+    fn spare_checkpoints() {
+        #[track_caller]
+        fn check(applied: u64, valid: bool, same_members: bool, log_first: Option<u64>, expected: bool) {
+            let older = CheckpointFact { applied: index(applied), valid };
+            assert_eq!(keeps_spare(older, same_members, log_first.map(index)), expected);
+        }
+        check(9, true, true, Some(2), true);
+        check(9, true, true, Some(10), true);
+        check(9, true, true, Some(11), false); // retention took what it needs
+        check(9, true, true, None, false);
+        check(9, true, false, Some(2), false);
+        check(9, false, true, Some(2), false);
     }
 
     #[test]

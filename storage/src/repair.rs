@@ -81,7 +81,6 @@ impl Log {
         };
         let segment = &self.sealed[at];
         let is_it = segment.name == rotten.segment
-            && rotten.last_index < segment.end_index
             && segment.end_index <= self.committed.next()
             && rotten.position.saturating_add(rotten.bytes) <= segment.bytes;
         if !is_it {

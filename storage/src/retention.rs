@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use flowstone_protocol::{Offset, Timestamp};
 
+use crate::checkpoint::Checkpoint;
 use crate::error::StorageError;
 use crate::log::Log;
 
@@ -43,7 +44,8 @@ impl Log {
     }
 
     /// Removes the segments of which the newest durable checkpoint needs nothing: all below its log start, all applied
-    /// in it. Returns how many; a failure leaves the rest for the next time.
+    /// in it. The checkpoint before it goes where it would need them: room is worth more than a spare. Returns how many
+    /// segments were removed; a failure leaves the rest for the next time.
     pub fn delete_segments_below_checkpoint(&mut self) -> Result<usize, StorageError> {
         let mut removed = 0;
         while let Some(segment) = self.sealed.front() {
@@ -52,6 +54,10 @@ impl Log {
                 || self.unflushed_sealed.iter().any(|(name, _)| *name == segment.name);
             if is_needed {
                 break;
+            }
+            if let Some(spare) = self.spare_checkpoint.take_if(|spare| segment.end_index > spare.next()) {
+                // Where this fails it is found to be of no use at the next opening.
+                let _ = self.disk.remove_file(&self.dir.join(Checkpoint::file_name(spare)));
             }
             if removed == 0 && (self.dir_changed || self.flush_in_flight) {
                 // The segments that stay must not be lost by a power failure that these removals survive.

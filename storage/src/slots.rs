@@ -324,13 +324,11 @@ impl SealedFiles {
     /// gone for good. Not durable yet.
     pub(crate) fn replace_log(&self, new: &Path) -> io::Result<bool> {
         // Held meanwhile: who deletes the segment retires it first.
-        let mut state = self.state();
+        let state = self.state();
         if state.is_retired {
             return Ok(false);
         }
         self.disk.rename(new, &self.log_path())?;
-        state.log = None;
-        state.rot = None;
         Ok(true)
     }
 

@@ -317,22 +317,124 @@ fn one_flipped_epoch_bit_in_the_tail_does_not_win_an_election() {
     assert_eq!(offset, Offset::ZERO);
 }
 
-#[test]
-fn rotten_checkpoints_and_manifests_are_told() {
-    let (sim, disk, last) = simulated(10);
+/// A log with checkpoints of the entries `applied`, one after another, written with these members.
+fn with_checkpoints(applied: &[(u64, &'static [u8])]) -> (SimDisk, Arc<dyn Disk>, u64) {
+    let (sim, disk, last) = simulated(40);
     let mut log = open(&disk, last).expect("opens");
     log.commit_to(RaftIndex::new(last));
-    let checkpoint = log.new_checkpoint(RaftIndex::new(8), Bytes::new(), Bytes::from_static(b"machine"));
-    log.write_checkpoint(checkpoint).expect("written");
-    drop(log);
+    for (index, members) in applied {
+        let members = Bytes::from_static(members);
+        let checkpoint = log.new_checkpoint(RaftIndex::new(*index), members, Bytes::from_static(b"machine"));
+        log.write_checkpoint(checkpoint).expect("written");
+    }
+    (sim, disk, last)
+}
+
+fn checkpoints(disk: &Arc<dyn Disk>) -> Vec<u64> {
+    let number = |path: &PathBuf| path.file_stem()?.to_str()?.parse().ok();
+    files(disk, ".state").iter().map(|path| number(path).expect("a number")).collect()
+}
+
+#[test]
+fn rotten_checkpoints_and_manifests_are_told() {
+    let (sim, disk, last) = with_checkpoints(&[(5, b""), (8, b"")]);
     let states = files(&disk, ".state");
-    assert_eq!(states.len(), 1, "older ones are removed");
+    assert_eq!(checkpoints(&disk), [5, 8], "the one before the newest is kept, older ones are removed");
     sim.flip_bit(&states[0], 30, 0);
+    sim.flip_bit(&states[1], 30, 0);
     let (_, detail) = quarantined(open(&disk, last));
     assert!(detail.contains("00000000000000000008.state"), "{detail}");
-    sim.flip_bit(&states[0], 30, 0);
+    assert_eq!(checkpoints(&disk), [5, 8], "nothing was changed");
+    sim.flip_bit(&states[1], 30, 0);
     sim.flip_bit(&Path::new(DIR).join("replica"), 20, 0);
     quarantined(open(&disk, last));
+}
+
+#[test]
+fn where_the_newest_checkpoint_is_rotten_the_one_before_it_is_begun_from() {
+    let (sim, disk, last) = with_checkpoints(&[(5, b""), (8, b"")]);
+    let all = reopened(&disk, last);
+    sim.flip_bit(&files(&disk, ".state")[1], 30, 0);
+    let log = open(&disk, 1).expect("opens");
+    assert_eq!(log.checkpoint().applied, RaftIndex::new(5));
+    assert_eq!(&log.checkpoint().machine[..], b"machine");
+    assert_eq!((log.committed_index(), log.last_index().get()), (RaftIndex::new(5), last));
+    assert_eq!(checkpoints(&disk), [5], "the rotten one is not taken for an older one later");
+    drop(log);
+    assert_eq!(reopened(&disk, 1), all);
+}
+
+#[test]
+fn a_rotten_checkpoint_still_says_that_its_entries_were_flushed() {
+    let (sim, disk, _) = with_checkpoints(&[(5, b""), (8, b"")]);
+    sim.flip_bit(&files(&disk, ".state")[1], 30, 0);
+    // Entry 8 is gone, and no hard state says that it was there.
+    let segments = files(&disk, ".log");
+    assert!(segments[1].ends_with("00000000000000000006-00000000000000000008.log"), "{segments:?}");
+    sim.flip_bit(&segments[1], 100, 0);
+    let (_, detail) = quarantined(open(&disk, 1));
+    assert!(detail.contains("up to 8 were flushed"), "{detail}");
+}
+
+#[test]
+fn a_checkpoint_that_knows_other_members_is_not_kept() {
+    let (sim, disk, last) = with_checkpoints(&[(5, b"a, b, c"), (8, b"c, d, e")]);
+    assert_eq!(checkpoints(&disk), [8]);
+    // A crash may have kept it from being removed.
+    let (_, other_disk, _) = with_checkpoints(&[(5, b"a, b, c")]);
+    let old = files(&other_disk, ".state").pop().expect("there");
+    let read = |path: &Path| other_disk.open(path, flowstone_storage::OpenMode::Read).expect("there");
+    let mut bytes = vec![0; other_disk.file_len(&old).expect("there") as usize];
+    read(&old).read_exact_at(&mut bytes, 0).expect("read");
+    sim.set_bytes(&old, bytes);
+    assert_eq!(checkpoints(&disk), [5, 8]);
+    let log = open(&disk, last).expect("opens");
+    assert_eq!((log.checkpoint().applied, log.spare_checkpoint()), (RaftIndex::new(8), None));
+    assert_eq!(checkpoints(&disk), [8]);
+}
+
+#[test]
+fn a_spare_checkpoint_outlives_a_restart_and_makes_way_for_retention() {
+    let (_, disk, last) = with_checkpoints(&[(5, b""), (8, b"")]);
+    let mut log = open(&disk, last).expect("opens");
+    assert_eq!(log.spare_checkpoint(), Some(RaftIndex::new(5)));
+    // Deleting what lies behind both of them leaves it; deleting what it would replay does not.
+    log.commit_to(RaftIndex::new(last));
+    let checkpoint = |log: &mut Log, offset: Offset, index: u64| {
+        log.set_log_start(offset);
+        let checkpoint = log.new_checkpoint(RaftIndex::new(index), Bytes::new(), Bytes::new());
+        log.write_checkpoint(checkpoint).expect("written");
+    };
+    let start = log.entry_meta(RaftIndex::new(8)).expect("held").base_offset;
+    checkpoint(&mut log, start, 9);
+    assert_eq!(log.delete_segments_below_checkpoint().expect("deleted"), 1);
+    assert_eq!((log.spare_checkpoint(), checkpoints(&disk)), (Some(RaftIndex::new(8)), vec![8, 9]));
+    let start = log.entry_meta(RaftIndex::new(18)).expect("held").base_offset;
+    checkpoint(&mut log, start, 20);
+    assert_eq!(log.spare_checkpoint(), Some(RaftIndex::new(9)));
+    assert_eq!(log.delete_segments_below_checkpoint().expect("deleted"), 2);
+    assert_eq!((log.spare_checkpoint(), checkpoints(&disk)), (None, vec![20]));
+}
+
+#[test]
+fn begun_from_the_older_checkpoint_a_log_starts_where_its_files_do() {
+    let (sim, disk, last) = with_checkpoints(&[(8, b"")]);
+    let mut log = open(&disk, last).expect("opens");
+    log.commit_to(RaftIndex::new(last));
+    let start = log.entry_meta(RaftIndex::new(8)).expect("held").base_offset;
+    log.set_log_start(start);
+    let checkpoint = log.new_checkpoint(RaftIndex::new(9), Bytes::new(), Bytes::new());
+    log.write_checkpoint(checkpoint).expect("written");
+    assert_eq!(log.delete_segments_below_checkpoint().expect("deleted"), 1);
+    let first = log.first_offset();
+    drop(log);
+    sim.flip_bit(&files(&disk, ".state")[1], 30, 0);
+    let mut log = open(&disk, last).expect("opens");
+    assert_eq!((log.checkpoint().applied, log.checkpoint().log_start), (RaftIndex::new(8), Offset::ZERO));
+    assert_eq!(log.log_start(), first);
+    assert!(matches!(log.read(Offset::ZERO, 1), Err(ReadError::OutOfRange { .. })));
+    log.commit_to(log.last_index());
+    read_all(&mut log).expect("reads");
 }
 
 #[test]

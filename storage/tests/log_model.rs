@@ -11,6 +11,8 @@ fn random_operations_and_crashes() {
         total.crashed_while_opening += counts.crashed_while_opening;
         total.truncations += counts.truncations;
         total.entries_lost += counts.entries_lost;
+        total.fell_back += counts.fell_back;
+        total.spares_useless += counts.spares_useless;
         total.flushes_failed += counts.flushes_failed;
         total.writes_failed += counts.writes_failed;
         total.disk_full += counts.disk_full;
@@ -27,6 +29,7 @@ fn random_operations_and_crashes() {
         ("crashes while opening", total.crashed_while_opening),
         ("truncations", total.truncations),
         ("unflushed entries lost", total.entries_lost),
+        ("checkpoints that were rotten", total.fell_back),
         ("failed flushes", total.flushes_failed),
         ("failed writes", total.writes_failed),
         ("full disks", total.disk_full),
@@ -39,4 +42,6 @@ fn random_operations_and_crashes() {
     ] {
         assert!(count > 0, "no {what}: the run is vacuous");
     }
+    let (useless, used) = (total.spares_useless, total.fell_back);
+    assert!(useless * 10 < used, "{useless} spare checkpoints were of no use, {used} were");
 }

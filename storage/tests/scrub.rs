@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use flowstone_protocol::RaftIndex;
 use flowstone_storage::sim_disk::{Crash, Operation};
-use flowstone_storage::{Log, Read, ReadError, Rotten, ScrubPosition, Scrubbed, SimDisk, StorageError};
+use flowstone_storage::{Log, LogConfig, Read, ReadError, Rotten, ScrubPosition, Scrubbed, SimDisk, StorageError};
 use source::{DIR, Random, append_some, batches, created, filled, open, range, trim};
 
 /// Two replicas of the same log, the second one in a single segment.
@@ -38,6 +38,7 @@ fn scrub(log: &Log, max_bytes: u64) -> (u64, Vec<Rotten>) {
     while let Some(job) = at.and_then(|at| log.scrub_job(at, max_bytes)) {
         let found = job.run().expect("the disk answers");
         assert!(found.bytes > 0 || found.rotten.is_some(), "it gets on");
+        assert!(found.rotten.is_some() || found.bytes < max_bytes + 3_000, "{} of {max_bytes}", found.bytes);
         bytes += found.bytes;
         rotten.extend(found.rotten);
         at = found.next;
@@ -90,7 +91,7 @@ fn check_same(log: &mut Log, peer: &mut Log) {
 #[test]
 fn a_round_reads_every_sealed_byte_once() {
     for max_bytes in [1, 1_000, 1 << 20] {
-        let (sim, log, _) = replicas(1);
+        let (sim, log) = filled(1, 20_000, 1, 400);
         let files = segments(&sim, ".log");
         let (_active, sealed) = files.split_last().expect("some");
         assert!(sealed.len() > 5, "several segments");
@@ -214,10 +215,12 @@ fn rot_of_every_shape_is_repaired() {
 
 #[test]
 fn a_bad_sector_is_rot_of_the_batches_in_it_and_the_rest_is_copied() {
-    let (sim, mut log, mut peer) = replicas(5);
-    let path = large_segment(&sim);
+    let (sim, mut log) = filled(1, 20_000, 5, 120);
+    let (_peer_sim, mut peer) = filled(2, 1 << 20, 5, 120);
+    let path = segments(&sim, ".log")[0].clone();
     let right = sim.bytes(&path).expect("there");
-    sim.set_unreadable(&path, 512..1_024);
+    let end = right.len() as u64;
+    sim.set_unreadable(&path, end - 600..end - 500);
     let (_, rotten) = scrub(&log, 1 << 20);
     let [run] = &rotten[..] else { panic!("{rotten:?}") };
     for index in (log.first_index().get()..=log.last_index().get()).map(RaftIndex::new) {
@@ -245,12 +248,18 @@ fn a_bad_sector_beside_what_is_repaired_is_left_out_and_found_the_next_time() {
 #[test]
 fn other_failures_of_the_disk_are_no_rot() {
     let (sim, log, _) = replicas(5);
-    let job = log.scrub_job(ScrubPosition::START, 1 << 20).expect("something is sealed");
-    // No descriptors: for the index, and for the log that it would be rebuilt from.
-    sim.fail(Operation::Open, 0);
-    match job.run() {
-        Err(ReadError::Io { .. }) => {}
-        other => panic!("{other:?}"),
+    let last = log.last_index();
+    drop(log);
+    let mut log = open(&sim.shared(), 2_000, last);
+    log.commit_to(last);
+    // No descriptors: for the log, and for its index.
+    for go_well in [0, 1] {
+        let job = log.scrub_job(ScrubPosition::START, 1 << 20).expect("something is sealed");
+        sim.fail(Operation::Open, go_well);
+        match job.run() {
+            Err(ReadError::Io { .. }) => {}
+            other => panic!("{other:?}"),
+        }
     }
     assert_eq!(scrub(&log, 1 << 20).1, []);
 }
@@ -281,6 +290,18 @@ fn a_read_that_found_rot_leads_to_the_same_repair() {
 }
 
 #[test]
+fn what_was_mapped_is_read_anew_after_a_repair() {
+    let (sim, mut log, mut peer) = replicas(6);
+    let files = segments(&sim, ".log");
+    let newest = files[files.len() - 2].clone();
+    sim.flip_bit(&newest, 100, 1);
+    let run = scrub(&log, 1 << 20).1.remove(0);
+    assert!(read_at(&mut log, run.first_index).is_err(), "from the map");
+    assert!(repair(&mut log, &peer, &run, 1 << 20).expect("repaired"));
+    check_same(&mut log, &mut peer);
+}
+
+#[test]
 fn rot_in_the_active_segment_is_repaired_once_that_is_sealed() {
     let (sim, mut log) = filled(1, 1 << 20, 7, 60);
     let (_peer_sim, mut peer) = filled(2, 1 << 20, 7, 60);
@@ -300,7 +321,7 @@ fn rot_in_the_active_segment_is_repaired_once_that_is_sealed() {
 
 #[test]
 fn bytes_that_do_not_belong_there_are_refused_and_the_old_file_stays() {
-    let (sim, log, peer) = replicas(8);
+    let (sim, mut log, peer) = replicas(8);
     let path = segments(&sim, ".log")[1].clone();
     let mut bytes = sim.bytes(&path).expect("there");
     bytes[200..900].fill(0xee);
@@ -327,7 +348,10 @@ fn bytes_that_do_not_belong_there_are_refused_and_the_old_file_stays() {
         repair.append(right.clone()).expect("the right ones are taken after that");
     }
     let done = log.repair(&run).expect("to be repaired").finish();
-    assert!(done.is_err(), "nothing was pulled");
+    match log.repaired(done) {
+        Err(StorageError::Refused { index, .. }) => assert_eq!(index, first, "nothing was pulled"),
+        other => panic!("{other:?}"),
+    }
     assert_eq!(sim.bytes(&path).expect("there"), bytes);
     assert!(segments(&sim, ".new").is_empty(), "swept");
 }
@@ -337,10 +361,14 @@ fn a_full_disk_is_told_before_anything_is_written() {
     let (sim, mut log, peer) = replicas(8);
     sim.flip_bit(&segments(&sim, ".log")[1], 300, 1);
     let run = scrub(&log, 1 << 20).1.remove(0);
-    sim.set_bytes_max(Some(sim.used_bytes() + 500));
-    match repair(&mut log, &peer, &run, 1 << 20) {
-        Err(error) if error.is_disk_full() => {}
-        other => panic!("{other:?}"),
+    log.set_config(LogConfig { room_kept_bytes: 50_000, ..log.config().clone() });
+    // Room for nothing; room for a copy, but for what is kept.
+    for room in [500, 40_000] {
+        sim.set_bytes_max(Some(sim.used_bytes() + room));
+        match repair(&mut log, &peer, &run, 1 << 20) {
+            Err(error) if error.is_disk_full() => {}
+            other => panic!("{room}: {other:?}"),
+        }
     }
     assert!(segments(&sim, ".new").is_empty());
     assert!(!log.is_poisoned());

@@ -18,7 +18,7 @@ use flowstone_protocol::{
 };
 use flowstone_storage::sim_disk::{Crash, Operation, SimCounts};
 use flowstone_storage::{
-    Checkpoint, Disk, EntryBody, FlushJob, FoundRecord, Log, LogConfig, LogEntry, Lookup, Read, ReadError,
+    Checkpoint, Disk, EntryBody, FlushJob, FoundRecord, Log, LogConfig, LogEntry, Lookup, OpenError, Read, ReadError,
     ReplicaIdentity, SimDisk, StorageError,
 };
 
@@ -47,6 +47,9 @@ pub(crate) struct Counts {
     pub(crate) crashed_within: u64,
     pub(crate) crashed_while_opening: u64,
     pub(crate) entries_lost: u64,
+    /// The newest checkpoint was rotten, and the one before it was begun from; or was of no use.
+    pub(crate) fell_back: u64,
+    pub(crate) spares_useless: u64,
     pub(crate) disk: SimCounts,
 }
 
@@ -93,8 +96,12 @@ struct Model {
     committed: u64,
     flushed: u64,
     log_start: i64,
+    /// Where the log began when it was opened.
+    first_offset: i64,
     /// Checkpoints of which the newest is one that may be found: one, or two while one is written.
     checkpoints: Vec<(u64, i64)>,
+    /// Those before them, oldest first: the newest of them may be kept.
+    older: Vec<(u64, i64)>,
     /// What the hard state says was flushed: never above what was.
     hard_state: u64,
     /// Everything below was dropped from the model's memory (the log may still have it).
@@ -128,6 +135,8 @@ pub(crate) struct Run {
     trace: VecDeque<(u64, u64, i64, u64, u64, u64, i64)>,
     /// Faults that came before this operation.
     faults_before: u64,
+    /// Whether the newest checkpoint was made rotten since the log was open.
+    spoiled: bool,
     pub(crate) counts: Counts,
 }
 
@@ -183,7 +192,9 @@ impl Run {
                 committed: 1,
                 flushed: 1,
                 log_start: 0,
+                first_offset: 0,
                 checkpoints: vec![(1, 0)],
+                older: Vec::new(),
                 hard_state: 1,
                 forgotten: 2,
             },
@@ -191,6 +202,7 @@ impl Run {
             now: 1_700_000_000_000,
             trace: VecDeque::new(),
             faults_before: 0,
+            spoiled: false,
             counts: Counts::default(),
             random,
         };
@@ -467,7 +479,9 @@ impl Run {
         match self.log().write_checkpoint(checkpoint) {
             Ok(()) => {
                 self.counts.checkpoints += 1;
-                self.model.checkpoints.remove(0);
+                let before = self.model.checkpoints.remove(0);
+                self.model.older.push(before);
+                assert_eq!(self.log().spare_checkpoint().map(RaftIndex::get), Some(before.0));
             }
             Err(error) => {
                 // The older one still holds, or the new one was written although it says otherwise. It poisons nothing.
@@ -498,7 +512,11 @@ impl Run {
         let first = self.log().first_index().get();
         let (applied, log_start) = self.model.checkpoints[0];
         assert!(first <= applied + 1, "entries behind the checkpoint were deleted");
+        if let Some(spare) = self.log().spare_checkpoint() {
+            assert!(first <= spare.next().get(), "entries behind the spare checkpoint were deleted");
+        }
         if first > 2 && first - 1 <= self.model.last() {
+            let log_start = log_start.max(self.model.first_offset);
             assert!(self.model.entry(first - 1).end <= log_start, "records behind the log start were deleted");
         }
     }
@@ -538,14 +556,18 @@ impl Run {
         }
         // A group of its own from here on would be as good: begin again.
         if self.log.is_some() && self.model.checkpoints.len() == 1 && self.random.one_in(4) {
-            self.counts.disk = self.disk.counts();
-            let counts = self.counts;
-            let seed = self.random.next();
-            let mut fresh = Self::new(seed);
-            fresh.counts = counts;
-            fresh.disk_counts_before(counts.disk);
-            *self = fresh;
+            self.begin_again();
         }
+    }
+
+    fn begin_again(&mut self) {
+        self.counts.disk = self.disk.counts();
+        let counts = self.counts;
+        let seed = self.random.next();
+        let mut fresh = Self::new(seed);
+        fresh.counts = counts;
+        fresh.disk_counts_before(counts.disk);
+        *self = fresh;
     }
 
     // ---- reading ----
@@ -836,6 +858,7 @@ impl Run {
                 self.disk.restart(Crash::Process);
             }
             self.spoil_indexes();
+            self.spoil_checkpoint();
             if self.random.one_in(4) {
                 let ahead = self.random.below(12);
                 self.disk.crash_after(ahead);
@@ -866,9 +889,28 @@ impl Run {
         }
     }
 
+    /// Rot in the newest checkpoint, where there is another one.
+    fn spoil_checkpoint(&mut self) {
+        if self.spoiled || !self.random.one_in(8) {
+            return;
+        }
+        let mut names = self.disk.read_dir(&self.dir).expect("the folder");
+        names.retain(|name| name.ends_with(".state"));
+        names.sort_unstable();
+        if let [.., _, newest] = &names[..] {
+            self.disk.flip_bit(&self.dir.join(newest), 30, 3);
+            self.spoiled = true;
+        }
+    }
+
     fn open_or_crash(&mut self) {
         let opened = self.open_log();
         match opened {
+            // The one before it was of no use: what it needs was deleted, and its own file's removal lost.
+            Err(OpenError::Quarantine { .. }) if self.spoiled && !self.disk.is_crashed() => {
+                self.counts.spares_useless += 1;
+                self.begin_again();
+            }
             // Its last operation was one whose failure does not matter; the next would fail.
             Ok(_) if self.disk.is_crashed() => self.counts.crashed_while_opening += 1,
             Ok(log) => self.check_opened(log),
@@ -905,15 +947,23 @@ impl Run {
         self.model.hard_state = last;
         let checkpoint: &Checkpoint = log.checkpoint();
         let found = (checkpoint.applied.get(), checkpoint.log_start.get());
-        assert!(self.model.checkpoints.contains(&found), "{found:?} is none of {:?}", self.model.checkpoints);
+        if self.spoiled && self.model.older.contains(&found) {
+            self.counts.fell_back += 1;
+        } else {
+            assert!(self.model.checkpoints.contains(&found), "{found:?} is none of {:?}", self.model.checkpoints);
+        }
+        self.spoiled = false;
         assert_eq!(&checkpoint.membership[..], b"members");
         self.model.checkpoints = vec![found];
+        self.model.older.retain(|(applied, _)| *applied < found.0);
         self.model.committed = found.0;
-        self.model.log_start = found.1;
+        // Retention went on from the one that is rotten now.
+        self.model.first_offset = log.first_offset().get();
+        self.model.log_start = found.1.max(self.model.first_offset);
         self.model.forgotten = log.first_index().get();
         assert_eq!(log.identity(), &identity());
         assert_eq!(log.flushed_index().get(), last);
-        assert_eq!(log.log_start().get(), found.1);
+        assert_eq!(log.log_start().get(), self.model.log_start);
         assert_eq!(log.high_watermark().get(), self.model.high_watermark());
         self.log = Some(log);
         for index in self.model.forgotten..=last {
@@ -955,6 +1005,8 @@ impl Counts {
         self.crashed_within += other.crashed_within;
         self.crashed_while_opening += other.crashed_while_opening;
         self.entries_lost += other.entries_lost;
+        self.fell_back += other.fell_back;
+        self.spares_useless += other.spares_useless;
         self.disk.operations += other.disk.operations;
         self.disk.crashes += other.disk.crashes;
         self.disk.power_failures += other.disk.power_failures;
@@ -962,6 +1014,7 @@ impl Counts {
         self.disk.sectors_lost += other.disk.sectors_lost;
         self.disk.sectors_kept += other.disk.sectors_kept;
         self.disk.names_lost += other.disk.names_lost;
+        self.disk.dirs_lost += other.disk.dirs_lost;
         self.disk.faults += other.disk.faults;
         self
     }

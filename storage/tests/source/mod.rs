@@ -110,6 +110,7 @@ pub(crate) fn filled(replica: u64, segment_bytes: u64, seed: u64, count: u64) ->
 }
 
 /// The bytes of one range.
+#[allow(dead_code)] // Not by every test that shares this file.
 pub(crate) fn range(log: &Log, first: RaftIndex, last: RaftIndex, max_bytes: usize) -> Result<Range, ReadError> {
     log.range(first, last, max_bytes).expect("held").run()
 }
