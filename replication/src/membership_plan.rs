@@ -5,6 +5,7 @@
 //! leader goes on where the old one stopped.
 
 use flowstone_protocol::ReplicaId;
+use flowstone_storage::planted::{Bug, is_planted};
 
 use crate::request::{GroupStatus, MemberStatus};
 
@@ -45,6 +46,7 @@ pub fn next_step(view: &GroupStatus, wanted: &[ReplicaId], leaving: &[ReplicaId]
     let lives = |replica: ReplicaId| replica == view.replica || member(replica).is_some_and(|member| member.is_active);
     let in_sync = |replica: ReplicaId| {
         replica == view.replica
+            || is_planted(Bug::PromoteTooEarly)
             || member(replica).is_some_and(|member: &MemberStatus| member.is_active && member.in_sync)
     };
 

@@ -22,6 +22,7 @@ use flowstone_protocol::{
     BatchHeader, ControlType, Error, ErrorCode, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term, Timestamp,
     TimestampType, TopicPartition,
 };
+use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::read::Lookup;
 use flowstone_storage::{
     Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RetentionConfig, StorageError,
@@ -254,6 +255,9 @@ impl<M: Machine> Replica<M> {
         let mut hard_state = hard_state.unwrap_or(HardState { term: Term::new(0), vote: None, flushed });
         if hard_state.term < log.last_term() {
             hard_state = HardState { term: log.last_term(), vote: None, flushed };
+        }
+        if is_planted(Bug::ForgetVote) {
+            hard_state.vote = None;
         }
         let records = count_records(&mut log);
         delete_trimmed(&mut log);
@@ -491,6 +495,11 @@ impl<M: Machine> Replica<M> {
         HardState { flushed: self.flushed_index(), ..self.hard_state }
     }
 
+    /// Entries up to here are as durable as its flush mode asks for.
+    pub fn persisted(&self) -> RaftIndex {
+        self.raft.persisted()
+    }
+
     /// The last entry that the machine was given.
     pub fn applied(&self) -> RaftIndex {
         self.applied
@@ -557,7 +566,10 @@ impl<M: Machine> Replica<M> {
             Event::Flushed(done) => {
                 let write =
                     self.flush_in_flight.take().expect("a flush is reported once, by whoever was told to run it");
-                self.raft.log_mut().flush_done(done).map_err(Ended::Storage)?;
+                let flushed = self.raft.log_mut().flush_done(done);
+                if !is_planted(Bug::IgnoreFailedFlush) {
+                    flushed.map_err(Ended::Storage)?;
+                }
                 self.writes_flushed = write;
                 fx.flushed = Some(self.hard_state());
             }
@@ -588,7 +600,8 @@ impl<M: Machine> Replica<M> {
             Event::Peer(message) => {
                 self.propose_all()?;
                 // Only for this very replica, and only in a term that a log can hold.
-                if message.to == self.config.replica && self.check_term_below(message.term).is_ok() {
+                let is_for_this = message.to == self.config.replica || is_planted(Bug::TakeStrangersMessages);
+                if is_for_this && self.check_term_below(message.term).is_ok() {
                     self.peer(message, fx)?;
                 }
             }
@@ -655,7 +668,8 @@ impl<M: Machine> Replica<M> {
                     fx.answers.push(Answer::Produce { reply, result: Ok(produced), permit });
                 } else {
                     let waiting = Waiting::Produce { reply, produced, permit };
-                    self.parked.park(index, acks == Acks::Leader, waiting);
+                    let only_persisted = acks == Acks::Leader || is_planted(Bug::AnswerBeforeCommit);
+                    self.parked.park(index, only_persisted, waiting);
                 }
             }
             Err(error) => {
@@ -1063,6 +1077,10 @@ impl<M: Machine> Replica<M> {
         });
         match refusal {
             Some(error) => fx.answers.push(Answer::ReadIndex { reply, result: Err(error) }),
+            None if is_planted(Bug::ReadWithoutQuorum) => {
+                let result = Ok(self.log().high_watermark());
+                fx.answers.push(Answer::ReadIndex { reply, result });
+            }
             None => self.linearizable.to_ask.push(reply),
         }
     }
@@ -1340,9 +1358,14 @@ impl<M: Machine> Replica<M> {
     fn release(&mut self, fx: &mut Effects<M>) -> Result<(), Ended> {
         let mut persisted = None;
         while let Some(front) = self.unflushed.front() {
-            let written = front.write.is_none_or(|write| write <= self.writes_flushed);
-            let voted = front.hard_state.is_none_or(|number| number <= self.hard_states_flushed);
+            let written = front.write.is_none_or(|write| write <= self.writes_flushed) || is_planted(Bug::AckBeforeFlush);
+            let voted = front.hard_state.is_none_or(|number| number <= self.hard_states_flushed)
+                || is_planted(Bug::VoteBeforeFlush);
             if !(written && voted) {
+                if is_planted(Bug::ReleaseOutOfOrder) {
+                    let free = self.unflushed.iter_mut().filter(|it| it.write.is_none() && it.hard_state.is_none());
+                    fx.send_flushed.extend(free.flat_map(|it| std::mem::take(&mut it.messages)));
+                }
                 break;
             }
             persisted = Some(front.ready);
@@ -1362,7 +1385,7 @@ impl<M: Machine> Replica<M> {
             return Err(Ended::Panicked("a snapshot appeared that nobody sent".to_owned()));
         }
         let (first, flushed) = (ready.entries().first().map(|entry| RaftIndex::new(entry.index)), self.flushed_index());
-        if let Some(first) = first.filter(|&first| first <= flushed) {
+        if let Some(first) = first.filter(|&first| first <= flushed && !is_planted(Bug::CutWithoutMark)) {
             // What is flushed is only cut once it is known, durably, not to be answered for any more: a crash in the
             // middle would look like loss otherwise.
             let number =
@@ -1467,7 +1490,9 @@ impl<M: Machine> Replica<M> {
         if self.leading.is_some() {
             self.serving = false;
             self.log_start_proposed = false;
-            self.machine.step_down();
+            if !is_planted(Bug::KeepOverlay) {
+                self.machine.step_down();
+            }
             let error = Error::new(
                 ErrorCode::NotLeader,
                 "leadership was lost before this was committed; it may or may not be in the log: ask for the leader and try again",
@@ -1481,6 +1506,7 @@ impl<M: Machine> Replica<M> {
             }
         }
         self.leading = leading;
+        self.serving = self.serving || (leading.is_some() && is_planted(Bug::ServeBeforeOwnEntry));
         Ok(())
     }
 

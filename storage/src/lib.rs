@@ -30,6 +30,8 @@ pub mod log;
 mod lookup;
 mod mmap;
 mod open;
+#[doc(hidden)]
+pub mod planted;
 pub mod range;
 pub mod read;
 pub mod recovery;

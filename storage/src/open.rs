@@ -20,6 +20,7 @@ use crate::disk::{Disk, DiskFile, OpenMode};
 use crate::error::OpenError;
 use crate::install::{self, PROGRESS_NAME};
 use crate::log::{Log, LogConfig, write_blocks};
+use crate::planted::{Bug, is_planted};
 use crate::recovery::{
     CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
     decide_checkpoint, decide_no_segments, decide_segment, first_needed, keeps_spare,
@@ -122,12 +123,16 @@ impl Log {
         let log_first = segments.front().unwrap_or(&last).name.base_offset;
         let last_index = RaftIndex::new(last.end_index.get() - 1);
         for segment in segments.iter().chain([&last]).filter(|segment| segment.end_index > durable.next()) {
-            segment.write_again(dir, durable)?;
+            if !is_planted(Bug::TrustThePageCache) {
+                segment.write_again(dir, durable)?;
+            }
         }
         let active = last.into_active(&disk, dir, garbage, now)?;
         // Also where nothing changed now: a life before this one may have cut or removed something and been killed before
         // it flushed that. What is seen here must be what a power failure leaves.
-        active.log.sync_data().map_err(OpenError::io("flush", &active.name.log_path(dir)))?;
+        if !is_planted(Bug::TrustThePageCache) {
+            active.log.sync_data().map_err(OpenError::io("flush", &active.name.log_path(dir)))?;
+        }
         disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
 
         let mut log = Self {

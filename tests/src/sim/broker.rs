@@ -9,6 +9,7 @@ use flowstone_protocol::{BrokerId, DirectoryId, ReplicaId, TopicPartition};
 use flowstone_replication::{FlushMode, JobKind, LogConfig, ManualShards, ReplicaHandle, ReplicaSpec, ShardsConfig};
 use flowstone_replication::{RetentionConfig, Start};
 use flowstone_storage::flush::Job;
+use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::{DataDir, Disk, SimDisk};
 
 use super::groups::{Group, Place};
@@ -99,7 +100,9 @@ impl SimBroker {
     /// An empty disk in the place of the one that is there.
     pub(crate) fn new_disk(&mut self) {
         let counts = self.disk.counts();
-        self.directory += 1;
+        if self.directory == 0 || !is_planted(Bug::VoterWithAmnesia) {
+            self.directory += 1;
+        }
         self.disk = SimDisk::new(self.random.next());
         self.disk.set_loses_dirs(true);
         self.disk.add_counts(counts);

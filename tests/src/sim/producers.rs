@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, VecDeque};
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flowstone_protocol::{BatchHeader, Error, ErrorCode, Offset, RaftIndex};
 use flowstone_replication::{Admission, MachineEntry};
+use flowstone_storage::planted::{Bug, is_planted};
 
 /// As many as a producer has in flight.
 pub(crate) const BATCHES_MAX: usize = 5;
@@ -34,7 +35,7 @@ fn push(batches: &mut VecDeque<Batch>, batch: Batch) {
 
 impl Producers {
     pub(crate) fn admit(&self, batch: &BatchHeader) -> Admission {
-        if !batch.has_producer() {
+        if !batch.has_producer() || is_planted(Bug::NoDeduplication) {
             return Admission::Append;
         }
         let producer = batch.producer_id.get();

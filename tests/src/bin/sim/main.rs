@@ -34,6 +34,10 @@ struct Arguments {
     /// Only these faults.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Plant this bug (a build with the feature `planted`), or `all`: tells how many seeds it takes to find it.
+    #[cfg(feature = "planted")]
+    #[arg(long)]
+    plant: Option<String>,
     /// Seeds side by side.
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
     threads: usize,
@@ -73,7 +77,37 @@ fn main() -> std::process::ExitCode {
             None => std::process::ExitCode::SUCCESS,
         };
     }
+    #[cfg(feature = "planted")]
+    if let Some(name) = &arguments.plant {
+        return find_planted(&arguments, name);
+    }
     run_many(&arguments)
+}
+
+/// How many seeds it takes to find each planted bug.
+#[cfg(feature = "planted")]
+fn find_planted(arguments: &Arguments, name: &str) -> std::process::ExitCode {
+    use flowstone_storage::planted::{Bug, plant};
+
+    let mut missed = false;
+    let chosen = Bug::ALL.into_iter().filter(|bug| name == "all" || format!("{bug:?}").eq_ignore_ascii_case(name));
+    for bug in chosen {
+        plant(Some(bug));
+        let found = (arguments.first..arguments.first + arguments.seeds)
+            .find_map(|seed| run_caught(arguments.plan(seed)).broken.map(|broken| (seed, broken)));
+        plant(None);
+        match found {
+            Some((seed, broken)) => {
+                let first: String = broken.chars().take(160).collect();
+                println!("{bug:?}: after {} seeds: {first}", seed - arguments.first + 1);
+            }
+            None => {
+                missed = true;
+                println!("{bug:?}: not found in {} seeds", arguments.seeds);
+            }
+        }
+    }
+    if missed { std::process::ExitCode::FAILURE } else { std::process::ExitCode::SUCCESS }
 }
 
 fn run_many(arguments: &Arguments) -> std::process::ExitCode {
