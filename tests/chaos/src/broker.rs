@@ -88,6 +88,16 @@ impl Broker {
         self.process.as_ref().map(|process| process.peer)
     }
 
+    /// Gives it other addresses by which it is known, from its next start on.
+    ///
+    /// # Errors
+    /// No port is free.
+    pub fn move_house(&mut self) -> Outcome {
+        self.peer = Proxy::start(&self.network, Node::Broker(self.id), Dialers::Brokers)?;
+        self.client = Proxy::start(&self.network, Node::Broker(self.id), Dialers::Clients)?;
+        Ok(())
+    }
+
     /// Puts its data elsewhere, before it is first started: on a disk of its own.
     pub fn set_data_dir(&mut self, data_dir: &Path) {
         self.data_dir = data_dir.to_owned();

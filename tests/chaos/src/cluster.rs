@@ -195,6 +195,11 @@ impl Cluster {
         self.brokers.iter().map(|broker| broker.client().address().to_string()).collect::<Vec<_>>().join(",")
     }
 
+    /// Forgets a broker that was killed for good: commands do not ask it any more, and it is not started again.
+    pub fn remove(&mut self, id: i32) {
+        self.brokers.retain(|broker| broker.id() != id);
+    }
+
     /// Cuts a broker off from all other brokers; clients still reach it.
     pub fn isolate(&self, id: i32) {
         for other in self.ids() {

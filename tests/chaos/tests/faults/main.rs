@@ -4,6 +4,7 @@
 mod disks;
 mod joining;
 mod network;
+mod operations;
 mod processes;
 mod topics;
 
