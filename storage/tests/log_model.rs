@@ -22,6 +22,7 @@ fn random_operations_and_crashes() {
         total.reopened_clean += counts.reopened_clean;
         total.disk.torn_files += counts.disk.torn_files;
         total.disk.names_lost += counts.disk.names_lost;
+        total.disk.dirs_lost += counts.disk.dirs_lost;
     }
     // A run that saw none of these has shown nothing.
     for (what, count) in [
@@ -39,6 +40,7 @@ fn random_operations_and_crashes() {
         ("clean restarts", total.reopened_clean),
         ("torn files", total.disk.torn_files),
         ("changes of folders lost", total.disk.names_lost),
+        ("folders lost", total.disk.dirs_lost),
     ] {
         assert!(count > 0, "no {what}: the run is vacuous");
     }

@@ -150,6 +150,29 @@ fn identity() -> ReplicaIdentity {
     }
 }
 
+/// Makes the replica, through crashes: once it is made, it is there to stay, with every folder above it.
+fn create(disk: &SimDisk, dir: &Path, random: &mut Random) {
+    for _ in 0..100 {
+        let power = if random.one_in(2) { Crash::Power } else { Crash::Process };
+        disk.crash_after(random.below(40));
+        let is_made = match Log::exists(&disk.shared(), dir) {
+            // By a life that was killed: opening makes it durable.
+            Ok(true) => {
+                Log::open(disk.shared(), dir, LogConfig::default(), RaftIndex::new(1), Timestamp::new(0)).is_ok()
+            }
+            _ => Log::create(&disk.shared(), dir, identity(), Bytes::from_static(b"members")).is_ok(),
+        };
+        assert!(is_made || disk.is_crashed(), "it cannot be made");
+        disk.cancel_crash();
+        disk.restart(power);
+        if is_made {
+            assert!(Log::exists(&disk.shared(), dir).expect("asked"), "made, and lost");
+            return;
+        }
+    }
+    panic!("it is never made");
+}
+
 /// Runs `operations` random operations; panics where log and model differ, naming seed and operation.
 pub(crate) fn run(seed: u64, operations: u64) -> Counts {
     let mut run = Run::new(seed);
@@ -173,7 +196,7 @@ impl Run {
         let dir = PathBuf::from("/data/topics/5/3");
         disk.shared().create_dir_all(Path::new("/data/topics")).expect("a folder");
         disk.set_loses_dirs(true);
-        Log::create(&disk.shared(), &dir, identity(), Bytes::from_static(b"members")).expect("a new log");
+        create(&disk, &dir, &mut random);
         let creation = ModelEntry {
             term: 1,
             body: EntryBody::Batch(Bytes::new()),
@@ -898,7 +921,11 @@ impl Run {
         names.retain(|name| name.ends_with(".state"));
         names.sort_unstable();
         if let [.., _, newest] = &names[..] {
-            self.disk.flip_bit(&self.dir.join(newest), 30, 3);
+            let path = self.dir.join(newest);
+            // A shorter one stays rotten, also where its removal was lost and this comes to it again.
+            let mut bytes = self.disk.bytes(&path).expect("it is there");
+            bytes.pop();
+            self.disk.set_bytes(&path, bytes);
             self.spoiled = true;
         }
     }
@@ -954,7 +981,8 @@ impl Run {
         }
         self.spoiled = false;
         assert_eq!(&checkpoint.membership[..], b"members");
-        self.model.checkpoints = vec![found];
+        let may_be_older = std::mem::replace(&mut self.model.checkpoints, vec![found]);
+        self.model.older.extend(may_be_older);
         self.model.older.retain(|(applied, _)| *applied < found.0);
         self.model.committed = found.0;
         // Retention went on from the one that is rotten now.
