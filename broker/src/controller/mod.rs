@@ -17,6 +17,8 @@ pub(crate) mod table;
 pub(crate) mod upkeep;
 
 #[cfg(test)]
+mod command_tests;
+#[cfg(test)]
 mod refusal_tests;
 #[cfg(test)]
 mod scaling_tests;
