@@ -12,10 +12,9 @@ use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Code, Request, Response, Status};
 
+use super::config::RESPONSE_BYTES_MAX;
 use super::network::Shared;
 
-/// Largest answer: reports of very many replicas, forwarded lists.
-const RESPONSE_BYTES_MAX: usize = 64 << 20;
 /// HTTP/2 windows for answers, as of ranges.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 8 << 20;

@@ -45,6 +45,9 @@ pub struct QueueLimits {
     pub bytes_max: usize,
 }
 
+/// Largest answer of a call: a checkpoint of the metadata of very many partitions, a range that is one of the largest
+/// batches, reports of very many replicas.
+pub(crate) const RESPONSE_BYTES_MAX: usize = 256 << 20;
 /// Connections that other brokers may have open: four from each, two of them for streams.
 const CONNECTIONS_MAX: usize = 4096;
 /// Open calls of one of them.
@@ -53,6 +56,8 @@ const STREAMS_PER_CONNECTION: u32 = 64;
 const BATCH_BYTES_MAX: usize = 64 << 20;
 /// Room in a message beside its batches.
 const MESSAGE_OVERHEAD_BYTES: usize = 1 << 20;
+const _: () = assert!(RESPONSE_BYTES_MAX > BATCH_BYTES_MAX + MESSAGE_OVERHEAD_BYTES);
+
 /// A call between brokers, as a forwarded one of a client, with room around it.
 const CALL_OVERHEAD_BYTES: usize = 4 << 10;
 

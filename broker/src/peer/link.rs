@@ -104,6 +104,7 @@ impl Link {
     /// Keeps the stream up while there is something to send, until the network stops.
     pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>) {
         let mut stop = shared.stop.subscribe();
+        let mut book = shared.book.watch();
         let mut backoff = shared.config.backoff_min;
         let mut log = Log { last: None };
         loop {
@@ -111,6 +112,7 @@ impl Link {
                 () = poll_fn(|cx| self.queue.poll_work(cx)) => {}
                 _ = stop.wait_for(|stop| *stop) => return,
             }
+            book.mark_unchanged();
             let end = tokio::select! {
                 end = self.session(&shared, &mut backoff, &mut log) => end,
                 _ = stop.wait_for(|stop| *stop) => return,
@@ -124,6 +126,8 @@ impl Link {
             tokio::select! {
                 () = sleep(pause) => {}
                 () = self.retry.notified() => {}
+                // Perhaps it is where that broker listens.
+                _ = book.changed() => {}
                 _ = stop.wait_for(|stop| *stop) => return,
             }
         }

@@ -19,6 +19,7 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use super::calls::PeerCalls;
+use super::config::RESPONSE_BYTES_MAX;
 use super::identity::{PeerIdentity, Trust, check_caller};
 use super::link::MESSAGE_BYTES_AIM;
 use super::network::{Shared, StreamKind};
@@ -34,8 +35,6 @@ const FRAME_BYTES: u32 = MESSAGE_BYTES_AIM as u32 + (64 << 10);
 /// HTTP/2 windows: what may be under way on a stream, and what may lie here unread.
 const STREAM_WINDOW_BYTES: u32 = 8 << 20;
 const CONNECTION_WINDOW_BYTES: u32 = 12 << 20;
-/// Largest answer.
-const RESPONSE_BYTES_MAX: usize = 64 << 20;
 
 const _: () = assert!(FRAME_BYTES < 1 << 24 && FRAME_BYTES < STREAM_WINDOW_BYTES);
 

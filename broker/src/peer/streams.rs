@@ -96,18 +96,20 @@ impl Session {
         if self.drained.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(Error::new(ErrorCode::ShuttingDown, "this broker is shutting down")));
         }
-        match &mut self.from {
-            None if self.deadline.as_mut().poll(cx).is_ready() => {
-                let why = format!("nobody said who speaks within {:?}; say so first", self.shared.config.hello_timeout);
-                return Poll::Ready(Err(Error::new(ErrorCode::TimedOut, why)));
-            }
-            None => {}
-            Some(from) => {
-                if Pin::new(&mut from.superseded).poll(cx).is_ready() {
-                    let why = "the same broker has opened a newer stream, which takes this one's place";
-                    return Poll::Ready(Err(Error::new(ErrorCode::NotLeader, why)));
+        let is_superseded = match &mut self.from {
+            Some(from) => Pin::new(&mut from.superseded).poll(cx).is_ready(),
+            None => {
+                if self.deadline.as_mut().poll(cx).is_ready() {
+                    let timeout = self.shared.config.hello_timeout;
+                    let why = format!("nobody said who speaks within {timeout:?}; say so first");
+                    return Poll::Ready(Err(Error::new(ErrorCode::TimedOut, why)));
                 }
+                false
             }
+        };
+        if is_superseded {
+            let why = "the same broker has opened a newer stream, which takes this one's place";
+            return Poll::Ready(Err(Error::new(ErrorCode::NotLeader, why)));
         }
         let mut taken = 0;
         loop {

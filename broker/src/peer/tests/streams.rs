@@ -64,6 +64,11 @@ async fn a_batch_larger_than_frame_and_window_arrives() {
     let delivered = two.delivered(2).await;
     let PeerBody::Append { entries, .. } = &delivered[&one.broker()][0].message.body else { panic!("no append") };
     assert_eq!(entries.iter().map(LogEntry::data_bytes).collect::<Vec<_>>(), [40 << 20, 5]);
+    // More of them than there is room for at once: what was taken gives its room back.
+    for group in 3..8 {
+        one.send(two, vec![append(group, &[40 << 20])]);
+        two.delivered(1).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
