@@ -113,6 +113,7 @@ struct State {
     unreadable: Vec<(u64, Range<u64>)>,
     /// Nothing counts as cached: reads that must not wait get nothing.
     cold: bool,
+    flush_horizon: Option<u64>,
     read_only: bool,
     locks: BTreeSet<PathBuf>,
     counts: SimCounts,
@@ -156,8 +157,10 @@ fn moved(path: PathBuf, from: &Path, to: &Path) -> PathBuf {
 struct File {
     seen: Vec<u8>,
     durable: Vec<u8>,
-    /// Sectors that differ, or may.
-    dirty: BTreeSet<u64>,
+    /// Sectors that differ, or may, each with the operation that first changed it since it was flushed.
+    dirty: BTreeMap<u64, u64>,
+    /// The operation that goes on.
+    operation: u64,
     /// Room taken past the end.
     allocated: u64,
 }
@@ -169,7 +172,9 @@ impl File {
 
     fn touch(&mut self, from: usize, to: usize) {
         if from < to {
-            self.dirty.extend((from / SECTOR_BYTES) as u64..to.div_ceil(SECTOR_BYTES) as u64);
+            for sector in (from / SECTOR_BYTES) as u64..to.div_ceil(SECTOR_BYTES) as u64 {
+                self.dirty.entry(sector).or_insert(self.operation);
+            }
         }
     }
 
@@ -202,11 +207,16 @@ impl File {
         image[from + seen.len()..to].fill(0);
     }
 
-    fn flush(&mut self) {
+    /// Flushes what was changed by operations up to `horizon`.
+    fn flush(&mut self, horizon: u64) {
         let mut image = std::mem::take(&mut self.durable);
         image.resize(self.seen.len(), 0);
-        for sector in std::mem::take(&mut self.dirty) {
-            self.sector_to(&mut image, sector);
+        for (sector, operation) in std::mem::take(&mut self.dirty) {
+            if operation <= horizon {
+                self.sector_to(&mut image, sector);
+            } else {
+                self.dirty.insert(sector, operation);
+            }
         }
         self.durable = image;
     }
@@ -223,7 +233,7 @@ impl File {
         image.resize(len, 0);
         let keep_of_8 = [0, 1, 4, 7, 8][random.below(5) as usize];
         let (mut kept, mut lost) = (0, 0);
-        for sector in std::mem::take(&mut self.dirty) {
+        for sector in std::mem::take(&mut self.dirty).into_keys() {
             if random.below(8) < keep_of_8 {
                 self.sector_to(&mut image, sector);
                 kept += 1;
@@ -276,6 +286,7 @@ impl SimDisk {
                 faults: Vec::new(),
                 unreadable: Vec::new(),
                 cold: false,
+                flush_horizon: None,
                 read_only: false,
                 locks: BTreeSet::new(),
                 counts: SimCounts::default(),
@@ -372,6 +383,12 @@ impl SimDisk {
     /// From now on folders that are made may be lost, too, until their parent is flushed.
     pub fn set_loses_dirs(&self, loses_dirs: bool) {
         self.lock().loses_dirs = loses_dirs;
+    }
+
+    /// Flushes make durable only what was changed up to this operation, as counted by [`SimCounts::operations`]: for
+    /// flushes that began then and end now. `None`: all there is.
+    pub fn set_flush_horizon(&self, operation: Option<u64>) {
+        self.lock().flush_horizon = operation;
     }
 
     /// While cold, reads that must not wait get nothing.
@@ -797,7 +814,9 @@ impl SimFile {
 impl State {
     /// The file, also one that has no name any more but is open.
     fn file_mut(&mut self, number: u64) -> &mut File {
-        self.files.entry(number).or_default()
+        let file = self.files.entry(number).or_default();
+        file.operation = self.counts.operations;
+        file
     }
 }
 
@@ -880,6 +899,7 @@ impl DiskFile for SimFile {
         let is_last = state.change()?;
         let number = self.number;
         let fails = state.is_faulty(Operation::Sync);
+        let horizon = state.flush_horizon.unwrap_or(u64::MAX);
         let State { files, random, .. } = &mut *state;
         let file = files.entry(number).or_default();
         if fails {
@@ -891,7 +911,7 @@ impl DiskFile for SimFile {
             // How much of it was done shows when the power is back.
             return Err(crashed());
         }
-        file.flush();
+        file.flush(horizon);
         Ok(())
     }
 

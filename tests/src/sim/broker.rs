@@ -61,7 +61,8 @@ pub(crate) struct Running {
     pub(crate) ears: Arc<Ears>,
     pub(crate) data_dir: Arc<DataDir>,
     pub(crate) replicas: BTreeMap<TopicPartition, Local>,
-    pub(crate) jobs: BTreeMap<u64, (JobKind, Job)>,
+    /// Each with how far the disk was when it was ordered.
+    pub(crate) jobs: BTreeMap<u64, (JobKind, Job, u64)>,
     pub(crate) round_at: Option<Duration>,
     /// Replicas that were there after the last round, with the number of their life.
     pub(crate) seen: BTreeMap<Listener, u64>,

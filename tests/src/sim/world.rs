@@ -380,9 +380,15 @@ impl World {
     fn job(&mut self, broker: usize, number: u64) {
         let it = &mut self.brokers[broker];
         it.clock.set(self.now);
-        let Some((kind, job)) = it.running.as_mut().and_then(|running| running.jobs.remove(&number)) else { return };
+        let Some((kind, job, ordered_at)) = it.running.as_mut().and_then(|running| running.jobs.remove(&number)) else {
+            return;
+        };
         self.note("job", &[broker as u64, kind as u64], || format!("broker {}: {kind:?}", broker_id(broker)));
+        // What is written while a flush is under way is not covered by it.
+        let disk = self.brokers[broker].disk.clone();
+        disk.set_flush_horizon((kind == JobKind::Flush).then_some(ordered_at));
         job();
+        disk.set_flush_horizon(None);
         self.after(broker);
     }
 
@@ -504,7 +510,7 @@ impl World {
                 JobKind::Work => it.random.micros(100, 10_000),
             };
             self.numbers += 1;
-            running.jobs.insert(self.numbers, (kind, job));
+            running.jobs.insert(self.numbers, (kind, job, it.disk.counts().operations));
             ends.push((takes, self.numbers));
         }
         let life = it.life;
