@@ -130,6 +130,12 @@ impl<M: Machine> ReplicaHandle<M> {
         self.send(Event::Read { request, reply });
     }
 
+    /// A read gave bytes that are not what was written: they are looked at, and repaired where there are other replicas.
+    pub fn found_corrupt(&self, offset: Offset) {
+        // A shard that has stopped repairs nothing.
+        drop(self.port.inbox.report(Message::Corrupt { slot: self.slot, offset }));
+    }
+
     /// Looks an offset up; `None` where no record is at or after the time.
     pub fn list_offset(&self, query: OffsetQuery, reply: Reply<Result<Option<FoundOffset>, Error>>) {
         self.send(Event::ListOffset { query, reply });

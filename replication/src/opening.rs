@@ -1,30 +1,46 @@
 //! Opening a replica from its files, closing its log, and the note that a broker runs here.
 //!
 //! ```text
-//! folder   hard state | what happens
-//! none     none       | made
-//! none     known      | quarantined: what it answered for is gone
-//! there    any        | recovered (above the flushed index written again), or quarantined by the log's own table
+//! folder            hard state | first voter       learner           recovered
+//! none              none       | made              pulls everything  lost
+//! none              known      | lost              lost              lost
+//! its own           any        | recovered (above the flushed index written again), or lost by the log's own table
+//! another replica's none       | quarantined       pulls everything  goes on under the new id, alone
 //! ```
+//! Lost is final for this id: where the group has others it is to be replaced, with one voter it is quarantined.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
-use flowstone_protocol::{RaftIndex, Timestamp};
+use flowstone_protocol::control::log_start_of;
+use flowstone_protocol::{BatchHeader, ControlType, RaftIndex, Term, Timestamp};
 use flowstone_storage::checkpoint::CREATION_INDEX;
-use flowstone_storage::{DataDir, Disk, HardState, Log, OpenError, OpenMode, ReplicaIdentity};
+use flowstone_storage::{
+    DataDir, Disk, EntryBody, HardState, Install, Log, OpenError, OpenMode, ReplicaIdentity, StorageError,
+};
 
-use crate::machine::Machine;
+use crate::machine::{Machine, MachineBody, MachineEntry};
 use crate::membership::Membership;
 use crate::replica::{CannotOpen, Replica, ReplicaConfig};
 use crate::request::{FlushMode, ReplicaSpec, Start};
 
 /// Names the file that says that a broker is running here, and since which start of the machine.
 const RUNNING_FILE: &str = "running";
+/// Names the file in a replica's folder that says in which start of the machine it was opened last.
+const OPENED_FILE: &str = "opened";
+/// A recovered log goes on with a term that its lost majority is not likely to have reached: what readers saw of that is
+/// then known to be of another history.
+const RECOVERED_TERMS: u64 = 10;
 
 /// How an opening ended.
 #[derive(Debug)]
 pub(crate) enum Opened<M: Machine> {
     Replica(Box<Replica<M>>),
+    /// It has no log to begin with: all of it is to be pulled, or the rest.
+    Pulls {
+        machine: M,
+        install: Option<Box<Install>>,
+    },
     /// The file system failed: tried again.
     Failed {
         machine: M,
@@ -34,6 +50,17 @@ pub(crate) enum Opened<M: Machine> {
     Quarantined {
         message: String,
     },
+    /// Final for this id.
+    Lost(Lost),
+}
+
+/// What is known of a replica that can not vote any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Lost {
+    pub(crate) message: String,
+    pub(crate) lost_memory: bool,
+    pub(crate) last_term: Term,
+    pub(crate) last_index: RaftIndex,
 }
 
 /// Closes a log cleanly; says up to where it is flushed.
@@ -53,55 +80,240 @@ pub(crate) struct OpenJob {
     pub(crate) disk: Arc<dyn Disk>,
     pub(crate) spec: ReplicaSpec,
     pub(crate) hard_state: Option<HardState>,
+    /// Of the replica whose log goes on under this one's id.
+    pub(crate) hard_state_before: Option<HardState>,
+    /// The stripe's file is unreadable in part: what was voted for may be forgotten.
+    pub(crate) rotten: Option<String>,
     pub(crate) config: ReplicaConfig,
     pub(crate) feature_level: u32,
     /// What was only in memory at the end of the last run is gone.
     pub(crate) lost_memory: bool,
+    /// This start of the machine.
+    pub(crate) boot_id: String,
     pub(crate) now: Timestamp,
 }
 
-impl OpenJob {
-    pub(crate) fn run<M: Machine>(self, machine: M) -> Opened<M> {
-        let Self { disk, spec, hard_state, config, feature_level, lost_memory, now } = self;
-        let exists = match Log::exists(&disk, &spec.dir) {
-            Ok(exists) => exists,
-            Err(error) => {
-                return Opened::Failed {
-                    machine,
-                    message: format!("cannot look into {}: {error}", spec.dir.display()),
-                };
-            }
-        };
-        if !exists {
-            // It voted, or it wrote: what it answered for is gone, and a new one must not take its name.
-            if hard_state.is_some() {
-                return Opened::Quarantined { message: missing(&spec) };
-            }
-            let membership = match &spec.start {
-                Start::FirstVoter { voters } => Membership { voters: voters.to_vec(), learners: Vec::new() },
-                Start::Learner | Start::Recovered { .. } => Membership::alone(spec.replica),
-            };
-            let identity = ReplicaIdentity { replica: spec.replica, topic_partition: spec.tp, feature_level };
-            if let Err(error) = Log::create(&disk, &spec.dir, identity, membership.encode()) {
-                return Opened::Failed { machine, message: error.to_string() };
-            }
-        }
-        let flushed = hard_state.map_or(CREATION_INDEX, |state| state.flushed);
-        match Log::open(disk, &spec.dir, spec.log.clone(), flushed, now) {
-            Ok(log) => {
-                if lost_memory && spec.flush == FlushMode::Relaxed {
-                    let end_offset = log.end_offset();
-                    tracing::warn!(tp = %spec.tp, %end_offset, "records above this offset may be lost: flowstone.flush = relaxed, and the machine was restarted");
-                }
-                match Replica::open(log, hard_state, machine, config) {
-                    Ok(replica) => Opened::Replica(Box::new(replica)),
-                    Err(CannotOpen(message)) => Opened::Quarantined { message },
-                }
-            }
-            Err(error @ OpenError::Io { .. }) => Opened::Failed { machine, message: error.to_string() },
-            Err(error) => Opened::Quarantined { message: error.to_string() },
+/// Why it is not opened.
+enum Unusable {
+    /// Tried again.
+    Io(String),
+    Final(String),
+    Lost(String),
+}
+
+impl From<OpenError> for Unusable {
+    fn from(error: OpenError) -> Self {
+        match error {
+            OpenError::Io { .. } => Self::Io(error.to_string()),
+            OpenError::Quarantine { .. } => Self::Lost(error.to_string()),
+            _ => Self::Final(error.to_string()),
         }
     }
+}
+
+impl From<StorageError> for Unusable {
+    fn from(error: StorageError) -> Self {
+        Self::Io(error.to_string())
+    }
+}
+
+/// Where a replica stands before its log is opened.
+enum Begun {
+    Open,
+    Pull(Option<Box<Install>>),
+}
+
+impl OpenJob {
+    pub(crate) fn run<M: Machine>(mut self, mut machine: M) -> Opened<M> {
+        let begun = match self.begin(&mut machine) {
+            Ok(Begun::Open) => self.open_log(),
+            Ok(Begun::Pull(install)) => return Opened::Pulls { machine, install },
+            Err(unusable) => Err(unusable),
+        };
+        let log = match begun {
+            Ok(log) => log,
+            Err(unusable) => return self.unusable(unusable, machine),
+        };
+        if self.lost_memory && self.spec.flush == FlushMode::Relaxed {
+            if self.has_peers(&log) && !self.was_opened_since() {
+                return Opened::Lost(Lost {
+                    message: format!(
+                        "flowstone.flush = relaxed, and the machine was restarted without a clean stop: entries above {} may be gone that this replica answered for",
+                        log.last_index()
+                    ),
+                    lost_memory: true,
+                    last_term: log.last_term(),
+                    last_index: log.last_index(),
+                });
+            }
+            let end_offset = log.end_offset();
+            tracing::warn!(tp = %self.spec.tp, %end_offset, "records above this offset may be lost: flowstone.flush = relaxed, and the machine was restarted");
+            if let Err(error) = self.note_opened() {
+                let message = format!("cannot note in {} that it was opened: {error}", self.spec.dir.display());
+                return Opened::Failed { machine, message };
+            }
+        }
+        match Replica::open(log, self.hard_state, machine, self.config) {
+            Ok(replica) => Opened::Replica(Box::new(replica)),
+            Err(CannotOpen(message)) => Opened::Quarantined { message },
+        }
+    }
+
+    fn unusable<M: Machine>(&self, unusable: Unusable, machine: M) -> Opened<M> {
+        match unusable {
+            Unusable::Io(message) => Opened::Failed { machine, message },
+            Unusable::Lost(message) if self.spec.has_peers() => Opened::Lost(Lost {
+                message,
+                lost_memory: false,
+                last_term: Term::new(0),
+                last_index: RaftIndex::new(0),
+            }),
+            Unusable::Final(message) | Unusable::Lost(message) => Opened::Quarantined { message },
+        }
+    }
+
+    /// Makes sure that there is a log to open, or says that one is to be pulled.
+    fn begin<M: Machine>(&mut self, machine: &mut M) -> Result<Begun, Unusable> {
+        let Self { disk, spec, .. } = &*self;
+        // One that is whole takes the replica's place now; one that is not goes on.
+        match Install::resume(disk, &spec.dir, spec.log.clone())? {
+            Some(install) if install.identity().replica == spec.replica => {
+                return Ok(Begun::Pull(Some(Box::new(install))));
+            }
+            Some(_) => Install::abandon(disk, &spec.dir)?,
+            None => {}
+        }
+        let exists = Log::exists(disk, &spec.dir)
+            .map_err(|error| Unusable::Io(format!("cannot look into {}: {error}", spec.dir.display())))?;
+        let holds = if exists { Some(ReplicaIdentity::read(disk, &spec.dir)?.replica) } else { None };
+        let is_new = self.hard_state.is_none() && holds != Some(spec.replica);
+        if let Some(rotten) = self.rotten.as_ref().filter(|_| !(is_new && spec.start == Start::Learner)) {
+            return Err(Unusable::Lost(rotten.clone()));
+        }
+        match (holds, &spec.start) {
+            (Some(holds), _) if holds == spec.replica => Ok(Begun::Open),
+            // It voted, or it wrote: what it answered for is gone, and a new one must not take its name.
+            _ if self.hard_state.is_some() => Err(Unusable::Lost(missing(spec))),
+            (_, Start::Learner) => Ok(Begun::Pull(None)),
+            (Some(holds), Start::Recovered { from }) if holds == *from => {
+                self.recover(machine)?;
+                Ok(Begun::Open)
+            }
+            (Some(holds), _) => Err(Unusable::Final(format!(
+                "the folder {} belongs to replica {holds} of {}, not to replica {}",
+                spec.dir.display(),
+                spec.tp,
+                spec.replica
+            ))),
+            (None, Start::Recovered { .. }) => Err(Unusable::Lost(missing(spec))),
+            (None, Start::FirstVoter { voters }) if !voters.contains(&spec.replica) => Err(Unusable::Final(format!(
+                "replica {} of {} is none of those that its group begins with",
+                spec.replica, spec.tp
+            ))),
+            (None, Start::FirstVoter { voters }) => {
+                let membership = Membership { voters: voters.to_vec(), learners: Vec::new() };
+                Log::create(disk, &spec.dir, self.identity(), membership.encode())?;
+                Ok(Begun::Open)
+            }
+        }
+    }
+
+    fn identity(&self) -> ReplicaIdentity {
+        let (replica, topic_partition) = (self.spec.replica, self.spec.tp);
+        ReplicaIdentity { replica, topic_partition, feature_level: self.feature_level }
+    }
+
+    fn open_log(&self) -> Result<Log, Unusable> {
+        let flushed = self.hard_state.map_or(CREATION_INDEX, |state| state.flushed);
+        Ok(Log::open(Arc::clone(&self.disk), &self.spec.dir, self.spec.log.clone(), flushed, self.now)?)
+    }
+
+    fn has_peers(&self, log: &Log) -> bool {
+        let alone = Membership::decode(&log.checkpoint().membership)
+            .is_ok_and(|membership| membership.is_alone(self.spec.replica));
+        self.spec.has_peers() || !alone
+    }
+
+    /// Lets a survivor's log go on under this replica's id, as the only voter of its group: all that is in it counts as
+    /// committed from now on.
+    fn recover<M: Machine>(&mut self, machine: &mut M) -> Result<(), Unusable> {
+        let before = self.hard_state_before;
+        let flushed = before.map_or(CREATION_INDEX, |state| state.flushed);
+        let Self { disk, spec, .. } = &*self;
+        let mut log = Log::open(Arc::clone(disk), &spec.dir, spec.log.clone(), flushed, self.now)?;
+        let (first, last) = (log.checkpoint().applied.next(), log.last_index());
+        let final_error = |what: String| Unusable::Final(format!("cannot recover {}: {what}", spec.tp));
+        let state = log.checkpoint().machine.clone();
+        machine.restore(&state).map_err(|error| final_error(error.to_string()))?;
+        log.commit_to(last);
+        for index in first.get()..=last.get() {
+            replay(&mut log, machine, RaftIndex::new(index)).map_err(|error| final_error(error.to_string()))?;
+        }
+        let membership = Membership::alone(spec.replica);
+        let checkpoint = log.new_checkpoint(last, membership.encode(), machine.checkpoint());
+        let last_term = log.last_term();
+        let flushed = log.close()?;
+        Log::reidentify(disk, &spec.dir, self.identity(), &checkpoint)?;
+        let term = before.map_or(last_term, |state| state.term.max(last_term));
+        tracing::warn!(tp = %spec.tp, replica = %spec.replica, last_index = %last, %last_term, "a survivor's log goes on as that of the only voter: what it had not been sent is lost");
+        self.hard_state = Some(HardState { term: Term::new(term.get() + RECOVERED_TERMS), vote: None, flushed });
+        Ok(())
+    }
+
+    fn opened_file(&self) -> PathBuf {
+        self.spec.dir.join(OPENED_FILE)
+    }
+
+    /// Whether this replica was opened in this start of the machine: what it wrote since is still in memory.
+    fn was_opened_since(&self) -> bool {
+        let read = || {
+            let path = self.opened_file();
+            if !self.disk.exists(&path)? {
+                return Ok(None);
+            }
+            read_note(&*self.disk, &path).map(Some)
+        };
+        match read() {
+            Ok(note) => !self.boot_id.is_empty() && note.as_deref() == Some(self.boot_id.as_bytes()),
+            Err(error) => {
+                let error: std::io::Error = error;
+                tracing::warn!(tp = %self.spec.tp, %error, "cannot see when a replica was opened last: it counts as lost");
+                false
+            }
+        }
+    }
+
+    fn note_opened(&self) -> std::io::Result<()> {
+        let path = self.opened_file();
+        if self.disk.exists(&path)? {
+            self.disk.remove_file(&path)?;
+        }
+        let file = self.disk.open(&path, OpenMode::CreateNew)?;
+        file.write_at(self.boot_id.as_bytes(), 0)?;
+        file.sync_data()?;
+        self.disk.sync_dir(&self.spec.dir)
+    }
+}
+
+/// Gives one entry to a machine, as if it had just been committed.
+fn replay<M: Machine>(log: &mut Log, machine: &mut M, index: RaftIndex) -> Result<(), StorageError> {
+    let header: BatchHeader = log.header(index)?;
+    let term = header.leader_epoch.term().unwrap_or_default();
+    let base_offset = header.base_offset;
+    let mut give = |body| machine.committed(&MachineEntry { index, term, base_offset, header: &header, body });
+    match log.entry(index)?.body {
+        EntryBody::Batch(batch) => give(MachineBody::Records(&batch)),
+        EntryBody::Control { ctype, payload } => {
+            give(MachineBody::Control { ctype, payload: &payload });
+            if ctype == ControlType::LogStart
+                && let Ok(offset) = log_start_of(&payload)
+                && offset > log.log_start()
+            {
+                log.set_log_start(offset.min(log.high_watermark()));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn missing(spec: &ReplicaSpec) -> String {
@@ -119,17 +331,23 @@ fn missing(spec: &ReplicaSpec) -> String {
 pub(crate) fn mark_running(disk: &Arc<dyn Disk>, data_dir: &DataDir, boot_id: &str) -> std::io::Result<bool> {
     let path = data_dir.path().join(RUNNING_FILE);
     if disk.exists(&path)? {
-        let file = disk.open(&path, OpenMode::Read)?;
-        let mut before = vec![0; usize::try_from(file.len()?.min(256)).unwrap_or(256)];
-        let length = file.read_at(&mut before, 0)?;
+        let before = read_note(&**disk, &path)?;
         // Without a name for either start, the worse is assumed; so it is of a note that a crash cut short.
-        return Ok(boot_id.is_empty() || &before[..length] != boot_id.as_bytes());
+        return Ok(boot_id.is_empty() || before != boot_id.as_bytes());
     }
     let file = disk.open(&path, OpenMode::CreateNew)?;
     file.write_at(boot_id.as_bytes(), 0)?;
     file.sync_data()?;
     disk.sync_dir(data_dir.path())?;
     Ok(false)
+}
+
+fn read_note(disk: &dyn Disk, path: &std::path::Path) -> std::io::Result<Vec<u8>> {
+    let file = disk.open(path, OpenMode::Read)?;
+    let mut note = vec![0; usize::try_from(file.len()?.min(256)).unwrap_or(256)];
+    let length = file.read_at(&mut note, 0)?;
+    note.truncate(length);
+    Ok(note)
 }
 
 /// Notes that the broker stopped cleanly: nothing was only in memory.

@@ -25,7 +25,7 @@ use flowstone_protocol::{
 use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::read::Lookup;
 use flowstone_storage::{
-    Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RetentionConfig, StorageError,
+    Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RepairDone, RetentionConfig, StorageError,
 };
 use raft::eraftpb::Entry;
 use raft::{Ready, StateRole};
@@ -463,6 +463,14 @@ impl<M: Machine> Replica<M> {
     /// Its log, to close it: the replica is not stepped any more.
     pub fn into_log(self) -> Log {
         self.raft.into_log()
+    }
+
+    /// Reads from a repaired file from now on; whether nothing else in that is rotten.
+    ///
+    /// # Errors
+    /// When the repair failed: the log is as it was.
+    pub fn repaired(&mut self, done: RepairDone) -> Result<bool, StorageError> {
+        self.raft.log_mut().repaired(done)
     }
 
     /// Its machine.

@@ -17,6 +17,7 @@
 
 mod peers;
 mod pulling;
+mod scrubbing;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -28,21 +29,25 @@ use std::time::{Duration, Instant, SystemTime};
 use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
 use flowstone_storage::{
-    CheckpointDone, DataDir, Disk, FlushDone, HardState, OpenError, RangeTicket, ReadError, RetentionConfig,
+    CheckpointDone, DataDir, Disk, FlushDone, HardState, OpenError, RangeTicket, ReadError, RetentionConfig, Scrubbed,
     StorageError,
 };
 
 use self::peers::{NEVER, Places};
+use self::pulling::Pull;
+pub(crate) use self::pulling::Installed;
+pub(crate) use self::scrubbing::Repaired;
+use self::scrubbing::{Repairing, Scrubbing};
 use crate::effects::{Answer, Effects, Ended, Event, FetchOrder, Fetched, FlushOrder, LookupOrder, ReadOrder};
 use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
 use crate::inbox::{Inbox, Refused};
 use crate::machine::Machine;
 use crate::metrics::{Counters, ShardMetrics};
-use crate::opening::{OpenJob, Opened, close_log, mark_running, mark_stopped};
+use crate::opening::{Lost, OpenJob, Opened, close_log, mark_running, mark_stopped};
 use crate::peer::PeerMessage;
 use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
-use crate::request::{FlushMode, Health, ReadAnswer, Reconfigure, ReplicaSpec, ReplicaStatus, Role};
+use crate::request::{FlushMode, Health, ReadAnswer, Reconfigure, ReplicaSpec, ReplicaStatus, Role, Start};
 use crate::stripe::{Stripe, Waiter, Written};
 use crate::transport::{GroupMessage, PeerTransport, PullAnswer, PullRequest};
 use crate::workers::{JobKind, StopTheProcess, ThreadPools, Workers};
@@ -280,6 +285,8 @@ impl<M: Machine> Shards<M> {
                 heartbeats: Vec::new(),
                 ticks: 0,
                 wakes: Vec::new(),
+                pulls: Vec::new(),
+                scrubbing: Scrubbing::new(config, now),
                 timers: Timers::new(config),
                 stopping: None,
                 unclean: false,
@@ -541,6 +548,25 @@ pub(crate) enum Message<M: Machine> {
         slot: SlotKey,
         offset: Offset,
     },
+    Pulled {
+        slot: SlotKey,
+        number: u64,
+        answer: Result<PullAnswer, Error>,
+    },
+    Installed {
+        slot: SlotKey,
+        installed: Installed,
+    },
+    Scrubbed {
+        slot: SlotKey,
+        scrubbed: Result<Scrubbed, ReadError>,
+        /// It was asked for by a read, rather than by the round.
+        by_read: bool,
+    },
+    Repaired {
+        slot: SlotKey,
+        outcome: Repaired,
+    },
     Fetched {
         slot: SlotKey,
         fetched: Fetched,
@@ -580,6 +606,10 @@ impl<M: Machine> Message<M> {
             | Self::SetPeers { .. }
             | Self::Corrupt { .. }
             | Self::Fetched { .. }
+            | Self::Pulled { .. }
+            | Self::Installed { .. }
+            | Self::Scrubbed { .. }
+            | Self::Repaired { .. }
             | Self::LogClosed { .. } => {}
         }
     }
@@ -608,6 +638,11 @@ struct Slot<M: Machine> {
     opened: Option<Reply<Result<ReplicaHandle<M>, Error>>>,
     closing: Option<Closing>,
     places: Places,
+    /// What it pulls from others.
+    pull: Option<Pull>,
+    /// Where its leader was, while it has no log that knows.
+    hint: Option<BrokerId>,
+    repair: Option<Repairing>,
 }
 
 #[derive(Debug)]
@@ -632,6 +667,12 @@ enum State<M: Machine> {
     /// Until an operator acts.
     Quarantined {
         message: String,
+    },
+    /// Until it is replaced.
+    Lost(Lost),
+    /// It has no log to go on with: one is being pulled.
+    Pulling {
+        machine: M,
     },
     /// Its files are being removed, or its log closed.
     Ending,
@@ -704,6 +745,9 @@ struct Shard<M: Machine> {
     /// Ticks so far, and after which of them each place in the table is woken.
     ticks: u64,
     wakes: Vec<u64>,
+    /// Places in the table that pull something.
+    pulls: Vec<u32>,
+    scrubbing: Scrubbing,
     timers: Timers,
     stopping: Option<mpsc::Sender<bool>>,
     /// A log could not be closed cleanly: the broker does not note that it stopped so.
@@ -763,7 +807,11 @@ impl<M: Machine> Shard<M> {
             Message::PeerGone { broker } => self.on_peer_gone(broker),
             Message::ServePull { request, reply } => self.on_serve_pull(request, reply),
             Message::SetPeers { slot, peers } => self.on_set_peers(slot, peers),
-            Message::Corrupt { .. } => {}
+            Message::Corrupt { slot, offset } => self.on_corrupt(slot, offset),
+            Message::Pulled { slot, number, answer } => self.on_pulled(slot, number, answer),
+            Message::Installed { slot, installed } => self.on_installed(slot, installed),
+            Message::Scrubbed { slot, scrubbed, by_read } => self.on_scrubbed(slot, scrubbed, by_read),
+            Message::Repaired { slot, outcome } => self.on_repaired(slot, outcome),
             Message::Fetched { slot, fetched } => self.report(slot, Event::Fetched(fetched)),
             Message::Shutdown { done } => self.on_shutdown(done),
         }
@@ -781,6 +829,14 @@ impl<M: Machine> Shard<M> {
             if change.retention != RetentionConfig::default() {
                 self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
             }
+        }
+        if let Some(slot) = self.slots.get(key.index as usize).filter(|slot| slot.life == key.life)
+            && matches!(slot.state, State::Pulling { .. })
+            && let Event::Group { reply } = event
+        {
+            let result = Ok(self.pulling_status(key.index));
+            self.answers.push(Answer::Group { reply, result });
+            return;
         }
         let partition = self.slots.get(key.index as usize).map(|slot| slot.spec.tp.partition);
         let refusal = if self.stopping.is_some() {
@@ -802,7 +858,13 @@ impl<M: Machine> Shard<M> {
                         ErrorCode::StorageFailed,
                         format!("the replica failed and is opened anew: {message}"),
                     ),
-                    State::Quarantined { message } => Error::new(ErrorCode::Quarantined, message.clone()),
+                    State::Quarantined { message } | State::Lost(Lost { message, .. }) => {
+                        Error::new(ErrorCode::Quarantined, message.clone())
+                    }
+                    State::Pulling { .. } => Error::new(
+                        ErrorCode::NotLeader,
+                        "this replica is being copied from others; ask for the leader",
+                    ),
                     State::Free | State::Ending => gone(),
                 },
             }
@@ -823,8 +885,9 @@ impl<M: Machine> Shard<M> {
             slot.events.push(event);
             self.touch(key.index);
         } else {
-            // It may have been the last thing that a closing waited for.
+            // It may have been the last thing that a closing, or an install, waited for.
             self.close_if_idle(key.index);
+            self.drive_pull(key.index);
         }
     }
 
@@ -876,6 +939,9 @@ impl<M: Machine> Shard<M> {
             opened: Some(opened),
             closing: None,
             places,
+            pull: None,
+            hint: None,
+            repair: None,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -903,16 +969,19 @@ impl<M: Machine> Shard<M> {
         }
         let slot = &mut self.slots[index as usize];
         let stripe = &self.stripes[&self.data_dir.stripe_of(slot.spec.tp)];
-        if let Some(message) = stripe.rotten() {
-            self.on_opened_outcome(key, Opened::Quarantined { message });
-            return;
-        }
+        let before = match &slot.spec.start {
+            Start::Recovered { from } => stripe.state(*from),
+            Start::FirstVoter { .. } | Start::Learner => None,
+        };
         slot.state = State::Opening;
         slot.jobs += 1;
         let job = OpenJob {
             disk: Arc::clone(&self.disk),
             spec: slot.spec.clone(),
             hard_state: stripe.state(slot.spec.replica),
+            hard_state_before: before,
+            rotten: stripe.rotten(),
+            boot_id: self.config.boot_id.clone(),
             config: ReplicaConfig {
                 tp: slot.spec.tp,
                 replica: slot.spec.replica,
@@ -971,6 +1040,17 @@ impl<M: Machine> Shard<M> {
             Opened::Failed { machine, message } => {
                 tracing::error!(tp = %slot.spec.tp, %message, "cannot open a replica; trying again");
                 self.set_failed(key.index, machine, message);
+            }
+            Opened::Pulls { machine, install } => {
+                slot.state = State::Pulling { machine };
+                self.show(key.index);
+                self.begin_install(key.index, install);
+            }
+            Opened::Lost(lost) => {
+                let message = &lost.message;
+                tracing::error!(tp = %slot.spec.tp, message, "a replica is lost: it is to be replaced");
+                slot.state = State::Lost(lost);
+                self.show(key.index);
             }
             Opened::Quarantined { message } => {
                 tracing::error!(tp = %slot.spec.tp, %message, "a replica is quarantined");
@@ -1178,6 +1258,11 @@ impl<M: Machine> Shard<M> {
         for message in send_now.into_iter().chain(send_flushed) {
             self.send(index, tp, message);
         }
+        for answer in &mut answers {
+            if let Answer::Group { result: Ok(group), .. } = answer {
+                group.pulled = self.pulled(index);
+            }
+        }
         self.answers.append(&mut answers);
         let slot = &mut self.slots[index as usize];
         if hard_state.is_some() || flushed.is_some() {
@@ -1209,9 +1294,8 @@ impl<M: Machine> Shard<M> {
         for order in fetches {
             self.fetch_from_disk(index, order);
         }
-        let _ = offered;
         for order in tickets {
-            self.read_from_disk(order);
+            self.read_from_disk(index, order);
         }
         for order in lookups {
             self.look_up_on_disk(order);
@@ -1223,6 +1307,12 @@ impl<M: Machine> Shard<M> {
         self.show(index);
         self.arm(index);
         self.wake(index);
+        if let Some(offered) = offered {
+            self.on_offered(index, offered);
+        }
+        if self.slots[index as usize].pull.is_some() {
+            self.drive_pull(index);
+        }
     }
 
     /// Reads entries for a follower, on a pool.
@@ -1272,8 +1362,21 @@ impl<M: Machine> Shard<M> {
             unreachable!("only a running replica is stepped");
         };
         slot.events.clear();
+        slot.pull = None;
+        let tp = slot.spec.tp;
+        for message in replica.farewell() {
+            self.send(index, tp, message);
+        }
+        let slot = &mut self.slots[index as usize];
         if matches!(ended, Ended::Storage(StorageError::Corrupt { .. })) {
             // Opened again it would find the same bytes.
+            if slot.spec.has_peers() {
+                tracing::error!(tp = %slot.spec.tp, message, "a replica is lost: it is to be replaced");
+                let (last_term, last_index) = (replica.log().last_term(), replica.log().last_index());
+                slot.state = State::Lost(Lost { message, lost_memory: false, last_term, last_index });
+                self.show(index);
+                return;
+            }
             let message =
                 format!("{message}; put the replica's files back from a backup, or trim or delete what is damaged");
             tracing::error!(tp = %slot.spec.tp, %message, "a replica is quarantined");
@@ -1301,6 +1404,23 @@ impl<M: Machine> Shard<M> {
                 health: Health::Quarantined { message: message.clone() },
                 ..slot.shown.clone()
             },
+            State::Lost(Lost { message, lost_memory, last_term, last_index }) => ReplicaStatus {
+                role: Role::Opening,
+                health: Health::Lost {
+                    message: message.clone(),
+                    lost_memory: *lost_memory,
+                    last_term: *last_term,
+                    last_index: *last_index,
+                },
+                ..slot.shown.clone()
+            },
+            State::Pulling { .. } => {
+                let health = match &slot.pull {
+                    Some(pull) if pull.is_disk_full => Health::DiskFull,
+                    _ => Health::Ok,
+                };
+                ReplicaStatus { role: Role::Pulling, health, leader: None, is_voter: false, ..slot.shown.clone() }
+            }
             State::Free | State::Opening | State::Ending => ReplicaStatus { role: Role::Opening, ..slot.shown.clone() },
         };
         // Until it leads again it does not know how far it was committed: what was shown before holds.
@@ -1347,7 +1467,10 @@ impl<M: Machine> Shard<M> {
         }
     }
 
-    fn read_from_disk(&mut self, order: ReadOrder) {
+    fn read_from_disk(&mut self, index: u32, order: ReadOrder) {
+        let slot = self.key(index);
+        let has_peers = self.slots[index as usize].spec.has_peers();
+        let port = Arc::clone(&self.port);
         let waiting = match self.wait_for_disk() {
             Err(error) => return order.reply.send(Err(error)),
             Ok(waiting) => waiting,
@@ -1358,7 +1481,16 @@ impl<M: Machine> Shard<M> {
                 let ReadOrder { ticket, reply, log_start, high_watermark } = order;
                 if !reply.is_abandoned() {
                     let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
-                    reply.send(answer.map_err(|error| read_error(&error)));
+                    if let Err(ReadError::Corrupt { offset, .. }) = &answer {
+                        drop(port.inbox.report(Message::Corrupt { slot, offset: *offset }));
+                    }
+                    reply.send(answer.map_err(|error| match error {
+                        ReadError::Corrupt { .. } if has_peers => Error::new(
+                            ErrorCode::StorageFailed,
+                            format!("{error}; it is being repaired from another replica: try again in a moment"),
+                        ),
+                        error => read_error(&error),
+                    }));
                 }
                 waiting.fetch_sub(1, Ordering::Relaxed);
             }),
@@ -1509,11 +1641,16 @@ impl<M: Machine> Shard<M> {
         });
         let marks =
             self.stripes.values().filter_map(|stripe| stripe.marked_since()).map(|since| since + MARKS_FLUSHED_WITHIN);
+        let slots = &self.slots;
+        let pulls = self.pulls.iter().filter_map(|&index| slots[index as usize].pull.as_ref().and_then(Pull::due));
+        let pulls = pulls.chain(self.scrubbing.repairs(slots));
         [timers.tick_at, timers.relaxed_at, timers.probe_at, timers.retention_at, timers.abandoned_at]
             .into_iter()
             .flatten()
             .chain(reopen)
             .chain(marks)
+            .chain(pulls)
+            .chain(self.scrubbing.due())
             .min()
     }
 
@@ -1573,6 +1710,10 @@ impl<M: Machine> Shard<M> {
         if !self.timers.reopen.is_empty() {
             self.reopen_due(now);
         }
+        if !self.pulls.is_empty() {
+            self.drive_due_pulls();
+        }
+        self.scrub_if_due();
     }
 
     fn event(&mut self, index: u32, event: Event<M>) {

@@ -239,6 +239,7 @@ fn closing_refuses_and_deleting_removes_the_files() {
     // Under a new id, it begins anew.
     let mut anew = spec(&broker.data_dir, 1);
     anew.replica = ReplicaId::new(99);
+    anew.start = Start::alone(anew.replica);
     let anew = broker.open_spec(anew);
     ready(&anew);
     assert_eq!(wait(produce(&anew, 1, 0, Acks::Quorum)).unwrap().base_offset, Offset::new(1));

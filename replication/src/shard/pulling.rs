@@ -1,17 +1,115 @@
-//! Ranges of committed entries that are given to other brokers.
+//! Ranges of committed entries: given to other brokers, and pulled from them.
+//!
+//! ```text
+//! catch up   a follower is offered (index, term), and its committed prefix reaches what the source still has:
+//!            batches from commit + 1 on are appended as if the leader had sent them; it stays alive
+//! install    no log to go on with:  checkpoint -> batches first..=applied into `<dir>.incoming` -> swapped in -> opened
+//! ```
+//! One request per replica is under way at a time. Where to go on is known from what is there already; a source that has
+//! not what is wanted, or gives something else, is followed by the next, after a pause that grows.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use flowstone_protocol::{Error, ErrorCode};
-use flowstone_storage::checkpoint;
+use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex};
+use flowstone_storage::{Install, LogEntry, ReplicaIdentity, StorageError, checkpoint};
 
-use super::{Message, Shard, State};
+use super::{Message, Shard, SlotKey, State};
+use crate::effects::{Event, Offered, Pulled};
 use crate::machine::Machine;
 use crate::replica::read_error;
 use crate::reply::Reply;
+use crate::request::GroupStatus;
 use crate::transport::{PullAnswer, PullRequest, PullWhat};
 use crate::workers::JobKind;
+
+/// The pause after the first source that failed; doubled with each that follows.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+/// At most.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// The pause while the disk is full.
+const FULL_PAUSE: Duration = Duration::from_secs(1);
+/// What is installed is made durable after so many bytes: a crash does not begin anew.
+const INSTALL_FLUSH_BYTES: u64 = 32 << 20;
+
+/// What a replica is pulling.
+#[derive(Debug)]
+pub(super) struct Pull {
+    goal: Goal,
+    step: Step,
+    /// Answers to earlier requests are not taken.
+    number: u64,
+    /// Failures in a row: says whom to ask, and after which pause.
+    failures: u32,
+    /// An install waits for room.
+    pub(super) is_disk_full: bool,
+}
+
+#[derive(Debug)]
+enum Goal {
+    CatchUp {
+        offered: Offered,
+        /// Where to go on.
+        next: RaftIndex,
+        /// The last chunk began here: it is to be flushed before the one after the next is asked for.
+        last_chunk: RaftIndex,
+        /// What is beyond the committed prefix is compared first: it may be good.
+        compare: bool,
+    },
+    Install {
+        install: Option<Box<Install>>,
+        unflushed: u64,
+    },
+}
+
+/// What it waits for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Step {
+    /// To be asked for.
+    Ask,
+    Answer,
+    /// A job.
+    Job,
+    /// This moment.
+    Until(std::time::Instant),
+}
+
+/// How a job of an install ended.
+#[derive(Debug)]
+pub(crate) enum Installed {
+    /// It goes on; with what was refused, if anything.
+    Goes(Box<Install>, Option<StorageError>),
+    /// It is to be taken up again from what is on the disk.
+    Broken(StorageError),
+    /// It is complete.
+    Done,
+}
+
+impl Pull {
+    fn new(goal: Goal) -> Self {
+        Self { goal, step: Step::Ask, number: 0, failures: 0, is_disk_full: false }
+    }
+
+    pub(super) fn due(&self) -> Option<std::time::Instant> {
+        match self.step {
+            Step::Until(at) => Some(at),
+            Step::Ask | Step::Answer | Step::Job => None,
+        }
+    }
+
+    /// Entries that are there, and how many it will be.
+    fn progress(&self) -> (u64, u64) {
+        match &self.goal {
+            Goal::CatchUp { offered, next, .. } => (next.get().saturating_sub(1), offered.index.get()),
+            Goal::Install { install: Some(install), .. } => {
+                let first = install.first_index().get();
+                (install.next_index().get() - first, (install.target().applied.get() + 1).saturating_sub(first))
+            }
+            Goal::Install { install: None, .. } => (0, 0),
+        }
+    }
+}
 
 impl<M: Machine> Shard<M> {
     /// Reads a range for another broker, on a pool. `OFFSET_OUT_OF_RANGE` says that the log does not begin early enough.
@@ -73,5 +171,369 @@ impl<M: Machine> Shard<M> {
                 waiting.fetch_sub(1, Ordering::Relaxed);
             }),
         );
+    }
+
+    // ---- pulling ---------------------------------------------------------------------------------------------------
+
+    /// The leader offers what it can not send: it is pulled, unless that is under way.
+    pub(super) fn on_offered(&mut self, index: u32, offered: Offered) {
+        let slot = &mut self.slots[index as usize];
+        let State::Running(replica) = &slot.state else { return };
+        match &mut slot.pull {
+            Some(Pull { goal: Goal::CatchUp { offered: before, .. }, .. }) => {
+                if offered.index >= before.index {
+                    *before = offered;
+                }
+                return;
+            }
+            Some(_) => return,
+            None => {}
+        }
+        let (committed, last) = (replica.log().committed_index(), replica.log().last_index());
+        let goal = Goal::CatchUp {
+            offered,
+            next: committed.next(),
+            last_chunk: RaftIndex::new(0),
+            compare: last > committed,
+        };
+        tracing::info!(tp = %slot.spec.tp, from = %committed.next(), to = %offered.index, "a replica is far behind and pulls what is committed");
+        slot.pull = Some(Pull::new(goal));
+        self.note_pull(index);
+        self.drive_pull(index);
+    }
+
+    fn note_pull(&mut self, index: u32) {
+        if !self.pulls.contains(&index) {
+            self.pulls.push(index);
+        }
+    }
+
+    /// It has no log to go on with, or one that is not complete.
+    pub(super) fn begin_install(&mut self, index: u32, install: Option<Box<Install>>) {
+        self.slots[index as usize].pull = Some(Pull::new(Goal::Install { install, unflushed: 0 }));
+        self.note_pull(index);
+        self.drive_pull(index);
+    }
+
+    /// How a replica that pulls sees its group.
+    pub(super) fn pulling_status(&self, index: u32) -> GroupStatus {
+        let slot = &self.slots[index as usize];
+        GroupStatus {
+            replica: slot.spec.replica,
+            leader: None,
+            term: slot.shown.term,
+            commit: RaftIndex::new(0),
+            last: RaftIndex::new(0),
+            membership: crate::membership::Membership::default(),
+            members: Vec::new(),
+            pulled: Some(slot.pull.as_ref().map_or((0, 0), Pull::progress)),
+        }
+    }
+
+    /// Entries pulled and wanted, while it pulls.
+    pub(super) fn pulled(&self, index: u32) -> Option<(u64, u64)> {
+        self.slots[index as usize].pull.as_ref().map(Pull::progress)
+    }
+
+    /// Pulls whose pause is over.
+    pub(super) fn drive_due_pulls(&mut self) {
+        for index in std::mem::take(&mut self.pulls) {
+            let Some(pull) = &mut self.slots[index as usize].pull else { continue };
+            self.pulls.push(index);
+            if pull.due().is_some_and(|at| at <= self.now) {
+                pull.step = Step::Ask;
+                self.drive_pull(index);
+            }
+        }
+    }
+
+    /// Asks for what comes next, if it is time to.
+    pub(super) fn drive_pull(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        let Some(pull) = &mut slot.pull else { return };
+        if slot.closing.is_some() || self.stopping.is_some() {
+            slot.pull = None;
+            return;
+        }
+        if pull.step != Step::Ask {
+            return;
+        }
+        let wanted = match (&mut pull.goal, &slot.state) {
+            (Goal::CatchUp { offered, next, last_chunk, compare }, State::Running(replica)) => {
+                let log = replica.log();
+                let leader = replica.leader().filter(|&leader| leader != slot.spec.replica);
+                if leader.is_none() || *next > offered.index || log.committed_index() >= offered.index {
+                    drop(log);
+                    slot.pull = None;
+                    return;
+                }
+                if *compare {
+                    let last = log.last_index();
+                    PullWhat::Batches { first: last, last, max_bytes: 1 }
+                } else if log.last_index().next() < *next {
+                    // The last chunk was not taken: there was no room, or no leader at that moment.
+                    *next = log.last_index().next();
+                    pull.step = Step::Until(self.now + FULL_PAUSE);
+                    return;
+                } else if replica.persisted() < *last_chunk {
+                    // Comes again when that is flushed.
+                    return;
+                } else {
+                    PullWhat::Batches { first: *next, last: offered.index, max_bytes: self.config.pull_bytes }
+                }
+            }
+            (Goal::Install { install: None, .. }, State::Pulling { .. }) => PullWhat::Checkpoint,
+            (Goal::Install { install, .. }, State::Pulling { .. }) => match install {
+                Some(it) if it.has_all() => {
+                    // Nothing of the life before may be written any more: whatever is in flight comes home first.
+                    if slot.jobs == 0
+                        && let Some(install) = install.take()
+                    {
+                        pull.step = Step::Job;
+                        let (disk, dir) = (Arc::clone(&self.disk), slot.spec.dir.clone());
+                        self.install_job(index, move || match install.finish() {
+                            Ok(()) => Installed::Done,
+                            Err(error) => {
+                                // It would be found again: what leads nowhere is begun anew.
+                                if matches!(error, StorageError::NotInstallable { .. })
+                                    && let Err(error) = Install::abandon(&disk, &dir)
+                                {
+                                    tracing::warn!(dir = %dir.display(), %error, "cannot give up an install");
+                                }
+                                Installed::Broken(error)
+                            }
+                        });
+                    }
+                    return;
+                }
+                Some(install) => PullWhat::Batches {
+                    first: install.next_index(),
+                    last: install.target().applied,
+                    max_bytes: self.config.pull_bytes,
+                },
+                None => PullWhat::Checkpoint,
+            },
+            // It ended, or was opened anew, meanwhile.
+            _ => {
+                slot.pull = None;
+                return;
+            }
+        };
+        // The leader first, then whoever else there is.
+        let leader = match &slot.state {
+            State::Running(replica) => replica.leader().and_then(|leader| slot.places.broker_of(leader)),
+            _ => slot.hint,
+        };
+        let mut sources: Vec<BrokerId> = leader.into_iter().collect();
+        sources.extend(slot.places.brokers(slot.spec.replica).into_iter().filter(|&broker| Some(broker) != leader));
+        if sources.is_empty() {
+            pull.step = Step::Until(self.now + PAUSE_MAX.min(PAUSE_MIN * 5));
+            return;
+        }
+        let source = sources[pull.failures as usize % sources.len()];
+        pull.number += 1;
+        pull.step = Step::Answer;
+        let (tp, number) = (slot.spec.tp, pull.number);
+        let key = self.key(index);
+        let port = Arc::clone(&self.port);
+        let reply = Reply::new(move |answer| {
+            drop(port.inbox.report(Message::Pulled { slot: key, number, answer }));
+        });
+        self.transport.pull(source, PullRequest { tp, what: wanted }, reply);
+    }
+
+    pub(super) fn on_pulled(&mut self, key: SlotKey, number: u64, answer: Result<PullAnswer, Error>) {
+        let index = key.index;
+        let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.life == key.life) else { return };
+        let Some(pull) = slot.pull.as_mut().filter(|pull| pull.number == number && pull.step == Step::Answer) else {
+            return;
+        };
+        pull.step = Step::Ask;
+        let answer = match answer {
+            Ok(answer) => answer,
+            Err(error) => return self.pull_failed(index, &error),
+        };
+        let (PullAnswer::Checkpoint { bytes, .. } | PullAnswer::Batches { bytes, .. }) = &answer;
+        self.port.counters.pulled_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let tp = slot.spec.tp;
+        let nonsense = || Error::new(ErrorCode::Internal, "the source answered something else than was asked for");
+        match (&mut pull.goal, answer) {
+            (
+                Goal::CatchUp { next, last_chunk, compare, .. },
+                PullAnswer::Batches { bytes, next: after, .. },
+            ) => {
+                let State::Running(replica) = &slot.state else { return };
+                if *compare {
+                    *compare = false;
+                    let last = replica.log().last_index();
+                    let theirs = LogEntry::decode_range(bytes, last).ok();
+                    let theirs = theirs.and_then(|entries| entries.first().map(|entry| entry.term));
+                    if theirs.is_some() && theirs == replica.log().term_at(last) {
+                        *next = last.next();
+                    }
+                    return self.drive_pull(index);
+                }
+                let first = *next;
+                if after <= first {
+                    return self.pull_failed(index, &nonsense());
+                }
+                *last_chunk = first;
+                *next = after;
+                pull.failures = 0;
+                self.event(index, Event::Pulled(Pulled { first, next: after, bytes }));
+            }
+            (Goal::Install { install, unflushed }, PullAnswer::Batches { bytes, .. }) => {
+                let Some(mut install) = install.take() else { return };
+                *unflushed += bytes.len() as u64;
+                let flush = *unflushed >= INSTALL_FLUSH_BYTES;
+                if flush {
+                    *unflushed = 0;
+                }
+                pull.step = Step::Job;
+                self.install_job(index, move || {
+                    let appended = install.append(bytes).and_then(|()| if flush { install.flush() } else { Ok(()) });
+                    match appended {
+                        Ok(()) => Installed::Goes(install, None),
+                        Err(error) if error.is_disk_full() || matches!(error, StorageError::Refused { .. }) => {
+                            Installed::Goes(install, Some(error))
+                        }
+                        Err(error) => Installed::Broken(error),
+                    }
+                });
+            }
+            (Goal::Install { install: None, .. }, PullAnswer::Checkpoint { bytes, first_index, first_offset }) => {
+                pull.step = Step::Job;
+                let (disk, dir, log) = (Arc::clone(&self.disk), slot.spec.dir.clone(), slot.spec.log.clone());
+                let identity = ReplicaIdentity {
+                    replica: slot.spec.replica,
+                    topic_partition: tp,
+                    feature_level: self.config.feature_level,
+                };
+                self.install_job(index, move || {
+                    match Install::begin(&disk, &dir, identity, &bytes, first_index, first_offset, log) {
+                        Ok(install) => Installed::Goes(Box::new(install), None),
+                        Err(error) => Installed::Broken(error),
+                    }
+                });
+            }
+            _ => self.pull_failed(index, &nonsense()),
+        }
+    }
+
+    fn install_job(&mut self, index: u32, job: impl FnOnce() -> Installed + Send + 'static) {
+        let key = self.key(index);
+        self.slots[index as usize].jobs += 1;
+        let port = Arc::clone(&self.port);
+        self.workers.submit(
+            JobKind::Work,
+            Box::new(move || {
+                let installed = job();
+                drop(port.inbox.report(Message::Installed { slot: key, installed }));
+            }),
+        );
+    }
+
+    pub(super) fn on_installed(&mut self, key: SlotKey, installed: Installed) {
+        let index = key.index;
+        let slot = &mut self.slots[index as usize];
+        assert_eq!(slot.life, key.life, "a place is not given away while a job of its replica is in flight");
+        slot.jobs -= 1;
+        if slot.closing.is_some() || slot.pull.is_none() {
+            slot.pull = None;
+            return self.close_if_idle(index);
+        }
+        let Some(Pull { goal: Goal::Install { install, .. }, step, is_disk_full, failures, .. }) = &mut slot.pull else {
+            return;
+        };
+        *step = Step::Ask;
+        *is_disk_full = false;
+        match installed {
+            Installed::Goes(it, None) => {
+                *install = Some(it);
+                *failures = 0;
+                self.drive_pull(index);
+            }
+            Installed::Goes(it, Some(error)) => {
+                *install = Some(it);
+                *is_disk_full = error.is_disk_full();
+                self.install_failed(index, &error);
+            }
+            Installed::Broken(error) => self.install_failed(index, &error),
+            Installed::Done => {
+                slot.pull = None;
+                tracing::info!(tp = %slot.spec.tp, "a replica was copied from others, and is opened");
+                if let State::Pulling { machine } = std::mem::replace(&mut slot.state, State::Opening) {
+                    self.open_slot(index, machine);
+                }
+            }
+        }
+    }
+
+    fn install_failed(&mut self, index: u32, error: &StorageError) {
+        let slot = &mut self.slots[index as usize];
+        let tp = slot.spec.tp;
+        let Some(pull) = &mut slot.pull else { return };
+        if pull.is_disk_full {
+            tracing::warn!(%tp, %error, "disk full: a replica is not copied any further until there is room");
+            pull.step = Step::Until(self.now + FULL_PAUSE);
+            return self.show(index);
+        }
+        // What it has is taken up again where it can be: by an opening, which finds it.
+        if !matches!(&pull.goal, Goal::Install { install: Some(_), .. }) {
+            tracing::warn!(%tp, %error, "an install failed: it is taken up again");
+            slot.pull = None;
+            if let State::Pulling { machine } = std::mem::replace(&mut slot.state, State::Ending) {
+                self.set_failed(index, machine, error.to_string());
+            }
+            return;
+        }
+        self.pull_failed(index, &Error::new(ErrorCode::CorruptBatch, error.to_string()));
+    }
+
+    /// The source has not what is wanted, or can not be reached: the next one, after a pause.
+    fn pull_failed(&mut self, index: u32, error: &Error) {
+        let slot = &mut self.slots[index as usize];
+        let tp = slot.spec.tp;
+        let Some(pull) = &mut slot.pull else { return };
+        pull.failures += 1;
+        tracing::debug!(%tp, %error, failures = pull.failures, "a range could not be pulled");
+        let pause = PAUSE_MIN.saturating_mul(1 << (pull.failures - 1).min(8)).min(PAUSE_MAX);
+        pull.step = Step::Until(self.now + pause);
+        if error.code != ErrorCode::OffsetOutOfRange {
+            return;
+        }
+        // The source trimmed what is wanted: that is begun anew, with its newest checkpoint.
+        match &mut pull.goal {
+            Goal::CatchUp { compare: compare @ true, .. } => {
+                *compare = false;
+                pull.step = Step::Ask;
+                self.drive_pull(index);
+            }
+            Goal::CatchUp { .. } => self.reinstall(index),
+            Goal::Install { install, unflushed } => {
+                *install = None;
+                *unflushed = 0;
+            }
+        }
+    }
+
+    /// What the replica has does not reach to what the others still have: it stops, and is copied as a whole. Whatever it
+    /// answered for lies below what is copied: that is committed.
+    fn reinstall(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        tracing::warn!(tp = %slot.spec.tp, "what a replica misses was trimmed everywhere: it is copied as a whole");
+        slot.hint = slot.shown.leader_broker;
+        let State::Running(mut replica) = std::mem::replace(&mut slot.state, State::Ending) else { return };
+        let error = super::gone().with_partition(slot.spec.tp.partition);
+        let mut fx = replica.close(&error);
+        self.answers.append(&mut fx.answers);
+        let late = std::mem::take(&mut slot.events);
+        self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
+        slot.state = State::Pulling { machine: replica.into_machine() };
+        slot.pull = Some(Pull::new(Goal::Install { install: None, unflushed: 0 }));
+        self.wakes[index as usize] = super::NEVER;
+        self.note_pull(index);
+        self.show(index);
+        self.drive_pull(index);
     }
 }

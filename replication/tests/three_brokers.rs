@@ -1,0 +1,659 @@
+//! Three brokers' shards, with threads and real disks, and a network in memory: fail-over, changes of members, falling
+//! behind and catching up, starting with nothing, recovering from the loss of a majority.
+
+mod ledger;
+mod shell;
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, Weak};
+use std::time::{Duration, Instant};
+
+use flowstone_protocol::{
+    BrokerId, DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition,
+};
+use flowstone_replication::membership_plan::{PlanStep, next_step};
+use flowstone_replication::{
+    Acks, FlushMode, GroupMessage, GroupStatus, Health, LogConfig, MembershipChange, PeerTransport, Permit, Produced,
+    PullAnswer, PullRequest, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, ReplicaStatus, Reply,
+    RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
+};
+use flowstone_storage::{DataDir, Disk, RealDisk};
+use ledger::{Ledger, batch};
+use tokio::sync::oneshot;
+
+const TP: TopicPartition = TopicPartition::new(TopicId::new(5), PartitionId::new(0));
+/// Whatever is waited for comes much sooner; on a machine with better to do it may be late.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Who can be reached from where.
+#[derive(Debug, Default)]
+struct Network {
+    brokers: Mutex<HashMap<BrokerId, Weak<Shards<Ledger>>>>,
+    cut: Mutex<HashSet<BrokerId>>,
+}
+
+impl Network {
+    fn reach(&self, from: BrokerId, to: BrokerId) -> Option<Arc<Shards<Ledger>>> {
+        let cut = self.cut.lock().unwrap();
+        if cut.contains(&from) || cut.contains(&to) {
+            return None;
+        }
+        self.brokers.lock().unwrap().get(&to)?.upgrade()
+    }
+}
+
+#[derive(Debug)]
+struct Link {
+    network: Arc<Network>,
+    own: BrokerId,
+}
+
+impl PeerTransport for Link {
+    fn send(&self, to: BrokerId, messages: Vec<GroupMessage>) {
+        if let Some(shards) = self.network.reach(self.own, to) {
+            shards.deliver(self.own, messages);
+        }
+    }
+
+    fn pull(&self, from: BrokerId, request: PullRequest, reply: Reply<Result<PullAnswer, Error>>) {
+        match self.network.reach(self.own, from) {
+            Some(shards) => shards.serve_pull(request, reply),
+            None => reply.send(Err(Error::new(ErrorCode::TimedOut, "not reached"))),
+        }
+    }
+}
+
+struct Broker {
+    id: BrokerId,
+    shards: Arc<Shards<Ledger>>,
+    data_dir: Arc<DataDir>,
+    handle: Option<ReplicaHandle<Ledger>>,
+}
+
+struct Cluster {
+    network: Arc<Network>,
+    brokers: Vec<Option<Broker>>,
+    folders: Vec<tempfile::TempDir>,
+    config: ShardsConfig,
+    log: LogConfig,
+    flush: FlushMode,
+    next_sequence: i32,
+}
+
+fn wait<T>(answer: oneshot::Receiver<T>) -> T {
+    answer.blocking_recv().expect("every request is answered")
+}
+
+fn ask<T: Send + 'static>(with: impl FnOnce(Reply<T>)) -> T {
+    let (sender, receiver) = oneshot::channel();
+    with(Reply::from(sender));
+    wait(receiver)
+}
+
+#[track_caller]
+fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let began = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(began.elapsed() < PATIENCE, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn broker_id(at: usize) -> BrokerId {
+    BrokerId::new(at as i32 + 1)
+}
+
+fn replica_id(id: u64) -> ReplicaId {
+    ReplicaId::new(id)
+}
+
+/// The first replicas' ids: 11 on the first broker, 12, 13.
+fn founders() -> Vec<(ReplicaId, BrokerId)> {
+    (0..3).map(|at| (replica_id(11 + at as u64), broker_id(at))).collect()
+}
+
+impl Cluster {
+    fn new(config: ShardsConfig, log: LogConfig) -> Self {
+        let mut cluster = Self {
+            network: Arc::default(),
+            brokers: Vec::new(),
+            folders: Vec::new(),
+            config,
+            log,
+            flush: FlushMode::Quorum,
+            next_sequence: 0,
+        };
+        for at in 0..3 {
+            cluster.folders.push(tempfile::tempdir().unwrap());
+            cluster.brokers.push(None);
+            cluster.start(at);
+        }
+        cluster
+    }
+
+    /// With a partition that all three have.
+    fn founded(config: ShardsConfig, log: LogConfig) -> Self {
+        let mut cluster = Self::new(config, log);
+        cluster.open_founders();
+        cluster
+    }
+
+    fn open_founders(&mut self) {
+        for at in 0..3 {
+            self.open_founder(at);
+        }
+    }
+
+    fn open_founder(&mut self, at: usize) {
+        let voters = founders().into_iter().map(|(replica, _)| replica).collect();
+        self.open(at, 11 + at as u64, Start::FirstVoter { voters }, &founders());
+    }
+
+    fn start(&mut self, at: usize) {
+        let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
+        let path = self.folders[at].path();
+        let data_dir = Arc::new(DataDir::open_or_create(disk, path, DirectoryId::new(at as u128 + 1), 4).unwrap());
+        let own = broker_id(at);
+        let link = Arc::new(Link { network: Arc::clone(&self.network), own });
+        let config = ShardsConfig { seed: at as u64, ..self.config.clone() };
+        let shards = Arc::new(Shards::start(config, Arc::clone(&data_dir), system_clock(), link).unwrap());
+        self.network.brokers.lock().unwrap().insert(own, Arc::downgrade(&shards));
+        self.brokers[at] = Some(Broker { id: own, shards, data_dir, handle: None });
+    }
+
+    fn open(&mut self, at: usize, replica: u64, start: Start, peers: &[(ReplicaId, BrokerId)]) {
+        let broker = self.brokers[at].as_mut().unwrap();
+        let spec = ReplicaSpec {
+            tp: TP,
+            replica: replica_id(replica),
+            dir: broker.data_dir.replica_dir(TP),
+            log: self.log.clone(),
+            flush: self.flush,
+            retention: RetentionConfig::default(),
+            internal: false,
+            max_message_bytes: 1 << 20,
+            peers: peers.into(),
+            start,
+        };
+        let handle = ask(|opened| broker.shards.open(spec, Ledger::default(), opened)).unwrap();
+        broker.handle = Some(handle);
+    }
+
+    /// Ends a broker; the others see its connections break, or not.
+    fn kill(&mut self, at: usize, hint: bool) {
+        let broker = self.brokers[at].take().unwrap();
+        self.network.cut.lock().unwrap().insert(broker.id);
+        let id = broker.id;
+        drop(broker.handle);
+        drop(broker.shards);
+        if hint {
+            for other in self.brokers.iter().flatten() {
+                other.shards.peer_gone(id);
+            }
+        }
+    }
+
+    fn restart(&mut self, at: usize) {
+        self.start(at);
+        self.network.cut.lock().unwrap().remove(&broker_id(at));
+    }
+
+    fn handle(&self, at: usize) -> &ReplicaHandle<Ledger> {
+        self.brokers[at].as_ref().unwrap().handle.as_ref().unwrap()
+    }
+
+    fn status(&self, at: usize) -> ReplicaStatus {
+        self.handle(at).status()
+    }
+
+    fn metrics(&self, at: usize) -> ShardMetrics {
+        self.brokers[at].as_ref().unwrap().shards.metrics().remove(0)
+    }
+
+    /// Which broker leads; waits for one that serves.
+    #[track_caller]
+    fn leader(&self) -> usize {
+        until("somebody leads", || {
+            let cut = self.network.cut.lock().unwrap().clone();
+            let there = (0..3).filter(|&at| {
+                self.brokers[at].as_ref().is_some_and(|broker| broker.handle.is_some() && !cut.contains(&broker.id))
+            });
+            there.filter(|&at| self.status(at).is_ready()).max_by_key(|&at| self.status(at).term)
+        })
+    }
+
+    /// Writes at whoever leads until it is taken; says where.
+    #[track_caller]
+    fn write(&mut self) -> Offset {
+        let sequence = self.next_sequence;
+        self.next_sequence += 1;
+        until("a write is taken", || {
+            let (bytes, header) = batch(1, sequence, 1, 900);
+            let handle = self.handle(self.leader()).clone();
+            let (sender, receiver) = oneshot::channel();
+            handle.produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
+            match wait(receiver) {
+                Ok(Produced { base_offset, .. }) => Some(base_offset),
+                Err(error) => {
+                    assert!(error.is_retriable(), "{error}");
+                    None
+                }
+            }
+        })
+    }
+
+    fn write_many(&mut self, count: usize) {
+        let leader = self.handle(self.leader()).clone();
+        let answers: Vec<_> = (0..count)
+            .map(|_| {
+                let (bytes, header) = batch(1, self.next_sequence, 1, 900);
+                self.next_sequence += 1;
+                let (sender, receiver) = oneshot::channel();
+                leader.produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
+                receiver
+            })
+            .collect();
+        for answer in answers {
+            wait(answer).unwrap();
+        }
+    }
+
+    fn read(&self, at: usize, request: ReadRequest) -> Result<ReadAnswer, Error> {
+        ask(|reply| self.handle(at).read(request, reply))
+    }
+
+    fn group(&self, at: usize) -> GroupStatus {
+        ask(|reply| self.handle(at).group(reply)).unwrap()
+    }
+
+    /// Whether these have all that is committed, the same number of offsets, and know it.
+    #[track_caller]
+    fn until_equal(&self, which: &[usize]) {
+        until("all replicas are equal", || {
+            let statuses: Vec<_> = which.iter().map(|&at| self.status(at)).collect();
+            let leader = self.status(self.leader());
+            let equal = statuses
+                .iter()
+                .all(|it| it.high_watermark == leader.high_watermark && it.end_offset == leader.end_offset);
+            equal.then_some(())
+        });
+        let bytes: Vec<_> = which.iter().map(|&at| self.all_bytes(at)).collect();
+        assert!(bytes.iter().all(|other| *other == bytes[0]), "replicas hold other bytes");
+    }
+
+    /// All that can be read of a replica, from where all of them begin.
+    fn all_bytes(&self, at: usize) -> Vec<u8> {
+        let mut from = self.status(self.leader()).log_start;
+        let end = self.status(at).high_watermark;
+        let mut all = Vec::new();
+        while from < end {
+            let request = ReadRequest { any_replica: true, ..ReadRequest::new(from, 1 << 20) };
+            let answer = self.read(at, request).unwrap();
+            answer.bytes.verify().unwrap();
+            let before = all.len();
+            for chunk in &answer.bytes.chunks {
+                all.extend_from_slice(chunk);
+            }
+            assert!(all.len() > before, "nothing to read at {from} below {end}");
+            from = answer.bytes.next;
+        }
+        all
+    }
+
+    /// Follows the plan until it is done; what it removed.
+    fn drive(&mut self, wanted: &[u64], leaving: &[u64], may_remove: bool) -> Vec<ReplicaId> {
+        let ids = |ids: &[u64]| ids.iter().copied().map(replica_id).collect::<Vec<_>>();
+        let (wanted, leaving) = (ids(wanted), ids(leaving));
+        let mut may_remove = may_remove;
+        until("the change of members is done", || {
+            let at = self.leader();
+            let view = self.group(at);
+            let change = match next_step(&view, &wanted, &leaving, may_remove) {
+                PlanStep::Nothing => return None,
+                PlanStep::Done { removed } => return Some(removed),
+                PlanStep::ReportMayRemove => {
+                    may_remove = true;
+                    return None;
+                }
+                PlanStep::TransferAway(to) => {
+                    // It may fail; then it is tried again.
+                    drop(ask(|reply| self.handle(at).transfer_leader(Some(to), reply)));
+                    return None;
+                }
+                PlanStep::AddLearner(replica) => MembershipChange::AddLearner(replica),
+                PlanStep::Promote(replica) => MembershipChange::Promote(replica),
+                PlanStep::Remove(replica) => MembershipChange::Remove(replica),
+            };
+            if let Err(error) = ask(|reply| self.handle(at).change_membership(change, reply)) {
+                assert!(error.is_retriable(), "{change:?}: {error}");
+            }
+            None
+        })
+    }
+}
+
+fn config() -> ShardsConfig {
+    ShardsConfig { shards: 1, tick: Duration::from_millis(50), ..ShardsConfig::default() }
+}
+
+fn small_segments() -> LogConfig {
+    LogConfig { segment_bytes: 64 << 10, zero_ahead_bytes: 4 << 10, ..LogConfig::default() }
+}
+
+#[test]
+fn a_killed_leader_is_replaced_and_comes_back_as_a_follower() {
+    for hint in [true, false] {
+        let mut cluster = Cluster::founded(ShardsConfig { shards: 1, ..ShardsConfig::default() }, LogConfig::default());
+        cluster.write_many(50);
+        let old = cluster.leader();
+        let before = cluster.status(old);
+        cluster.kill(old, hint);
+        let began = Instant::now();
+        cluster.write();
+        println!("hint {hint}: a write was taken {:?} after the kill", began.elapsed());
+        let new = cluster.leader();
+        assert_ne!(new, old);
+        assert!(cluster.status(new).term > before.term);
+        assert!(cluster.status(new).high_watermark > before.high_watermark, "what was acknowledged is there");
+
+        cluster.restart(old);
+        cluster.open_founder(old);
+        cluster.write_many(20);
+        cluster.until_equal(&[0, 1, 2]);
+        assert_eq!(cluster.status(old).role, Role::Follower);
+        assert_eq!(cluster.status(old).leader_broker, Some(broker_id(new)));
+    }
+}
+
+#[test]
+fn leadership_is_handed_over_and_reads_know_who_leads() {
+    let mut cluster = Cluster::founded(config(), LogConfig::default());
+    cluster.write_many(10);
+    for _ in 0..3 {
+        let old = cluster.leader();
+        let offset = cluster.write();
+        let known = ask(|reply| cluster.handle(old).read_index(reply)).unwrap();
+        assert!(known > offset, "{known} does not cover what was acknowledged at {offset}");
+        let to = (old + 1) % 3;
+        until("it is handed over", || {
+            ask(|reply| cluster.handle(old).transfer_leader(Some(replica_id(11 + to as u64)), reply)).ok()
+        });
+        assert_eq!(until("it leads", || Some(cluster.leader()).filter(|&at| at != old)), to);
+        let error = ask(|reply| cluster.handle(old).read_index(reply)).unwrap_err();
+        assert_eq!(error.code, ErrorCode::NotLeader, "{error}");
+    }
+    // A leader that nobody hears can not know.
+    let old = cluster.leader();
+    cluster.network.cut.lock().unwrap().insert(broker_id(old));
+    ask(|reply| cluster.handle(old).read_index(reply)).unwrap_err();
+    cluster.network.cut.lock().unwrap().clear();
+    cluster.write();
+    cluster.until_equal(&[0, 1, 2]);
+}
+
+#[test]
+fn followers_are_read_from_and_never_go_back() {
+    let mut cluster = Cluster::founded(config(), LogConfig::default());
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    let leader = cluster.leader();
+    let follower = (leader + 1) % 3;
+    let end = cluster.status(leader).high_watermark;
+    let from = Offset::new(end.get() - 1);
+    assert_eq!(cluster.read(follower, ReadRequest::new(from, 1 << 20)).unwrap_err().code, ErrorCode::NotLeader);
+    let request = ReadRequest { any_replica: true, ..ReadRequest::new(from, 1 << 20) };
+    assert_eq!(cluster.read(follower, request).unwrap().high_watermark, end);
+
+    // What the reader knows of and this one does not have yet is not out of range.
+    let request =
+        ReadRequest { known_high_watermark: Some(end.plus(5)), from: end.plus(3), ..request };
+    let error = cluster.read(follower, request).unwrap_err();
+    assert!(error.is_retriable(), "{error}");
+    let (sender, receiver) = oneshot::channel();
+    let waiting = ReadRequest { wait: true, from: end, known_high_watermark: Some(end.plus(1)), ..request };
+    cluster.handle(follower).read(waiting, Reply::from(sender));
+    cluster.write();
+    assert!(!wait(receiver).unwrap().bytes.is_empty());
+}
+
+#[test]
+fn a_follower_that_was_away_pulls_what_it_missed() {
+    let config = ShardsConfig { checkpoint_entries: 200, offer_after_bytes: 64 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(100);
+    let away = (cluster.leader() + 1) % 3;
+    cluster.network.cut.lock().unwrap().insert(broker_id(away));
+    for _ in 0..10 {
+        cluster.write_many(100);
+    }
+    cluster.network.cut.lock().unwrap().clear();
+    cluster.until_equal(&[0, 1, 2]);
+    assert!(cluster.metrics(away).pulled_bytes > 400_000, "{:?}", cluster.metrics(away));
+    cluster.write();
+    cluster.until_equal(&[0, 1, 2]);
+}
+
+#[test]
+fn a_follower_whose_part_was_trimmed_is_copied_as_a_whole() {
+    let config = ShardsConfig { checkpoint_entries: 200, offer_after_bytes: 64 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(100);
+    let away = (cluster.leader() + 1) % 3;
+    cluster.network.cut.lock().unwrap().insert(broker_id(away));
+    for _ in 0..10 {
+        cluster.write_many(100);
+    }
+    let leader = cluster.leader();
+    let end = cluster.status(leader).high_watermark;
+    let size = cluster.status(leader).size_bytes;
+    ask(|reply| cluster.handle(leader).trim(TrimTo::Offset(Offset::new(end.get() - 100)), reply)).unwrap();
+    until("the trimmed files are gone", || (cluster.status(leader).size_bytes < size / 2).then_some(()));
+    cluster.network.cut.lock().unwrap().clear();
+    cluster.write();
+    cluster.until_equal(&[0, 1, 2]);
+    assert!(cluster.status(away).size_bytes < size / 2, "it has what the others have");
+    // It votes as before.
+    let old = cluster.leader();
+    cluster.kill(if old == away { (old + 1) % 3 } else { old }, true);
+    cluster.write();
+}
+
+#[test]
+fn a_wiped_broker_gets_a_new_replica_that_learns_everything() {
+    let config = ShardsConfig { checkpoint_entries: 100, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    for _ in 0..5 {
+        cluster.write_many(100);
+    }
+    let leader = cluster.leader();
+    let wiped = (leader + 1) % 3;
+    cluster.kill(wiped, true);
+    cluster.folders[wiped] = tempfile::tempdir().unwrap();
+    cluster.restart(wiped);
+    let mut places = founders();
+    places.push((replica_id(99), broker_id(wiped)));
+    cluster.open(wiped, 99, Start::Learner, &places);
+    for at in 0..3 {
+        cluster.handle(at).set_peers(places.clone().into());
+    }
+    let others: Vec<_> = (0..3).filter(|&at| at != wiped).map(|at| 11 + at as u64).collect();
+    let old = 11 + wiped as u64;
+    let removed = cluster.drive(&[others[0], others[1], 99], &[old], true);
+    assert_eq!(removed, [replica_id(old)]);
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    assert!(cluster.status(wiped).is_voter);
+    // The new one's vote counts: with another gone there is still a majority.
+    cluster.kill(leader, true);
+    cluster.write();
+}
+
+#[test]
+fn every_replica_is_replaced_the_leader_last() {
+    let mut cluster = Cluster::new(config(), LogConfig::default());
+    // It begins on the first broker alone, moves to the second, and then to the third.
+    cluster.open(0, 11, Start::alone(replica_id(11)), &[(replica_id(11), broker_id(0))]);
+    cluster.write_many(100);
+    for (from, to) in [(0, 1), (1, 2)] {
+        let places: Vec<_> = founders();
+        cluster.open(to, 11 + to as u64, Start::Learner, &places);
+        cluster.handle(from).set_peers(places.into());
+        let removed = cluster.drive(&[11 + to as u64], &[11 + from as u64], false);
+        assert_eq!(removed, [replica_id(11 + from as u64)]);
+        assert_eq!(cluster.leader(), to, "the old leader handed over before it went");
+        let broker = cluster.brokers[from].as_mut().unwrap();
+        broker.handle = None;
+        ask(|closed| broker.shards.close(TP, true, closed));
+        assert!(!broker.data_dir.replica_dir(TP).exists());
+        cluster.write_many(100);
+    }
+    let group = cluster.group(2);
+    assert_eq!((group.membership.voters.len(), group.membership.learners.len()), (1, 0));
+    // The producer's state came along: a repeated batch is told where its original is.
+    let (bytes, header) = batch(1, 0, 1, 900);
+    let (sender, receiver) = oneshot::channel();
+    cluster.handle(2).produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
+    assert_eq!(wait(receiver).unwrap().base_offset, Offset::new(1));
+}
+
+#[test]
+fn a_leader_does_not_remove_itself_and_nonsense_is_refused() {
+    let cluster = Cluster::founded(config(), LogConfig::default());
+    let leader = cluster.leader();
+    let own = replica_id(11 + leader as u64);
+    let change = |change| ask(|reply| cluster.handle(leader).change_membership(change, reply));
+    assert_eq!(change(MembershipChange::Remove(own)).unwrap_err().code, ErrorCode::InvalidRequest);
+    assert_eq!(change(MembershipChange::Promote(replica_id(77))).unwrap_err().code, ErrorCode::InvalidRequest);
+    assert_eq!(change(MembershipChange::AddLearner(own)).unwrap_err().code, ErrorCode::InvalidRequest);
+    change(MembershipChange::Remove(replica_id(77))).expect("it is out already");
+    let follower = (leader + 1) % 3;
+    let error = ask(|reply| cluster.handle(follower).change_membership(MembershipChange::Remove(own), reply));
+    assert_eq!(error.unwrap_err().code, ErrorCode::NotLeader);
+}
+
+#[test]
+fn a_survivor_goes_on_alone_when_it_is_told_to() {
+    let mut cluster = Cluster::founded(config(), LogConfig::default());
+    cluster.write_many(100);
+    cluster.until_equal(&[0, 1, 2]);
+    let before = cluster.status(0).high_watermark;
+    cluster.kill(1, true);
+    cluster.kill(2, true);
+    until("nobody leads", || (!cluster.status(0).is_ready()).then_some(()));
+    let broker = cluster.brokers[0].as_mut().unwrap();
+    broker.handle = None;
+    ask(|closed| broker.shards.close(TP, false, closed));
+    cluster.open(0, 50, Start::Recovered { from: replica_id(11) }, &[(replica_id(50), broker_id(0))]);
+    assert_eq!(cluster.leader(), 0);
+    assert!(cluster.status(0).high_watermark > before, "all of it, and the new term's first entry");
+    cluster.write_many(10);
+    // Once done it stays so.
+    cluster.kill(0, false);
+    cluster.restart(0);
+    cluster.open(0, 50, Start::Recovered { from: replica_id(11) }, &[(replica_id(50), broker_id(0))]);
+    let offset = cluster.write();
+    assert!(offset.get() > before.get() + 10);
+}
+
+#[test]
+fn an_idle_group_is_not_stepped() {
+    let cluster = Cluster::founded(config(), LogConfig::default());
+    let leader = cluster.leader();
+    cluster.until_equal(&[0, 1, 2]);
+    let look = |at: usize| (cluster.metrics(at).steps, cluster.metrics(at).messages_sent);
+    // It comes to rest, and then its heartbeats go on without a step.
+    let quiet = until("no more steps", || {
+        let before: Vec<_> = (0..3).map(look).collect();
+        let target = before[leader].1 + 10;
+        until("heartbeats go on", || (look(leader).1 >= target).then_some(()));
+        let after: Vec<_> = (0..3).map(look).collect();
+        (before.iter().map(|(steps, _)| *steps).eq(after.iter().map(|(steps, _)| *steps))).then_some(after)
+    });
+    assert!(quiet[leader].1 > 0);
+    assert_eq!(cluster.leader(), leader, "nobody stood for election meanwhile");
+}
+
+#[test]
+fn what_only_memory_held_is_in_doubt_after_the_machine_was_restarted() {
+    let mut cluster = Cluster::new(config(), LogConfig::default());
+    cluster.flush = FlushMode::Relaxed;
+    cluster.config.boot_id = "first".to_owned();
+    for at in 0..3 {
+        cluster.kill(at, false);
+        cluster.restart(at);
+    }
+    cluster.open_founders();
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    let leader = cluster.leader();
+    let away = (leader + 1) % 3;
+    // A stop that is not clean leaves its note.
+    let note = cluster.folders[away].path().join("running");
+    let kept = std::fs::read(&note).unwrap();
+    cluster.kill(away, true);
+    std::fs::write(&note, kept).unwrap();
+    cluster.config.boot_id = "second".to_owned();
+    cluster.restart(away);
+    cluster.open_founder(away);
+    match cluster.status(away).health {
+        Health::Lost { lost_memory: true, last_index, .. } => assert!(last_index.get() > 10),
+        health => panic!("{health:?}"),
+    }
+    // Another start under the same boot finds the same: the verdict is not forgotten.
+    let kept = std::fs::read(&note).unwrap();
+    cluster.kill(away, false);
+    std::fs::write(&note, kept).unwrap();
+    cluster.restart(away);
+    cluster.open_founder(away);
+    assert!(matches!(cluster.status(away).health, Health::Lost { lost_memory: true, .. }));
+
+    // Its successor is not lost again when only the process dies.
+    let broker = cluster.brokers[away].as_mut().unwrap();
+    broker.handle = None;
+    ask(|closed| broker.shards.close(TP, true, closed));
+    let mut places = founders();
+    places.push((replica_id(99), broker_id(away)));
+    cluster.open(away, 99, Start::Learner, &places);
+    let others: Vec<_> = (0..3).filter(|&at| at != away).map(|at| 11 + at as u64).collect();
+    cluster.drive(&[others[0], others[1], 99], &[11 + away as u64], true);
+    let kept = std::fs::read(&note).unwrap();
+    cluster.kill(away, false);
+    std::fs::write(&note, kept).unwrap();
+    cluster.restart(away);
+    cluster.open(away, 99, Start::Learner, &places);
+    cluster.until_equal(&[0, 1, 2]);
+    assert_eq!(cluster.status(away).health, Health::Ok);
+}
+
+#[test]
+fn rot_is_found_and_repaired_from_another_replica() {
+    let config = ShardsConfig { scrub_every: Duration::from_millis(50), checkpoint_entries: 100, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(300);
+    cluster.until_equal(&[0, 1, 2]);
+    let victim = (cluster.leader() + 1) % 3;
+    let dir: PathBuf = cluster.brokers[victim].as_ref().unwrap().data_dir.replica_dir(TP);
+    let mut files: Vec<_> = std::fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .collect();
+    files.sort();
+    let good = std::fs::read(&files[0]).unwrap();
+    let mut bad = good.clone();
+    let at = bad.len() / 2;
+    bad[at] ^= 0x40;
+    {
+        use std::os::unix::fs::FileExt as _;
+        let file = std::fs::OpenOptions::new().write(true).open(&files[0]).unwrap();
+        file.write_all_at(&bad[at..=at], at as u64).unwrap();
+    }
+    until("it is repaired", || (cluster.metrics(victim).repaired_ranges > 0).then_some(()));
+    assert_eq!(std::fs::read(&files[0]).unwrap(), good);
+    assert_eq!(cluster.status(victim).health, Health::Ok);
+    cluster.until_equal(&[0, 1, 2]);
+}
