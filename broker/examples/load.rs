@@ -171,6 +171,8 @@ async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Er
                 partition,
                 offset: 0,
                 last_epoch: -1,
+                from_any_replica: false,
+                known_high_watermark: -1,
             })
             .collect();
         let credit = 8 << 20;

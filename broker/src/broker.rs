@@ -14,11 +14,10 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use flowstone_protocol::peer::{HelloRequest, RegisterRequest, RegisterResponse};
+use flowstone_protocol::peer::{BrokerHeartbeatRequest, HelloRequest, RegisterRequest, RegisterResponse};
 use flowstone_protocol::{BrokerId, ClusterId, DirectoryId, Error, ReplicaId};
 use flowstone_replication::{
-    FlushMode, Health, LogConfig, PeerTransport, ReplicaSpec, RetentionConfig, Role, Shards, ShardsConfig, Start,
-    StartError as ShardsError, system_clock,
+    Health, PeerTransport, Role, Shards, ShardsConfig, Start, StartError as ShardsError, system_clock,
 };
 use flowstone_storage::{DataDir, Disk, RealDisk};
 use futures::StreamExt;
@@ -38,7 +37,7 @@ use crate::cluster::{book, join, session};
 use crate::config::{Config, ConfigError, split_address};
 use crate::connections::Connections;
 use crate::controller::commands::MetadataRules;
-use crate::controller::reconcile::{Reconciler, close, open_handle, settled};
+use crate::controller::reconcile::{Reconciler, Succession, close, metadata_spec, open_handle, settled};
 use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, METADATA_TOPIC, MetadataTable};
 use crate::coordinator::Published;
 use crate::metrics::{BrokerCollector, Metrics};
@@ -52,12 +51,6 @@ use crate::topic_config::{TopicConfig, TopicOverrides};
 
 /// Hard state files of a new data directory. Fixed when it is made; a few, so that they flush side by side.
 const STRIPES: u32 = 8;
-/// Largest batch of metadata records: a topic of very many partitions is one record.
-const METADATA_BATCH_BYTES_MAX: usize = 64 << 20;
-/// The metadata's log; what is older is in its checkpoints.
-const METADATA_LOG_BYTES: u64 = 128 << 20;
-/// Size at which a segment of it is closed.
-const METADATA_SEGMENT_BYTES: u64 = 64 << 20;
 /// Requests other than batches that may wait in one shard's inbox.
 const OTHER_REQUESTS_MAX: usize = 1 << 16;
 /// Reads that may wait at the end of one log: for every call that there may be.
@@ -66,6 +59,8 @@ const PARKED_READS_MAX: usize = 1 << 16;
 const CUT_MAX: Duration = Duration::from_secs(2);
 /// A seed that takes longer to say who it is has not answered.
 const HELLO_MAX: Duration = Duration::from_secs(2);
+/// Between two words about a lost replica of the metadata.
+const TELL_EVERY: Duration = Duration::from_millis(200);
 /// Sessions of a broker of this id that must have been given up before a refused registration is final.
 const REGISTRATION_SESSIONS: u32 = 3;
 /// Leaderships that are handed over side by side when the broker stops.
@@ -350,6 +345,13 @@ impl Starting {
         let replicas = self.replicas.clone();
         let room = Room::new(self.config.storage.free_bytes_min);
         let led = Arc::new(Led::default());
+        let metadata_replica = watch::Sender::new(metadata.replica_id);
+        let succession = Succession {
+            wanted: metadata_replica.subscribe(),
+            control: Arc::clone(&control),
+            data_dir: Arc::clone(&data_dir),
+            belonging,
+        };
         let session = session::Session {
             control: Arc::clone(&control),
             calls: Arc::clone(&calls),
@@ -357,7 +359,7 @@ impl Starting {
             led: Arc::clone(&led),
             room: room.clone(),
             stopping: self.life.stopping.subscribe(),
-            metadata_replica: watch::Sender::new(metadata.replica_id),
+            metadata_replica,
         };
         // From here on the controller hears of this broker: opening many replicas may take longer than a session lives.
         self.life.background.push(tokio::spawn(session.run()));
@@ -379,7 +381,7 @@ impl Starting {
             replicas.clone(),
             self.config.topic.clone(),
         );
-        reconciler.adopt(&Arc::new(own));
+        reconciler.adopt(&Arc::new(own), succession);
         reconciler.catch_up().await;
 
         metrics.watch(BrokerCollector {
@@ -533,6 +535,7 @@ impl Starting {
                 Some(response) => response,
                 None => self.register(network, Some(&control), calls).await?,
             };
+            let response = self.exchange(&opened, &control, calls, response).await?;
             if ReplicaId::new(response.metadata_replica_id) != opened.replica_id {
                 tracing::warn!("the replica of the metadata here was given up while the broker was away: it begins anew");
                 drop((keeper, control, opened));
@@ -546,6 +549,33 @@ impl Starting {
             self.life.background.push(keeper.keep());
             return Ok((opened, control));
         }
+    }
+
+    /// Where the metadata's replica here can never vote again: tells so until the controller gives this broker another one.
+    async fn exchange(
+        &self,
+        opened: &OpenMetadata,
+        control: &Arc<Control>,
+        calls: &Arc<Calls>,
+        mut response: RegisterResponse,
+    ) -> Result<RegisterResponse, StartError> {
+        let own = TopicConfig::resolve(&TopicOverrides::new(), &TopicOverrides::new()).map_err(StartError::Metadata)?;
+        let key = (METADATA_PARTITION, opened.replica_id);
+        let (replica, peers) = (opened.replica.clone(), Arc::clone(&opened.peers));
+        let partition = OpenPartition::new(key, METADATA_TOPIC, true, replica, peers, own);
+        while let Some(lost) = session::lost(&partition) {
+            if response.metadata_replica_id != opened.replica_id.get() {
+                break;
+            }
+            self.readiness.hold("metadata", format!("its replica here is lost, another one is asked for: {}", lost.reason));
+            let request = BrokerHeartbeatRequest { lost: vec![lost], ..BrokerHeartbeatRequest::default() };
+            match session::tell(control, calls, &request).await {
+                Ok(answer) => response.metadata_replica_id = answer.metadata_replica_id,
+                Err(error) => tracing::debug!(%error, "the loss of the metadata's replica was not taken"),
+            }
+            tokio::time::sleep(TELL_EVERY).await;
+        }
+        Ok(response)
     }
 
     async fn save(&self, data_dir: &Arc<DataDir>, belonging: &Belonging) -> Result<(), StartError> {
@@ -584,7 +614,11 @@ impl Starting {
         let spec = metadata_spec(data_dir, replica_id, Arc::clone(&peers), start);
         let replica = open_handle(shards, spec, machine).await.map_err(StartError::Metadata)?;
         let has_peers = peers.iter().any(|(other, _)| *other != replica_id);
-        settled(&replica, has_peers).await.map_err(StartError::Metadata)?;
+        match settled(&replica, has_peers).await {
+            // The controller gives this broker another one.
+            Err(_) if matches!(replica.status().health, Health::Lost { .. }) => {}
+            settled => settled.map_err(StartError::Metadata)?,
+        }
         Ok(OpenMetadata { replica_id, peers, replica, table })
     }
 
@@ -880,21 +914,6 @@ async fn start_shards(
         Ok(Err(error @ ShardsError::HardState(_))) => Err(StartError::DataDir { path, reason: error.to_string() }),
         Ok(Err(error)) => Err(StartError::System(error.to_string())),
         Err(error) => Err(StartError::System(error.to_string())),
-    }
-}
-
-fn metadata_spec(data_dir: &DataDir, replica: ReplicaId, peers: Peers, start: Start) -> ReplicaSpec {
-    ReplicaSpec {
-        tp: METADATA_PARTITION,
-        replica,
-        dir: data_dir.replica_dir(METADATA_PARTITION),
-        log: LogConfig { segment_bytes: METADATA_SEGMENT_BYTES, ..LogConfig::default() },
-        flush: FlushMode::Quorum,
-        retention: RetentionConfig { time: None, bytes: Some(METADATA_LOG_BYTES) },
-        internal: true,
-        max_message_bytes: METADATA_BATCH_BYTES_MAX,
-        peers,
-        start,
     }
 }
 

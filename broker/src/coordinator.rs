@@ -112,6 +112,12 @@ impl<S: StateMachine> Coordinator<S> {
         (Self { committed: committed.clone(), live: None, replayed: None, broken: None }, committed)
     }
 
+    /// A machine of another replica of the same log, that commits into the same view: nothing that was published is taken
+    /// back.
+    pub(crate) fn behind(view: &Published<S>) -> Self {
+        Self { committed: view.clone(), live: None, replayed: None, broken: None }
+    }
+
     /// Only the coordinator writes to its own log.
     pub(crate) fn admit(&self, _batch: &BatchHeader) -> Admission {
         Admission::Refuse(Error::new(

@@ -53,6 +53,13 @@ impl PartitionMachine {
     }
 }
 
+impl PartitionMachine {
+    /// The metadata's machine of a replica that takes the place of another one: readers keep the view that they have.
+    pub(crate) fn metadata_again(view: &Published<MetadataTable>) -> Self {
+        Self::Metadata(Box::new(Coordinator::behind(view)))
+    }
+}
+
 impl Machine for PartitionMachine {
     type Command = PartitionCommand;
     type Reply = Result<PartitionReply, Error>;

@@ -11,6 +11,7 @@ use flowstone_protocol::peer::{
 };
 use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, ReplicaId, TopicPartition};
 use flowstone_replication::Health;
+use futures::future::BoxFuture;
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
@@ -141,7 +142,7 @@ impl Session {
             disk_free_bytes: self.room.free_bytes(),
             disk_total_bytes: self.room.total_bytes(),
         };
-        match self.control.at_controller(|to| Box::pin(self.tell(to, &request))).await {
+        match tell(&self.control, &self.calls, &request).await {
             Ok(answer) => {
                 for (tp, epoch, _) in leads {
                     told.insert(tp, epoch);
@@ -156,14 +157,6 @@ impl Session {
             }
             Err(error) => tracing::debug!(%error, "a heartbeat was not taken"),
         }
-    }
-
-    async fn tell(&self, to: BrokerId, request: &BrokerHeartbeatRequest) -> Result<BrokerHeartbeatResponse, Error> {
-        if to == self.control.me {
-            let incarnation = self.calls.identity().incarnation;
-            return self.calls.take_heartbeat(self.control.me, incarnation, request.clone()).await;
-        }
-        self.control.peers.broker_heartbeat(to, request.clone(), ANSWER_MAX).await
     }
 
     fn open(&self) -> Vec<Arc<OpenPartition>> {
@@ -192,6 +185,23 @@ impl Session {
         });
         rows.take(ROWS_MAX).collect()
     }
+}
+
+/// Says it to the controller, whoever that is.
+pub(crate) async fn tell(
+    control: &Arc<Control>,
+    calls: &Arc<Calls>,
+    request: &BrokerHeartbeatRequest,
+) -> Result<BrokerHeartbeatResponse, Error> {
+    let call = |to: BrokerId| -> BoxFuture<'_, Result<BrokerHeartbeatResponse, Error>> {
+        Box::pin(async move {
+            if to == control.me {
+                return calls.take_heartbeat(control.me, calls.identity().incarnation, request.clone()).await;
+            }
+            control.peers.broker_heartbeat(to, request.clone(), ANSWER_MAX).await
+        })
+    };
+    control.at_controller(call).await
 }
 
 /// A replica that can never vote again under its id.

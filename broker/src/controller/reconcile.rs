@@ -12,17 +12,26 @@ use flowstone_replication::{
     FlushMode, Health, LogConfig, Reconfigure, ReplicaSpec, Reply, RetentionConfig, Role, Shards, Start,
 };
 use flowstone_storage::DataDir;
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 
 use super::change::{PartitionEntry, Place, Recovered};
 use super::table::{METADATA_PARTITION, METADATA_TOPIC_ID, MetadataTable, Topic};
+use crate::cluster::belonging::Belonging;
+use crate::cluster::control::Control;
 use crate::coordinator::Published;
 use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Peers, Replica, Slot};
 use crate::topic_config::{FlushPolicy, TopicConfig, TopicOverrides};
 
 /// Time that all openings of a start are given before the broker serves without those that are left.
 const START_OPENINGS_MAX: Duration = Duration::from_secs(120);
+
+/// Largest batch of metadata records: a topic of very many partitions is one record.
+const METADATA_BATCH_BYTES_MAX: usize = 64 << 20;
+/// The metadata's log; what is older is in its checkpoints.
+const METADATA_LOG_BYTES: u64 = 128 << 20;
+/// Size at which a segment of it is closed.
+const METADATA_SEGMENT_BYTES: u64 = 64 << 20;
 
 /// Follows the metadata.
 #[derive(Debug)]
@@ -44,6 +53,77 @@ pub(crate) struct Reconciler {
     /// One for each open replica: tells of its leadership and health.
     watches: JoinSet<()>,
     watched: HashMap<TopicPartition, AbortHandle>,
+    /// How the metadata's replica is replaced; `None` where there is nothing to be looked after.
+    succession: Option<Succession>,
+}
+
+/// What it takes to replace the metadata's own replica while the broker runs.
+#[derive(Clone, Debug)]
+pub(crate) struct Succession {
+    /// The replica that this broker is to have, as the controller says.
+    pub(crate) wanted: watch::Receiver<ReplicaId>,
+    pub(crate) control: Arc<Control>,
+    pub(crate) data_dir: Arc<DataDir>,
+    pub(crate) belonging: Belonging,
+}
+
+impl Succession {
+    /// Notes the new id, closes the `earlier` replica, and opens one that learns everything from the others.
+    async fn take(
+        mut self,
+        next: ReplicaId,
+        earlier: Arc<OpenPartition>,
+        peers: Peers,
+        shards: Weak<Shards<PartitionMachine>>,
+    ) -> (TopicPartition, Slot) {
+        self.belonging.metadata_replica = Some(next);
+        let (belonging, data_dir) = (self.belonging.clone(), Arc::clone(&self.data_dir));
+        // First of all: a start that is cut off from here on goes on with the new one.
+        let noted = tokio::task::spawn_blocking(move || belonging.save(&data_dir)).await;
+        if let Ok(Err(error)) = noted {
+            tracing::error!(error, "cannot note the new replica of the metadata; it is tried again at the next start");
+            return (METADATA_PARTITION, Slot::Open(earlier));
+        }
+        close(&shards, METADATA_PARTITION, false).await;
+        let spec = metadata_spec(&self.data_dir, next, Arc::clone(&peers), Start::Learner);
+        let machine = PartitionMachine::metadata_again(&self.control.table);
+        match open_handle(&shards, spec, machine).await {
+            Ok(replica) => {
+                self.control.set_metadata(replica.clone());
+                let config = TopicConfig::clone(&earlier.config());
+                let partition =
+                    OpenPartition::new((METADATA_PARTITION, next), &earlier.topic, true, replica, peers, config);
+                (METADATA_PARTITION, Slot::Open(Arc::new(partition)))
+            }
+            Err(error) => (METADATA_PARTITION, Slot::Failed(error)),
+        }
+    }
+}
+
+/// Told when the controller gives this broker another replica of the metadata; never, where nobody would tell.
+async fn wanted_again(wanted: &mut Option<watch::Receiver<ReplicaId>>) {
+    if let Some(wanted) = wanted
+        && wanted.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
+}
+
+/// How the metadata's own replica is kept.
+pub(crate) fn metadata_spec(data_dir: &DataDir, replica: ReplicaId, peers: Peers, start: Start) -> ReplicaSpec {
+    ReplicaSpec {
+        tp: METADATA_PARTITION,
+        replica,
+        dir: data_dir.replica_dir(METADATA_PARTITION),
+        log: LogConfig { segment_bytes: METADATA_SEGMENT_BYTES, ..LogConfig::default() },
+        flush: FlushMode::Quorum,
+        retention: RetentionConfig { time: None, bytes: Some(METADATA_LOG_BYTES) },
+        internal: true,
+        max_message_bytes: METADATA_BATCH_BYTES_MAX,
+        peers,
+        start,
+    }
 }
 
 /// What the metadata wants of this broker.
@@ -95,6 +175,7 @@ impl Reconciler {
             opening: HashMap::new(),
             watches: JoinSet::new(),
             watched: HashMap::new(),
+            succession: None,
         }
     }
 
@@ -120,8 +201,10 @@ impl Reconciler {
     /// Follows the metadata until aborted.
     pub(crate) async fn run(mut self) {
         let mut changes = self.table.changes();
+        let mut wanted = self.succession.as_ref().map(|succession| succession.wanted.clone());
         // What changed before it was listened.
         self.pass();
+        self.succeed();
         loop {
             tokio::select! {
                 changed = changes.changed() => match changed {
@@ -131,6 +214,7 @@ impl Reconciler {
                 Some(opened) = self.openings.join_next() => self.on_opened(opened),
                 // Only taken off the list.
                 Some(_) = self.watches.join_next() => {}
+                () = wanted_again(&mut wanted) => self.succeed(),
             }
         }
     }
@@ -156,6 +240,9 @@ impl Reconciler {
         self.replicas.set(tp, slot.clone());
         let Slot::Open(partition) = slot else { return };
         self.watch(&partition);
+        if tp == METADATA_PARTITION {
+            return;
+        }
         let Some(shards) = self.shards.upgrade() else { return };
         let wanted = self.table.with(|table| table.topic(tp.topic).map(|topic| self.wanted(topic)));
         let Some(Wanted { topic, mut replicas }) = wanted else { return };
@@ -169,16 +256,37 @@ impl Reconciler {
     }
 
     fn watch(&mut self, partition: &OpenPartition) {
-        let watch = self.watches.spawn(watch(partition.replica.clone(), self.replicas.clone()));
+        let watch = self.watches.spawn(tell_changes(partition.replica.clone(), self.replicas.clone()));
         if let Some(earlier) = self.watched.insert(partition.tp, watch) {
             earlier.abort();
         }
     }
 
-    /// Looks after the metadata's own replica, which was opened before there was any metadata.
-    pub(crate) fn adopt(&mut self, partition: &Arc<OpenPartition>) {
+    /// Looks after the metadata's own replica, which was opened before there was any metadata; and gives its place to
+    /// another one when the controller says so.
+    pub(crate) fn adopt(&mut self, partition: &Arc<OpenPartition>, succession: Succession) {
         self.replicas.set(partition.tp, Slot::Open(Arc::clone(partition)));
         self.watch(partition);
+        self.succession = Some(succession);
+    }
+
+    /// The metadata's replica here was removed from its group, or lost: another one takes its place.
+    fn succeed(&mut self) {
+        let Some(succession) = &self.succession else { return };
+        let next = *succession.wanted.borrow();
+        let Some(Slot::Open(earlier)) = self.replicas.get(METADATA_PARTITION) else { return };
+        if earlier.replica_id == next {
+            return;
+        }
+        tracing::warn!(from = %earlier.replica_id, to = %next, "the metadata's replica here begins anew");
+        let peers: Peers = self.table.with(|table| {
+            metadata_places(table).map(|place| (place.replica, place.broker)).collect()
+        });
+        if let Some(watch) = self.watched.remove(&METADATA_PARTITION) {
+            watch.abort();
+        }
+        let opening = self.openings.spawn(succession.clone().take(next, earlier, peers, self.shards.clone()));
+        self.opening.insert(METADATA_PARTITION, opening);
     }
 
     /// What this broker has of a topic.
@@ -283,8 +391,6 @@ impl Reconciler {
         if let Some(watch) = self.watched.remove(&tp) {
             watch.abort();
         }
-        // What a recovered replica goes on with is what the earlier one has.
-        let delete_earlier = !matches!(start, Start::Recovered { .. });
         let spec = ReplicaSpec {
             tp,
             replica: replica_id,
@@ -304,7 +410,8 @@ impl Reconciler {
         let is_first = self.done.is_none();
         let opening = self.openings.spawn(async move {
             if !is_first {
-                close(&shards, tp, earlier.is_some() && delete_earlier).await;
+                // Its files stay until the new one has what takes their place.
+                close(&shards, tp, false).await;
             }
             drop(earlier);
             let opened = open_handle(&shards, spec, PartitionMachine::records()).await;
@@ -421,7 +528,7 @@ pub(crate) async fn settled(replica: &Replica, has_peers: bool) -> Result<(), Er
 
 /// Tells whenever a replica's leadership or health changes, until aborted: the metadata says nothing of these, and
 /// whoever watches it learns of them in no other way.
-async fn watch(replica: Replica, replicas: LocalReplicas) {
+async fn tell_changes(replica: Replica, replicas: LocalReplicas) {
     let mut seen = replica.status();
     loop {
         replicas.touch();
@@ -479,7 +586,7 @@ mod tests {
         AlterTopic, CreateTopic, MetadataCommand, MetadataReply, MetadataRules, Registration,
     };
     use crate::controller::table::{METADATA_PARTITION, Place};
-    use crate::node::command_to;
+    use crate::cluster::control::command_to;
 
     /// Nothing here takes this long; what does has hung.
     const PATIENCE: Duration = Duration::from_secs(60);
@@ -501,7 +608,7 @@ mod tests {
             let data_dir = Arc::new(data_dir);
             let config = ShardsConfig { shards: 1, inline_flush_bytes_max: 0, ..ShardsConfig::default() };
             let clock = Arc::new(|| Timestamp::new(1));
-            let shards = Shards::start(config, Arc::clone(&data_dir), clock, Arc::new(NoPeers)).expect("started");
+            let shards = Shards::start(config, Arc::clone(&data_dir), clock, Arc::new(flowstone_replication::NoPeers)).expect("started");
             let shards = Arc::new(shards);
             let rules = MetadataRules {
                 topics_max: 10,
@@ -523,7 +630,8 @@ mod tests {
                 peers: Arc::from([]),
                 start: Start::alone(ReplicaId::new(1)),
             };
-            let metadata = open_replica(&shards, spec, machine).await.expect("opened");
+            let metadata = open_handle(&Arc::downgrade(&shards), spec, machine).await.expect("opened");
+            settled(&metadata, false).await.expect("it leads");
             let voter = Place { broker: BrokerId::new(1), directory: data_dir.id(), replica: ReplicaId::new(1) };
             let broker = Registration {
                 id: BrokerId::new(1),
@@ -577,7 +685,7 @@ mod tests {
         }
 
         fn open(&self, topic: &Topic) -> Arc<OpenPartition> {
-            let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(0) };
+            let tp = TopicPartition { topic: topic.id, partition: flowstone_protocol::PartitionId::new(0) };
             match self.replicas.get(tp) {
                 Some(Slot::Open(partition)) => partition,
                 other => panic!("{other:?}"),
@@ -605,9 +713,9 @@ mod tests {
         // The opening began with the settings of before, and the metadata's change was looked at while it ran.
         let config = TopicConfig::resolve(&TopicOverrides::new(), &before.overrides).expect("valid");
         let Wanted { replicas, .. } = world.reconciler.wanted(&before);
-        let (tp, replica) = replicas[0];
+        let tp = replicas[0].tp;
         let shards = Arc::clone(&world.shards);
-        world.reconciler.open(&shards, &before, tp, replica, config);
+        world.reconciler.open(&shards, &before, &replicas[0], config, None);
         world.reconciler.pass();
         assert!(matches!(world.replicas.get(tp), Some(Slot::Opening)));
         tokio::time::timeout(PATIENCE, world.reconciler.catch_up()).await.expect("in time");

@@ -127,8 +127,15 @@ impl World {
     pub(crate) fn starting(&self, id: i32) -> impl Future<Output = Result<RunningBroker, StartError>> + use<> {
         let config = self.config(id);
         async move {
-            // The port was free a moment ago; whoever took it for a connection of its own gives it back soon.
-            let listeners = until("the broker's port", async || Listeners::bind(&config).await.map_err(|e| e.to_string())).await;
+            let began = Instant::now();
+            let listeners = loop {
+                match Listeners::bind(&config).await {
+                    Ok(listeners) => break listeners,
+                    // The port was free a moment ago; whoever took it for a connection of its own gives it back soon.
+                    Err(_) if began.elapsed() < PATIENCE => tokio::time::sleep(Duration::from_millis(20)).await,
+                    Err(error) => return Err(error),
+                }
+            };
             Broker::start_on(config, listeners).await
         }
     }

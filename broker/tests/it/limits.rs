@@ -136,7 +136,7 @@ async fn one_call_asks_so_much_and_one_batch_holds_so_much() {
     let mut world = World::with(&[("limits.queries_per_request", "3"), ("limits.records_per_batch", "10")]).await;
     let topic = world.create_with("orders", 1, &[("compression.type", "uncompressed")]).await.expect("created");
     let query = pb::OffsetQuery { topic_id: topic.id.clone(), partition: 0, at: None };
-    let request = pb::ListOffsetsRequest { queries: vec![query; 4] };
+    let request = pb::ListOffsetsRequest { queries: vec![query; 4], linearizable: false };
     let listed = world.log.list_offsets(request).await.map_err(|status| error_of(&status));
     assert_refused(listed, ErrorCode::InvalidRequest, "limits.queries_per_request");
     let request = pb::MetadataRequest { topics: vec!["orders".to_owned(); 4], include_internal: false };

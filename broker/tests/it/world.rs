@@ -169,7 +169,7 @@ impl World {
         at: impl Into<At>,
     ) -> Result<pb::OffsetAnswer, Error> {
         let query = pb::OffsetQuery { topic_id: topic.id.clone(), partition, at: Some(at.into().0) };
-        let request = pb::ListOffsetsRequest { queries: vec![query] };
+        let request = pb::ListOffsetsRequest { queries: vec![query], linearizable: false };
         let response =
             soon("list offsets", self.log.list_offsets(request)).await.map_err(|status| error_of(&status))?;
         let answer = response.into_inner().answers.remove(0);
@@ -303,7 +303,16 @@ impl Fetcher {
 }
 
 pub(crate) fn position(fetch_id: u32, topic: &Topic, partition: i32, offset: i64) -> pb::FetchPartition {
-    pb::FetchPartition { fetch_id, session: fetch_id, topic_id: topic.id.clone(), partition, offset, last_epoch: -1 }
+    pb::FetchPartition {
+        fetch_id,
+        session: fetch_id,
+        topic_id: topic.id.clone(),
+        partition,
+        offset,
+        last_epoch: -1,
+        from_any_replica: false,
+        known_high_watermark: -1,
+    }
 }
 
 pub(crate) fn entries(configs: &[(&str, &str)]) -> Vec<pb::ConfigEntry> {
