@@ -2,6 +2,7 @@
 
 use crate::args::VERSION;
 use crate::failure::{Exit, Failure, Outcome, chain};
+use crate::probe;
 use clap::Args;
 use flowstone_broker::{Broker, Config, RunningBroker, StartError, telemetry};
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// How long a stopping broker may take to answer what it has accepted and to flush. Service managers kill
 /// after 10 s at the earliest.
-const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(9);
+pub(crate) const SHUTDOWN_DEADLINE: Duration = Duration::from_secs(9);
 
 /// Run a broker as a daemon
 #[derive(Args, Debug)]
@@ -22,9 +23,26 @@ pub(crate) struct BrokerArgs {
     /// A key of the configuration, above file and environment
     #[arg(long = "set", value_name = "KEY=VALUE")]
     set: Vec<String>,
+
+    /// Start nothing: ask the broker that runs with this configuration whether it is ready; exit 0 only if it is
+    #[arg(long)]
+    check_health: bool,
+
+    /// End when the process that started this one, with this id, does
+    #[arg(long, hide = true, value_name = "PROCESS")]
+    end_with_parent: Option<i32>,
 }
 
+/// How long a broker may take to say whether it is ready.
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(5);
+
 pub(crate) async fn run(args: BrokerArgs) -> Outcome {
+    if args.check_health {
+        return check_health(&load(Some(&args.config), &args.set)?).await;
+    }
+    if let Some(parent) = args.end_with_parent {
+        end_with_parent(parent)?;
+    }
     // Before the first file is touched, so that an early signal stops it in order too.
     let signals = StopSignals::new()?;
     let config = load(Some(&args.config), &args.set)?;
@@ -40,6 +58,30 @@ pub(crate) async fn run(args: BrokerArgs) -> Outcome {
         "ready"
     );
     serve(broker, signals).await
+}
+
+/// Whether the broker with this configuration is ready, for whoever watches over it.
+async fn check_health(config: &Config) -> Outcome {
+    let admin = &config.listen.admin;
+    match probe::readiness(admin, HEALTH_TIMEOUT).await {
+        Ok(readiness) if readiness.ready => Ok(()),
+        Ok(readiness) => Err(Failure::failed(format!("not ready: {}", readiness.reasons))),
+        Err(error) => {
+            Err(Failure::new(Exit::Unreachable, format!("cannot ask {admin}: {error}; is the broker running?")))
+        }
+    }
+}
+
+/// Has the system kill this process when its parent ends, however that ends.
+fn end_with_parent(parent: i32) -> Outcome {
+    let kill = Some(rustix::process::Signal::KILL);
+    rustix::process::set_parent_process_death_signal(kill)
+        .map_err(|error| Failure::failed(format!("cannot ask to end with the parent process: {error}")))?;
+    // It may have ended before the system was asked.
+    if rustix::process::getppid() != rustix::process::Pid::from_raw(parent) {
+        return Err(Failure::failed("the process that started this broker has ended"));
+    }
+    Ok(())
 }
 
 /// The configuration from file, environment and `--set`.

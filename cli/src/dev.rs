@@ -1,4 +1,6 @@
-//! `flowstone dev`: a broker in a minute, for trying things out.
+//! `flowstone dev`: a broker in a minute, or several, for trying things out.
+
+mod cluster;
 
 use crate::args::VERSION;
 use crate::broker::{StopSignals, init_log, serve, start_failure};
@@ -9,10 +11,10 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// Run a broker for development, with nothing to set up; Ctrl-C stops it
+/// Run a broker for development, or a cluster of some, with nothing to set up; Ctrl-C stops it
 #[derive(Args, Debug)]
 pub(crate) struct DevArgs {
-    /// How many brokers
+    /// How many brokers; several are processes of their own, a real cluster
     #[arg(short = 'n', long = "brokers", value_name = "N", default_value_t = 1,
           value_parser = clap::value_parser!(u16).range(1..=99))]
     brokers: u16,
@@ -21,7 +23,8 @@ pub(crate) struct DevArgs {
     #[arg(long, value_name = "DIR", env = "FLOWSTONE_DEV_DATA_DIR")]
     data_dir: Option<PathBuf>,
 
-    /// Port for clients; the next two are taken for peers and for admin HTTP. 0 takes any free ones
+    /// Port for clients; the next two are taken for peers and for admin HTTP, those of the next broker lie 100 higher. 0
+    /// takes any free ones
     #[arg(long, value_name = "PORT", env = "FLOWSTONE_DEV_PORT", default_value_t = 7070,
           value_parser = clap::value_parser!(u16).range(..=65533))]
     port: u16,
@@ -33,13 +36,6 @@ pub(crate) struct DevArgs {
 
 pub(crate) async fn run(args: DevArgs) -> Outcome {
     let began = Instant::now();
-    if args.brokers > 1 {
-        return Err(Failure::usage(format!(
-            "`dev -n {}` needs a cluster of several brokers, which this version does not have yet; \
-             run `flowstone dev` for one broker",
-            args.brokers
-        )));
-    }
     // Installed before the first file is made, so that an early Ctrl-C cleans up as well.
     let signals = StopSignals::new()?;
     let temporary;
@@ -53,6 +49,15 @@ pub(crate) async fn run(args: DevArgs) -> Outcome {
             temporary.path().to_owned()
         }
     };
+    if args.brokers > 1 {
+        return cluster::run(&args, signals, &data_dir, args.data_dir.is_none(), began).await;
+    }
+    if data_dir.join("broker-1.toml").exists() {
+        return Err(Failure::failed(format!(
+            "{} holds the data of several brokers; say how many with -n, or choose another --data-dir",
+            data_dir.display()
+        )));
+    }
     let mut config = Config::dev(&data_dir, args.port);
     config.log.level = args.log;
     init_log(&config)?;

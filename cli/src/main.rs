@@ -25,6 +25,7 @@ mod moves;
 mod output;
 mod partition;
 mod position;
+mod probe;
 mod produce;
 mod record_json;
 mod record_view;

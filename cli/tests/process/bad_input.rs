@@ -33,6 +33,15 @@ fn usage() {
         (&["produce", "t", "-k", ":", "--input", "json"], "json"),
         (&["bench", "produce", "--records", "0"], "0"),
         (&["bench", "produce", "--size", "x"], "x"),
+        (&["partition", "move", "t", "0"], "--to"),
+        (&["partition", "move", "t", "0", "--to", "1,x"], "x"),
+        (&["partition", "recover", "t", "0"], "--from"),
+        (&["partition", "list", "t", "--moving"], "--moving"),
+        (&["broker-admin", "drain"], "BROKER"),
+        (&["broker-admin", "drain", "one"], "one"),
+        (&["broker-admin", "drain", "1", "--undo", "--dry-run"], "--undo"),
+        (&["broker-admin", "replace", "1"], "NEW"),
+        (&["dev", "-n", "0"], "0"),
         (&["broker"], "--config"),
         (&["broker", "--config", "/nowhere.toml"], "/nowhere.toml"),
     ] {
@@ -64,9 +73,14 @@ fn nobody_there() {
     let port =
         std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a port").port();
     let server = format!("127.0.0.1:{port}");
-    for arguments in
-        [&["topic", "list"][..], &["cluster", "info"], &["consume", "t"], &["produce", "t"], &["bench", "e2e"]]
-    {
+    for arguments in [
+        &["topic", "list"][..],
+        &["cluster", "health"],
+        &["broker-admin", "list"],
+        &["consume", "t"],
+        &["produce", "t"],
+        &["bench", "e2e"],
+    ] {
         flowstone(&[arguments, &["--server", &server, "--timeout", "300ms"]].concat()).fails(4, &[&server]);
     }
     // One that takes connections and says nothing.
