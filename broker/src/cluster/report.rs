@@ -14,7 +14,7 @@ use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
 
 /// A broker that does not report within this is left out.
-const ANSWER_MAX: Duration = Duration::from_secs(3);
+const ANSWER_MAX: Duration = Duration::from_secs(1);
 /// Groups that are asked side by side.
 const AT_ONCE: usize = 64;
 
