@@ -114,7 +114,7 @@ fn only_asking_writes_nothing() {
     let lost = entry(&cluster, tp).replicas()[1..].iter().map(|place| place.replica).collect();
     let asked = RecoverPartition { validate_only: true, ..recovery(&mut cluster, tp, survivor, lost) };
     let reply = cluster.run(MetadataCommand::RecoverPartition(asked)).expect("two of three are lost");
-    assert!(matches!(reply, MetadataReply::Recovered { given_up, .. } if given_up.len() == 3));
+    assert!(matches!(reply, MetadataReply::Recovered { given_up } if given_up.len() == 3));
     assert_eq!(cluster.log.len(), written);
 }
 
@@ -146,6 +146,13 @@ fn leaders_are_what_members_say_and_never_go_back() {
     assert_eq!(cluster.table().load(BrokerId::new(2)).leads, 0);
     cluster.move_to("t", 0, &[1, 2, 4]).expect("moves");
     assert_eq!(leader(&cluster), Some((3, 4)), "it leads until it has handed over");
+    progress(&mut cluster, tp, true, &[]);
+    assert_eq!(leader(&cluster), Some((3, 4)));
+    // Two terms in one heartbeat, the later one first.
+    let of = |replica: usize, epoch: i32| Leadership { tp, replica: replicas[replica], epoch: LeaderEpoch::new(epoch) };
+    let leaders = vec![of(2, 8), of(2, 6)];
+    cluster.run(MetadataCommand::LeadersChanged { broker: BrokerId::new(3), leaders }).expect("taken in");
+    assert_eq!(leader(&cluster), Some((3, 8)));
     // A partition that is gone, or a topic, is no reason for trouble.
     let gone = TopicPartition { topic: TopicId::new(5), ..tp };
     let leaders = vec![Leadership { tp: gone, replica: replicas[0], epoch: LeaderEpoch::new(9) }];
@@ -321,9 +328,11 @@ fn a_recovered_partition_counts_its_leaders_anew() {
     cluster.fence(2);
     let recover = recovery(&mut cluster, tp, replicas[2], Vec::new());
     let reply = cluster.run(MetadataCommand::RecoverPartition(recover)).expect("two of three are gone");
-    let MetadataReply::Recovered { survivor, given_up } = reply else { panic!("{reply:?}") };
-    assert_eq!((survivor.broker.get(), given_up), (3, replicas.clone()));
+    let MetadataReply::Recovered { given_up } = reply else { panic!("{reply:?}") };
+    assert_eq!(given_up, replicas);
     let after = entry(&cluster, tp);
+    let survivor = after.replicas()[0];
+    assert_eq!(survivor.broker.get(), 3);
     assert_eq!(after.leader(), None, "whoever led before leads no more");
     assert_eq!(after.recovered().map(|recovered| recovered.from), Some(replicas[2].replica));
     assert_eq!(after.replicas().len(), 3);

@@ -179,8 +179,8 @@ pub(crate) enum MetadataReply {
         /// More than one command takes at a time are to move: it wants to be given again.
         more: bool,
     },
-    /// The survivor under its new id, and the replicas that are given up.
-    Recovered { survivor: Place, given_up: Vec<Place> },
+    /// The replicas that are given up, the survivor under its old id among them.
+    Recovered { given_up: Vec<Place> },
 }
 
 /// A move of a partition's replicas.

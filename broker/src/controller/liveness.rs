@@ -67,13 +67,6 @@ impl Liveness {
         due.collect()
     }
 
-    /// The next moment at which a broker's session could end, for a timer.
-    pub(crate) fn next_deadline(&self, table: &MetadataTable) -> Option<Instant> {
-        let alive = table.brokers().filter(|broker| !broker.fenced);
-        let heard = alive.map(|broker| self.heard.get(&broker.id).map_or(self.began, |heard| heard.at));
-        heard.min().map(|earliest| earliest + self.session_timeout)
-    }
-
     /// Forgets brokers that are gone.
     pub(crate) fn keep(&mut self, table: &MetadataTable) {
         self.heard.retain(|broker, _| table.broker(*broker).is_some());
@@ -102,7 +95,6 @@ mod tests {
         let start = Instant::now();
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let mut liveness = Liveness::new(TIMEOUT, start);
-        assert_eq!(liveness.next_deadline(cluster.table()), Some(at(6)));
         for second in [0, 2, 4, 6] {
             for broker in [1, 2] {
                 liveness.heard(BrokerId::new(broker), cluster.incarnation(broker), false, at(second));

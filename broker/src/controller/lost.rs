@@ -3,8 +3,8 @@
 //! | told by | the partition |
 //! |---|---|
 //! | a minority of the voters | goes on; each lost one is replaced under a new id |
-//! | a majority, and not all that could go on | waits for an operator, or for the others |
-//! | all voters, and what was lost was only in memory | goes on with the best of them, by itself |
+//! | a majority, not all | waits: for the others to tell, or for an operator, who may choose one that is whole |
+//! | all voters, and what was lost was in memory alone | goes on with the best of them, by itself |
 //!
 //! In memory alone: brokers tell again with every heartbeat, until it is settled.
 
@@ -26,8 +26,6 @@ pub(crate) struct LogEnd {
 /// How a replica is, as its broker tells.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Told {
-    /// It can vote: all is there. Only worth telling where the partition has no leader.
-    Whole(LogEnd),
     /// What was in memory alone may be gone (`flowstone.flush = relaxed`): it cannot vote, and could go on.
     LostMemory(LogEnd),
     /// What it answered for is gone or unreadable.
@@ -48,7 +46,7 @@ impl LostReplicas {
     /// Replicas of a partition that cannot vote, for a recovery that is asked for.
     pub(crate) fn known_lost(&self, tp: TopicPartition) -> Vec<ReplicaId> {
         let told = self.told.get(&tp).into_iter().flatten();
-        told.filter(|(_, told)| !matches!(told, Told::Whole(_))).map(|(replica, _)| *replica).collect()
+        told.map(|(replica, _)| *replica).collect()
     }
 
     /// What is to be done now. Forgets what is settled: replicas that are no members any more.
@@ -78,7 +76,7 @@ fn settle(
     draws: &mut Draws,
 ) -> Vec<MetadataCommand> {
     let Some(entry) = table.partition(tp) else { return Vec::new() };
-    let lost = || told.iter().filter(|(_, told)| !matches!(told, Told::Whole(_))).map(|(replica, _)| *replica);
+    let lost = || told.keys().copied();
     let voters = entry.voters();
     let lost_voters = voters.iter().filter(|voter| lost().any(|lost| lost == voter.replica)).count();
     if voters.len() - lost_voters > voters.len() / 2 {
@@ -87,10 +85,10 @@ fn settle(
             .map(|replica| MetadataCommand::ReplaceReplica { tp, replica, seed: draws.next() })
             .collect();
     }
-    // A voter of which nobody tells may come back whole, or with more than all others; one that lost what it had on disk
-    // may have been the only one to have what was acknowledged.
+    // A voter of which nobody tells may be whole, or have more than all others; one that lost what it had on disk may have
+    // been the only one to have what was acknowledged.
     let end = |replica: ReplicaId| match told.get(&replica)? {
-        Told::Whole(end) | Told::LostMemory(end) => Some(*end),
+        Told::LostMemory(end) => Some(*end),
         Told::Lost => None,
     };
     let ends: Option<Vec<(LogEnd, ReplicaId)>> =
@@ -161,17 +159,6 @@ mod tests {
         assert!(recovery.reason.contains("3 of 3 voters"), "{}", recovery.reason);
         assert_eq!(recovery.given_up.len(), 3);
         assert_eq!(lost.due(cluster.table(), 2).len(), 0);
-    }
-
-    #[test]
-    fn a_whole_one_that_cannot_be_elected_is_counted_with_the_others() {
-        let (mut cluster, tp, replicas) = world();
-        let mut lost = LostReplicas::default();
-        lost.tell(tp, replicas[0], Told::LostMemory(end(3, 9)));
-        lost.tell(tp, replicas[1], Told::LostMemory(end(3, 8)));
-        lost.tell(tp, replicas[2], Told::Whole(end(3, 9)));
-        cluster.run_all(lost.due(cluster.table(), 1));
-        assert!(cluster.table().partition(tp).expect("there").recovered().is_some());
     }
 
     #[test]

@@ -313,5 +313,5 @@ pub(super) fn recover(table: &MetadataTable, recover: RecoverPartition, now: Tim
     if validate_only {
         records.clear();
     }
-    Ok((records, MetadataReply::Recovered { survivor: survives, given_up }))
+    Ok((records, MetadataReply::Recovered { given_up }))
 }
