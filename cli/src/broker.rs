@@ -124,7 +124,24 @@ impl StopSignals {
             _ = self.terminate.recv() => {}
         }
     }
+
+    /// After the first: one that was meant as another.
+    pub(crate) async fn again(&mut self) {
+        let apart = tokio::time::sleep(SIGNALS_APART);
+        let mut apart = std::pin::pin!(apart);
+        loop {
+            tokio::select! {
+                () = &mut apart => break,
+                () = self.next() => {}
+            }
+        }
+        self.next().await;
+    }
 }
+
+/// Within this time of the first signal a second one is the same request, told twice: `timeout` and some shells signal the
+/// process and then its group.
+const SIGNALS_APART: Duration = Duration::from_millis(300);
 
 /// Serves until a signal asks to stop, then drains; a second signal stops at once.
 pub(crate) async fn serve(broker: RunningBroker, mut signals: StopSignals) -> Outcome {
@@ -138,6 +155,6 @@ pub(crate) async fn serve(broker: RunningBroker, mut signals: StopSignals) -> Ou
             tracing::info!(drained = report.drained, took = ?report.took, "stopped");
             Ok(())
         }
-        () = signals.next() => Err(Failure::failed("stopped at once, without draining, by a second signal")),
+        () = signals.again() => Err(Failure::failed("stopped at once, without draining, by a second signal")),
     }
 }

@@ -265,6 +265,7 @@ async fn stop(mut processes: Processes, mut signals: StopSignals) -> Outcome {
         process.signal(rustix::process::Signal::TERM);
     }
     let deadline = Instant::now() + SHUTDOWN_DEADLINE + Duration::from_secs(1);
+    let mut again = std::pin::pin!(signals.again());
     loop {
         for process in &mut processes.0 {
             process.ends_now();
@@ -279,7 +280,7 @@ async fn stop(mut processes: Processes, mut signals: StopSignals) -> Outcome {
         }
         tokio::select! {
             () = tokio::time::sleep(LOOK_EVERY) => {}
-            () = signals.next() => {
+            () = &mut again => {
                 return Err(Failure::failed("stopped at once, without draining, by a second signal"));
             }
         }
