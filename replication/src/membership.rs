@@ -57,6 +57,24 @@ impl Membership {
         self.is_only_voter(replica) && self.learners.is_empty()
     }
 
+    /// The members after this change, as the Raft crate makes them.
+    pub(crate) fn after(&self, change: MembershipChange) -> Self {
+        let (MembershipChange::AddLearner(replica)
+        | MembershipChange::Promote(replica)
+        | MembershipChange::Remove(replica)) = change;
+        let without =
+            |members: &[ReplicaId]| -> Vec<_> { members.iter().copied().filter(|&other| other != replica).collect() };
+        let mut next = Self { voters: without(&self.voters), learners: without(&self.learners) };
+        match change {
+            MembershipChange::AddLearner(_) => next.learners.push(replica),
+            MembershipChange::Promote(_) => next.voters.push(replica),
+            MembershipChange::Remove(_) => {}
+        }
+        next.voters.sort_unstable();
+        next.learners.sort_unstable();
+        next
+    }
+
     /// Their bytes.
     pub fn encode(&self) -> Bytes {
         let mut bytes = BytesMut::with_capacity(9 + 8 * (self.voters.len() + self.learners.len()));

@@ -97,7 +97,14 @@ pub struct Replica<M: Machine> {
     config: ReplicaConfig,
     raft: RaftAdapter,
     machine: M,
+    /// Those that vote and count now.
     membership: Membership,
+    /// Changes up to here are in it already: they were known to be committed when this replica was opened.
+    members_known_to: RaftIndex,
+    /// The members as of `applied`, for checkpoints.
+    membership_applied: Membership,
+    /// Its log could not be read when it was opened: it ends with its first step.
+    unreadable: Option<StorageError>,
 
     /// Term and vote as last handed out to be flushed.
     hard_state: HardState,
@@ -249,6 +256,10 @@ impl<M: Machine> Replica<M> {
             ))
         })?;
         let applied = checkpoint.applied;
+        let (members, members_known_to, unreadable) = match known_members(&mut log, &membership) {
+            Ok((members, index)) => (members, index, None),
+            Err(error) => (membership.clone(), applied, Some(error)),
+        };
 
         // A crash may keep the first entries of a term and forget the term itself: it is in the log, then.
         let flushed = log.flushed_index();
@@ -262,22 +273,19 @@ impl<M: Machine> Replica<M> {
         let records = count_records(&mut log);
         delete_trimmed(&mut log);
         let next_offset = log.end_offset();
-        let raft = RaftAdapter::open(
-            config.replica,
-            log,
-            hard_state,
-            membership.clone(),
-            config.seed,
-            config.offer_after_bytes,
-        )
-        .map_err(|Panicked(message)| CannotOpen(message))?;
+        let raft =
+            RaftAdapter::open(config.replica, log, hard_state, members.clone(), config.seed, config.offer_after_bytes)
+                .map_err(|Panicked(message)| CannotOpen(message))?;
         Ok(Self {
             parked: Parked::default(),
             reads: ParkedReads::new(config.parked_reads_max),
             config,
             raft,
             machine,
-            membership,
+            membership: members,
+            members_known_to,
+            membership_applied: membership,
+            unreadable,
             hard_state,
             hard_states_written: HardStateNumber::default(),
             hard_states_flushed: HardStateNumber::default(),
@@ -309,7 +317,7 @@ impl<M: Machine> Replica<M> {
     /// Takes what happened, in order, and says what is to be done. `now` is the leader's clock.
     pub fn step(&mut self, events: impl IntoIterator<Item = Event<M>>, now: Timestamp) -> Effects<M> {
         let mut fx = Effects::default();
-        let mut outcome = Ok(());
+        let mut outcome = self.unreadable.take().map_or(Ok(()), |error| Err(Ended::Storage(error)));
         for event in events {
             if outcome.is_err() || self.ended {
                 fx.answers.extend(event.refused(self.ended_error("it was opened anew")));
@@ -1245,9 +1253,8 @@ impl<M: Machine> Replica<M> {
         // What the reader was told elsewhere does not go back. A leader, too, may be behind what its followers know to be
         // committed: while its own disk is slow.
         let end = log.end_offset();
-        let known = request
-            .known_high_watermark
-            .filter(|&known| if self.serving { known <= end } else { request.any_replica });
+        let known =
+            request.known_high_watermark.filter(|&known| if self.serving { known <= end } else { request.any_replica });
         let high_watermark = log.high_watermark().max(known.unwrap_or(Offset::ZERO));
         let log_start = log.log_start();
         match log.read(request.from, request.max_bytes) {
@@ -1366,7 +1373,8 @@ impl<M: Machine> Replica<M> {
     fn release(&mut self, fx: &mut Effects<M>) -> Result<(), Ended> {
         let mut persisted = None;
         while let Some(front) = self.unflushed.front() {
-            let written = front.write.is_none_or(|write| write <= self.writes_flushed) || is_planted(Bug::AckBeforeFlush);
+            let written =
+                front.write.is_none_or(|write| write <= self.writes_flushed) || is_planted(Bug::AckBeforeFlush);
             let voted = front.hard_state.is_none_or(|number| number <= self.hard_states_flushed)
                 || is_planted(Bug::VoteBeforeFlush);
             if !(written && voted) {
@@ -1591,7 +1599,14 @@ impl<M: Machine> Replica<M> {
                     }
                 }
                 Some((ControlType::Membership, payload)) => match MembershipChange::decode(&payload) {
-                    Ok(change) => self.membership = self.raft.change_membership(change)?,
+                    Ok(change) => {
+                        self.membership_applied = self.membership_applied.after(change);
+                        if index > self.members_known_to {
+                            self.membership = self.raft.change_membership(change)?;
+                        }
+                        // How far was committed is forgotten at every opening: who votes is not to be.
+                        self.checkpoint.wanted |= !is_planted(Bug::ForgetMembers);
+                    }
                     Err(error) => {
                         tracing::error!(tp = %self.config.tp, %index, %error, "a change of members is not understood: it changes nothing")
                     }
@@ -1677,7 +1692,7 @@ impl<M: Machine> Replica<M> {
         let taken = Taken {
             applied: self.applied,
             log_start,
-            membership: self.membership.encode(),
+            membership: self.membership_applied.encode(),
             machine: self.machine.checkpoint(),
             // Already flushed under `FlushMode::Quorum`; else it waits for a flush that covers it.
             write: if self.applied <= flushed { self.writes_flushed } else { self.writes },
@@ -1761,6 +1776,29 @@ impl From<StorageError> for Ended {
     fn from(error: StorageError) -> Self {
         Self::Storage(error)
     }
+}
+
+/// The members after all changes that are known to be committed, and the index of the last of those.
+///
+/// The commit index is not stored, and whoever votes with members that are more than one change old can elect a second
+/// leader. But a change is only proposed once the one before it is applied, so all in the log but the last are committed.
+fn known_members(log: &mut Log, checkpointed: &Membership) -> Result<(Membership, RaftIndex), StorageError> {
+    let mut known = (checkpointed.clone(), log.checkpoint().applied);
+    let mut last = None;
+    for index in known.1.next().get()..=log.last_index().get() {
+        let index = RaftIndex::new(index);
+        if log.entry_meta(index)?.control != Some(ControlType::Membership) {
+            continue;
+        }
+        if let Some(before) = last.replace(index)
+            && let EntryBody::Control { payload, .. } = log.entry(before)?.body
+            && let Ok(change) = MembershipChange::decode(&payload)
+            && !is_planted(Bug::ForgetMembers)
+        {
+            known = (known.0.after(change), before);
+        }
+    }
+    Ok(known)
 }
 
 /// Data records that can be read. Only told to people: where an index can not be read the offsets have to do, which count

@@ -31,13 +31,15 @@ pub enum Bug {
     PromoteTooEarly,
     /// A replica whose disk was wiped comes back under its old id.
     VoterWithAmnesia,
+    /// A replica that is opened votes with the members of its checkpoint, however old, and no checkpoint follows a change.
+    ForgetMembers,
     /// Batches in flight are not looked for among those that are sent again.
     NoDeduplication,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::AckBeforeFlush,
         Self::VoteBeforeFlush,
         Self::ReleaseOutOfOrder,
@@ -52,6 +54,7 @@ impl Bug {
         Self::TrustThePageCache,
         Self::PromoteTooEarly,
         Self::VoterWithAmnesia,
+        Self::ForgetMembers,
         Self::NoDeduplication,
     ];
 }
