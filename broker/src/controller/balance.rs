@@ -417,6 +417,29 @@ mod tests {
     }
 
     #[test]
+    fn replicas_in_one_rack_are_parted_though_all_brokers_have_as_many() {
+        let mut cluster = Cluster::of_racks(&["a", "a", "b", "b"]);
+        cluster.create_on("t", &[&[1, 2], &[4, 3]]);
+        assert_eq!(plan(cluster.table(), &HashMap::new(), 0, false).moves, [], "no more than may be moved");
+        let plan = plan(cluster.table(), &HashMap::new(), 9, false);
+        assert_eq!(plan.moves.len(), 2);
+        for planned in &plan.moves {
+            assert_eq!(planned.to[0], planned.from[0], "the preferred leader stays");
+            assert_ne!(planned.to[0].get() <= 2, planned.to[1].get() <= 2, "{planned:?}");
+        }
+    }
+
+    #[test]
+    fn a_small_rack_holds_more_than_its_share() {
+        let mut cluster = Cluster::of_racks(&["a", "a", "b"]);
+        cluster.create("t", 12, 2);
+        assert_eq!(counts(&cluster)[2].0, 12);
+        let plan = plan(cluster.table(), &HashMap::new(), 9, false);
+        let in_small = BrokerId::new(3);
+        assert!(plan.moves.iter().all(|planned| planned.to.contains(&in_small)), "{:?}", plan.moves);
+    }
+
+    #[test]
     fn the_smallest_partitions_move_first() {
         let mut cluster = Cluster::of(1);
         cluster.create("t", 4, 1);

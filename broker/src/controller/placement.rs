@@ -223,6 +223,9 @@ mod tests {
         let placed: Vec<_> = (0..8).map(|_| placement.partition(1, &mut draws)).collect();
         assert_eq!(counts(&placed, 4), [(2, 2); 4], "even within the topic");
         let mut placement = Placement::of(cluster.table());
+        let placed: Vec<_> = (0..8).map(|_| placement.partition(2, &mut draws)).collect();
+        assert_eq!(counts(&placed, 4), [(4, 2); 4], "followers as well");
+        let mut placement = Placement::of(cluster.table());
         assert_eq!(placement.partition(1, &mut draws)[0].broker, BrokerId::new(4), "a single one goes where room is");
     }
 

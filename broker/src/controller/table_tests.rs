@@ -454,7 +454,7 @@ fn replay_and_checkpoint_lead_to_the_live_state_whatever_is_asked() {
             }
             used.extend(before);
             if step == cut {
-                middle = Some((cluster.log.len(), cluster.table().checkpoint()));
+                middle = Some((cluster.log.len(), cluster.table().clone()));
             }
             check_entries(cluster.table(), seed);
         }
@@ -471,9 +471,12 @@ fn replay_and_checkpoint_lead_to_the_live_state_whatever_is_asked() {
         };
         apply(&mut replayed, 0);
         assert_eq!(replayed.checkpoint(), cluster.table().checkpoint(), "seed {seed}: replayed");
-        let (at, checkpoint) = middle.expect("the cut lies within the steps");
+        let (at, then) = middle.expect("the cut lies within the steps");
+        let checkpoint = then.checkpoint();
         let mut restored = MetadataTable::new(rules());
         restored.restore(&checkpoint).expect("own bytes");
+        check_same(&restored, &then);
+        check_counts(&restored, seed);
         assert_eq!(restored.checkpoint(), checkpoint, "seed {seed}");
         apply(&mut restored, at);
         assert_eq!(restored.checkpoint(), cluster.table().checkpoint(), "seed {seed}: from the checkpoint at {at}");
