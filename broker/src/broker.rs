@@ -527,9 +527,8 @@ impl Starting {
             let duty = Duty::new(self.config.limits.broker_session_timeout);
             let me = self.config.node.id;
             let control = Control::new(me, opened.replica.clone(), opened.table.clone(), duty, network);
-            let founding = belonging.founding.clone();
             // Ends with the loop's turn, where the replica is opened another time.
-            let keeper = AbortOnDrop(tokio::spawn(duty::run(Arc::clone(&control), founding, self.incarnation)));
+            let keeper = AbortOnDrop(tokio::spawn(duty::run(Arc::clone(&control), self.incarnation)));
             calls.serve_metadata(&control);
             let response = match registered.take() {
                 Some(response) => response,
@@ -546,6 +545,17 @@ impl Starting {
             }
             self.readiness.hold("metadata", "the cluster metadata is catching up");
             self.find_itself(&opened.table, &opened.replica).await?;
+            let founded = opened.table.with(|table| table.founding().map(|founding| founding.cluster));
+            if founded != Some(belonging.founding.cluster) {
+                return Err(StartError::DataDir {
+                    path: self.config.node.data_dir.clone(),
+                    reason: format!(
+                        "it belongs to cluster {}, and its metadata to another ({founded:?}): files of two directories \
+                         were mixed; restore one of them whole",
+                        belonging.founding.cluster
+                    ),
+                });
+            }
             self.life.background.push(keeper.keep());
             return Ok((opened, control));
         }
@@ -903,6 +913,7 @@ async fn start_shards(
         // As many as there is room for: a producer of small batches waits for room, it is not refused.
         inbox_requests_max: in_flight_bytes_max / REQUEST_BYTES_MIN + OTHER_REQUESTS_MAX,
         seed: rand::random(),
+        scrub_bytes_per_second: config.limits.scrub_bytes_per_second,
         ..ShardsConfig::default()
     };
     let path = config.node.data_dir.clone();

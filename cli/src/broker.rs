@@ -44,10 +44,17 @@ pub(crate) async fn run(args: BrokerArgs) -> Outcome {
         end_with_parent(parent)?;
     }
     // Before the first file is touched, so that an early signal stops it in order too.
-    let signals = StopSignals::new()?;
+    let mut signals = StopSignals::new()?;
     let config = load(Some(&args.config), &args.set)?;
     init_log(&config)?;
-    let broker = Broker::start(config).await.map_err(start_failure)?;
+    // A broker that waits for the others of its cluster is stopped like any other.
+    let broker = tokio::select! {
+        started = Broker::start(config) => started.map_err(start_failure)?,
+        () = signals.next() => {
+            tracing::info!("stopped before it was ready");
+            return Ok(());
+        }
+    };
     tracing::info!(
         version = VERSION,
         broker = %broker.broker_id,

@@ -19,7 +19,7 @@ use super::drive::transfer;
 use super::duty::Lost;
 use super::form::{Founder, Founding, Me, founder_message};
 use crate::controller::commands::{Leadership, MetadataCommand, MetadataReply, MoveProgress, Registration};
-use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, MetadataTable};
+use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, MetadataTable, Place};
 use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
 use crate::peer::{PeerCalls, PeerIdentity};
@@ -87,12 +87,28 @@ impl Calls {
         )
     }
 
+    /// Writes the founding into the metadata, if it is not there yet: nobody is taken in before.
+    async fn found(&self, control: &Control) -> Result<(), Error> {
+        if control.table.with(|table| table.founding().is_some()) {
+            return Ok(());
+        }
+        let Some(founding) = self.founding.read().clone() else { return Err(self.starting()) };
+        let voters = founding.voters.iter().map(|voter| Place {
+            broker: voter.broker,
+            directory: voter.directory,
+            replica: voter.replica,
+        });
+        let found = MetadataCommand::Found { cluster: founding.cluster, voters: voters.collect() };
+        control.command(found).await.map(|_| ())
+    }
+
     /// Takes a broker in, where this one is the controller.
     pub(crate) async fn take_in(&self, from: PeerIdentity, request: RegisterRequest) -> Result<RegisterResponse, Error> {
         let control = self.control()?;
         if !control.leads() {
             return Err(control.not_controller());
         }
+        self.found(&control).await?;
         let registration = Registration {
             id: from.broker,
             directory: from.directory,

@@ -1,5 +1,4 @@
-//! What the broker that leads the metadata does besides deciding: it founds the cluster in the metadata, notices who is
-//! silent, and begins what the brokers' losses and an operator's wishes make necessary.
+//! What the broker that leads the metadata does besides deciding: it notices who is silent, and begins what the brokers' losses and an operator's wishes make necessary.
 //!
 //! All of it is decided by pure functions of the table; here is the clock, and what is only worth knowing while it lasts.
 
@@ -13,11 +12,10 @@ use parking_lot::Mutex;
 
 use super::calls::partition;
 use super::control::Control;
-use super::form::Founding;
 use crate::controller::commands::MetadataCommand;
 use crate::controller::liveness::Liveness;
 use crate::controller::lost::{LogEnd, LostReplicas, Told};
-use crate::controller::table::{MetadataTable, Place};
+use crate::controller::table::MetadataTable;
 use crate::controller::upkeep;
 
 /// Between two looks at what is due.
@@ -125,7 +123,7 @@ impl Duty {
 }
 
 /// Does the controller's part whenever this broker is it, until aborted.
-pub(crate) async fn run(control: Arc<Control>, founding: Founding, incarnation: u64) {
+pub(crate) async fn run(control: Arc<Control>, incarnation: u64) {
     let mut ticks = tokio::time::interval(LOOK_EVERY);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
@@ -137,21 +135,12 @@ pub(crate) async fn run(control: Arc<Control>, founding: Founding, incarnation: 
             drop(tokio::time::timeout(LOOK_EVERY, metadata.changed(&seen)).await);
             continue;
         }
-        look(&control, &founding, incarnation).await;
+        look(&control, incarnation).await;
         ticks.tick().await;
     }
 }
 
-async fn look(control: &Arc<Control>, founding: &Founding, incarnation: u64) {
-    if control.table.with(|table| table.founding().is_none()) {
-        let voters = founding.voters.iter().map(|voter| Place {
-            broker: voter.broker,
-            directory: voter.directory,
-            replica: voter.replica,
-        });
-        carry_out(control, MetadataCommand::Found { cluster: founding.cluster, voters: voters.collect() }).await;
-        return;
-    }
+async fn look(control: &Arc<Control>, incarnation: u64) {
     let now = Instant::now();
     if control.table.with(|table| table.brokers().count() <= 1) {
         // Nobody else is there to tell of, and this broker lives as long as it runs.
