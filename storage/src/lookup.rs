@@ -10,7 +10,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use flowstone_protocol::batch::{stamped_prefix, verify_crc};
 use flowstone_protocol::control::{CONTROL_FORMAT_VERSION, decode_control, encode_control};
-use flowstone_protocol::{BatchHeader, ControlType, HEADER_BYTES, LeaderEpoch, Offset, RaftIndex, Timestamp};
+use flowstone_protocol::{BatchHeader, ControlType, LeaderEpoch, Offset, RaftIndex, Timestamp};
 
 use crate::batch_index::Slot;
 use crate::disk::DiskFile;
@@ -156,7 +156,7 @@ impl Log {
         })
     }
 
-    /// The header of an entry as it is stored.
+    /// The header of an entry as it is stored; the CRC is checked where it comes from the file.
     pub fn header(&mut self, index: RaftIndex) -> Result<BatchHeader, StorageError> {
         let meta = self.entry_meta(index)?;
         let parsed = match self.in_tail(index).map(|entry| &entry.body) {
@@ -169,15 +169,8 @@ impl Log {
                 payload,
                 CONTROL_FORMAT_VERSION,
             )),
-            None => {
-                let (which, number) = self.segment_of_index(index)?;
-                let slot = self.slot(which, number)?;
-                let mut head = [0; HEADER_BYTES];
-                let file = self.file_of(which)?;
-                let read = file.read_exact_at(&mut head, u64::from(slot.position));
-                read.map_err(StorageError::io("read", &self.path_of(which)))?;
-                BatchHeader::parse(&head)
-            }
+            // The CRC is of the whole batch, and a header that rotted must not reach a machine.
+            None => BatchHeader::parse(&self.stored_batch(index)?),
         };
         let mut header = parsed.map_err(|error| self.corrupt_entry(index, error.to_string()))?;
         header.base_offset = meta.base_offset;
