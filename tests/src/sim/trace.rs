@@ -9,13 +9,12 @@ use super::random::mix;
 #[derive(Debug, Default)]
 pub(crate) struct Trace {
     hash: u64,
-    events: u64,
     prints: bool,
 }
 
 impl Trace {
     pub(crate) fn new(prints: bool) -> Self {
-        Self { hash: 0, events: 0, prints }
+        Self { hash: 0, prints }
     }
 
     /// One event: `numbers` are hashed, the text is only made where it is printed.
@@ -26,7 +25,6 @@ impl Trace {
         numbers: &[u64],
         text: impl FnOnce() -> D,
     ) {
-        self.events += 1;
         let mut hash = mix(self.hash ^ (at.as_nanos() as u64));
         for byte in kind.bytes() {
             hash = hash.rotate_left(7) ^ u64::from(byte);
@@ -43,10 +41,5 @@ impl Trace {
     /// The same for the same run.
     pub(crate) fn hash(&self) -> u64 {
         self.hash
-    }
-
-    /// How much happened.
-    pub(crate) fn events(&self) -> u64 {
-        self.events
     }
 }

@@ -28,12 +28,16 @@ impl Flushed {
     }
 }
 
+/// How many sets of voters are remembered.
+const VOTERS_KEPT: usize = 3;
+
 #[derive(Debug, Default)]
 pub(super) struct CommittedOnQuorum {
     flushed: BTreeMap<Listener, Flushed>,
     committed: BTreeMap<TopicPartition, RaftIndex>,
-    /// Voters, as each replica saw them before this round: what was committed may have changed them.
-    voters: BTreeMap<Listener, Vec<ReplicaId>>,
+    /// Voters as each replica saw them, the last few, newest last: what is committed before a change is applied is
+    /// committed by the voters of before, and a leader with a slow disk applies late.
+    voters: BTreeMap<Listener, Vec<Vec<ReplicaId>>>,
 }
 
 impl Invariant for CommittedOnQuorum {
@@ -46,8 +50,12 @@ impl Invariant for CommittedOnQuorum {
         if flushed.epochs != log.epochs() {
             flushed.epochs = log.epochs().to_vec();
         }
-        let now = &replica.membership().voters;
-        let before = self.voters.insert(who, now.clone()).unwrap_or_else(|| now.clone());
+        let voters = self.voters.entry(who).or_default();
+        if voters.last() != Some(&replica.membership().voters) {
+            voters.push(replica.membership().voters.clone());
+            let many = voters.len();
+            voters.drain(..many.saturating_sub(VOTERS_KEPT));
+        }
         let index = replica.applied();
         // Creation is given with the replicas.
         let known = self.committed.entry(who.tp).or_insert(CREATION_INDEX);
@@ -62,12 +70,13 @@ impl Invariant for CommittedOnQuorum {
             });
             with.count() > voters.len() / 2
         };
-        if has(now) || has(&before) {
+        let voters = &self.voters[&who];
+        if voters.iter().any(|voters| has(voters)) {
             return Ok(());
         }
         let all: Vec<_> = self.flushed.iter().filter(|(other, _)| other.tp == who.tp).collect();
         Err(format!(
-            "{}: replica {} commits entry {index} of term {term}, voters {now:?} (before: {before:?}), flushed: {all:?}",
+            "{}: replica {} commits entry {index} of term {term}, voters {voters:?}, flushed: {all:?}",
             who.tp, who.replica
         ))
     }
