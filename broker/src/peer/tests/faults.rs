@@ -9,13 +9,15 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use super::super::QueueLimits;
 use super::*;
 
-/// What a proxy does with the bytes that go to the server; those that come back always pass.
+/// What a proxy does with the bytes between a broker and the server that it dialled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Way {
     Pass,
-    /// They are lost, as on a network that is broken in one direction.
-    Lost,
-    /// They are not read: the server is slow.
+    /// Those to the server are lost, as on a network that is broken in one direction.
+    LostThere,
+    /// All are lost, and nobody is told that the other side has closed.
+    LostBoth,
+    /// Those to the server are not read: it is slow.
     Held,
 }
 
@@ -37,7 +39,7 @@ impl Proxy {
                 let (client_reads, client_writes) = client.into_split();
                 let (server_reads, server_writes) = server.into_split();
                 tokio::spawn(Self::there(client_reads, server_writes, ways.clone()));
-                tokio::spawn(Self::back(server_reads, client_writes));
+                tokio::spawn(Self::back(server_reads, client_writes, ways.clone()));
             }
         });
         Self { address, way, task }
@@ -51,15 +53,27 @@ impl Proxy {
             }
             let Ok(read @ 1..) = from.read(&mut bytes).await else { return };
             let way = *ways.borrow();
-            if way != Way::Lost && to.write_all(&bytes[..read]).await.is_err() {
+            let is_lost = matches!(way, Way::LostThere | Way::LostBoth);
+            if !is_lost && to.write_all(&bytes[..read]).await.is_err() {
                 return;
             }
         }
     }
 
-    async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
-        // Ends when either side does.
-        drop(tokio::io::copy(&mut from, &mut to).await);
+    async fn back(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut ways: watch::Receiver<Way>) {
+        let mut bytes = vec![0; 64 << 10];
+        loop {
+            let read = from.read(&mut bytes).await.unwrap_or(0);
+            let is_lost = *ways.borrow() == Way::LostBoth;
+            if read == 0 {
+                // An error means that the test is over.
+                drop(ways.wait_for(|way| *way != Way::LostBoth).await);
+                return;
+            }
+            if !is_lost && to.write_all(&bytes[..read]).await.is_err() {
+                return;
+            }
+        }
     }
 }
 
@@ -98,30 +112,37 @@ async fn a_broker_that_ends_is_told_of_and_found_again_when_it_is_back() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn silence_in_one_direction_is_noticed_and_healed() {
-    let first = Node::start(identity(1), impatient()).await;
-    let mut second = Node::start(identity(2), impatient()).await;
-    let mut first = first;
-    let proxy = Proxy::to(second.address).await;
-    first.knows_at(&second, &proxy.address.to_string());
-    second.knows(&first);
-    until_connected(&first, &mut second).await;
-    until_connected(&second, &mut first).await;
+async fn silence_is_noticed_and_healed() {
+    for silence in [Way::LostThere, Way::LostBoth] {
+        let mut first = Node::start(identity(1), impatient()).await;
+        let mut second = Node::start(identity(2), impatient()).await;
+        let proxy = Proxy::to(second.address).await;
+        first.knows_at(&second, &proxy.address.to_string());
+        second.knows(&first);
+        until_connected(&first, &mut second).await;
+        until_connected(&second, &mut first).await;
 
-    proxy.way.send_replace(Way::Lost);
-    first.until(|told| is_unreachable(told, 2)).await;
-    // The other direction is another stream, and still there.
-    second.send(&first, vec![append(77, &[10])]);
-    first.until(|told| matches!(told, Told::Delivered(_, messages) if group_of(&messages[0]) == 77)).await;
+        while first.told.try_recv().is_ok() {}
+        proxy.way.send_replace(silence);
+        first.until(|told| is_unreachable(told, 2)).await;
+        // The other direction is another stream, and still there.
+        second.send(&first, vec![append(77, &[10])]);
+        first.until(|told| matches!(told, Told::Delivered(_, messages) if group_of(&messages[0]) == 77)).await;
 
-    proxy.way.send_replace(Way::Pass);
-    until_connected(&first, &mut second).await;
+        proxy.way.send_replace(Way::Pass);
+        until_connected(&first, &mut second).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_broker_costs_no_other_anything() {
     const BYTES_MAX: usize = 1 << 20;
-    let config = PeerConfig { appends_queue: QueueLimits { messages_max: 10_000, bytes_max: BYTES_MAX }, ..config() };
+    // Nothing but the full queue tells of it.
+    let config = PeerConfig {
+        appends_queue: QueueLimits { messages_max: 10_000, bytes_max: BYTES_MAX },
+        keepalive_timeout: 10 * LONG,
+        ..config()
+    };
     let mut nodes = Vec::new();
     for broker in 1..=3 {
         nodes.push(Node::start(identity(broker), config.clone()).await);
@@ -132,7 +153,8 @@ async fn a_slow_broker_costs_no_other_anything() {
     first.knows(third);
     second.knows(first);
     third.knows(first);
-    until_connected(first, second).await;
+    first.send(second, vec![append(0, &[10])]);
+    second.delivered(1).await;
 
     proxy.way.send_replace(Way::Held);
     // Sending never waits: all of it is dropped beyond what sockets, HTTP/2 and the queue hold.
@@ -223,6 +245,15 @@ async fn whoever_answers_at_a_wrong_address_gets_nothing() {
     first.network.send(id(2), vec![append(1, &[10])]);
     first.until(|told| is_unreachable(told, 2)).await;
     assert!(third.told.try_recv().is_err());
+
+    // Nor does broker 2 with a directory that is not its own.
+    let mut wiped = Node::start(PeerIdentity { directory: DirectoryId::new(0xbad), ..identity(2) }, config()).await;
+    wiped.knows(&first);
+    first.network.book().set_address(id(2), &wiped.address.to_string());
+    while first.told.try_recv().is_ok() {}
+    first.network.send(id(2), vec![append(1, &[10])]);
+    first.until(|told| is_unreachable(told, 2)).await;
+    assert!(wiped.told.try_recv().is_err());
 
     // Once that is put right, the new address is dialled.
     let mut second = Node::start(identity(2), config()).await;

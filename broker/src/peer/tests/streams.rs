@@ -58,7 +58,9 @@ async fn what_waits_leaves_together() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_batch_larger_than_frame_and_window_arrives() {
-    let mut nodes = cluster(2, config()).await;
+    let mut config = config();
+    config.limits.receiving_bytes = 100 << 20;
+    let mut nodes = cluster(2, config).await;
     let (one, two) = pair(&mut nodes);
     one.send(two, vec![append(1, &[40 << 20, 5]), append(2, &[3])]);
     let delivered = two.delivered(2).await;
@@ -76,6 +78,7 @@ async fn a_newer_stream_of_the_same_broker_takes_the_older_ones_place() {
     let mut nodes = cluster(2, config()).await;
     let (one, two) = pair(&mut nodes);
     until_connected(one, two).await;
+    while one.told.try_recv().is_ok() {}
     // The same broker, started anew, while its old connection still seems to be there.
     let again = Node::start(PeerIdentity { incarnation: 2, ..identity(1) }, config()).await;
     again.knows(two);
