@@ -23,7 +23,7 @@ use flowstone_storage::{DataDir, Disk, RealDisk};
 use futures::StreamExt;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin_http::{self, Readiness};
@@ -346,6 +346,7 @@ impl Starting {
         let room = Room::new(self.config.storage.free_bytes_min);
         let led = Arc::new(Led::default());
         let metadata_replica = watch::Sender::new(metadata.replica_id);
+        let (recover, recoveries) = mpsc::channel(1);
         let succession = Succession {
             wanted: metadata_replica.subscribe(),
             control: Arc::clone(&control),
@@ -381,7 +382,7 @@ impl Starting {
             replicas.clone(),
             self.config.topic.clone(),
         );
-        reconciler.adopt(&Arc::new(own), succession);
+        reconciler.adopt(&Arc::new(own), succession, recoveries);
         reconciler.catch_up().await;
 
         metrics.watch(BrokerCollector {
@@ -415,6 +416,7 @@ impl Starting {
             room,
             checks: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
             ready_since: Instant::now(),
+            recover_metadata: recover,
             config: self.config,
         });
         calls.serve_all(&node);
@@ -462,7 +464,13 @@ impl Starting {
         let refused = |reason: String| StartError::DataDir { path: self.config.node.data_dir.clone(), reason };
         let known = Belonging::load(&data_dir, me.broker, &me.peer_address).map_err(refused)?;
         let (data_dir, belonging) = match known {
-            Some(known) if data_dir.cluster().is_some() => (Arc::new(data_dir), known),
+            Some(known) if data_dir.cluster().is_some() => {
+                if self.config.has_other_seeds(&me.peer_address) {
+                    let checked = join::check(&me, &self.config.cluster.seeds, self.hello(network)).await;
+                    checked.map_err(StartError::Cluster)?;
+                }
+                (Arc::new(data_dir), known)
+            }
             // A start before this one was cut off between its two notes.
             Some(known) => note(data_dir, known.founding, me.broker).await.map_err(refused)?,
             None => {

@@ -33,6 +33,8 @@ pub(crate) async fn look_around<H, A>(
     A: Future<Output = Result<HelloResponse, Error>>,
 {
     loop {
+        let mut told = HashMap::new();
+        let mut told_by_others = HashMap::new();
         for seed in seeds.iter().filter(|seed| **seed != own_address) {
             let Ok(response) = hello(seed.clone()).await else { continue };
             let Some(heard) = Heard::from_message(&response) else { continue };
@@ -41,10 +43,15 @@ pub(crate) async fn look_around<H, A>(
                 continue;
             }
             let known = response.brokers.iter().map(|known| (BrokerId::new(known.broker_id), &known.peer_address));
-            for (broker, address) in known.chain([(heard.broker, &heard.peer_address)]) {
-                if broker != me.broker && !address.is_empty() {
-                    book.set_address(broker, address);
-                }
+            told_by_others.extend(known.map(|(broker, address)| (broker, address.clone())));
+            told.insert(heard.broker, heard.peer_address.clone());
+        }
+        // Where a broker is, it knows best itself: when all came back at other addresses, what the others know of it are
+        // the old ones.
+        told_by_others.retain(|broker, _| !told.contains_key(broker));
+        for (broker, address) in told_by_others.iter().chain(&told) {
+            if *broker != me.broker && !address.is_empty() {
+                book.set_address(*broker, address);
             }
         }
         tokio::time::sleep(LOOK_EVERY).await;

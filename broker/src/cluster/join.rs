@@ -73,6 +73,34 @@ where
     }
 }
 
+/// Asks the seeds of a broker that belongs to a cluster already, once and side by side, whether they belong to it as well.
+/// Those that do not answer say nothing: a cluster must be able to start with some of its brokers down.
+///
+/// # Errors
+/// Most of them belong to another cluster, or one of them is a second broker of this id.
+pub(crate) async fn check<H, A>(me: &Me, seeds: &[String], hello: H) -> Result<(), String>
+where
+    H: Fn(String) -> A,
+    A: Future<Output = Result<HelloResponse, Error>>,
+{
+    let mut form = Form::new(me.clone(), seeds);
+    let others = seeds.iter().enumerate().filter(|(_, seed)| **seed != me.peer_address);
+    let asked = others.map(|(number, seed)| {
+        let answer = hello(seed.clone());
+        async move { (number, tokio::time::timeout(ANSWER_MAX, answer).await) }
+    });
+    for (number, answer) in futures::future::join_all(asked).await {
+        let heard = answer.ok().and_then(Result::ok).and_then(|response| Heard::from_message(&response));
+        if let Some(heard) = heard {
+            form.heard(number, heard, Instant::now());
+        }
+    }
+    match form.decide(Instant::now()) {
+        Decision::Refuse(reason) => Err(reason),
+        Decision::Found | Decision::Follow(_) | Decision::Join(_) | Decision::Wait(_) => Ok(()),
+    }
+}
+
 fn itself(me: &Me, seeds: &[String]) -> Heard {
     Heard {
         broker: me.broker,

@@ -59,6 +59,10 @@ where
                 Ok(response) => return Ok(response),
                 Err(error) => {
                     hint = error.leader_hint.as_ref().map(|(leader, _)| *leader).filter(|leader| *leader != broker);
+                    if error.code == ErrorCode::InvalidRequest && !error.is_retriable() {
+                        // The controller's own decision, which no waiting changes.
+                        return Err(error);
+                    }
                     if !error.is_retriable() || error.code == ErrorCode::InvalidRequest {
                         let since = *refused_since.get_or_insert_with(Instant::now);
                         if since.elapsed() > patience {

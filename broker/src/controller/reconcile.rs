@@ -12,7 +12,7 @@ use flowstone_replication::{
     FlushMode, Health, LogConfig, Reconfigure, ReplicaSpec, Reply, RetentionConfig, Role, Shards, Start,
 };
 use flowstone_storage::DataDir;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{AbortHandle, JoinError, JoinSet};
 
 use super::change::{PartitionEntry, Place, Recovered};
@@ -20,6 +20,7 @@ use super::table::{METADATA_PARTITION, METADATA_TOPIC_ID, MetadataTable, Topic};
 use crate::cluster::belonging::Belonging;
 use crate::cluster::control::Control;
 use crate::coordinator::Published;
+use crate::node::MetadataRecovery;
 use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Peers, Replica, Slot};
 use crate::topic_config::{FlushPolicy, TopicConfig, TopicOverrides};
 
@@ -55,6 +56,7 @@ pub(crate) struct Reconciler {
     watched: HashMap<TopicPartition, AbortHandle>,
     /// How the metadata's replica is replaced; `None` where there is nothing to be looked after.
     succession: Option<Succession>,
+    recoveries: Option<mpsc::Receiver<MetadataRecovery>>,
 }
 
 /// What it takes to replace the metadata's own replica while the broker runs.
@@ -68,11 +70,12 @@ pub(crate) struct Succession {
 }
 
 impl Succession {
-    /// Notes the new id, closes the `earlier` replica, and opens one that learns everything from the others.
+    /// Notes the new id, closes the `earlier` replica, and opens the one that takes its place.
     async fn take(
         mut self,
         next: ReplicaId,
         earlier: Arc<OpenPartition>,
+        start: Start,
         peers: Peers,
         shards: Weak<Shards<PartitionMachine>>,
     ) -> (TopicPartition, Slot) {
@@ -85,7 +88,7 @@ impl Succession {
             return (METADATA_PARTITION, Slot::Open(earlier));
         }
         close(&shards, METADATA_PARTITION, false).await;
-        let spec = metadata_spec(&self.data_dir, next, Arc::clone(&peers), Start::Learner);
+        let spec = metadata_spec(&self.data_dir, next, Arc::clone(&peers), start);
         let machine = PartitionMachine::metadata_again(&self.control.table);
         match open_handle(&shards, spec, machine).await {
             Ok(replica) => {
@@ -106,6 +109,16 @@ async fn wanted_again(wanted: &mut Option<watch::Receiver<ReplicaId>>) {
         && wanted.changed().await.is_ok()
     {
         return;
+    }
+    std::future::pending().await
+}
+
+/// The next wish that the metadata be recovered; never, where nobody can have one.
+async fn asked_for(recoveries: &mut Option<mpsc::Receiver<MetadataRecovery>>) -> MetadataRecovery {
+    if let Some(recoveries) = recoveries
+        && let Some(recovery) = recoveries.recv().await
+    {
+        return recovery;
     }
     std::future::pending().await
 }
@@ -176,6 +189,7 @@ impl Reconciler {
             watches: JoinSet::new(),
             watched: HashMap::new(),
             succession: None,
+            recoveries: None,
         }
     }
 
@@ -202,6 +216,7 @@ impl Reconciler {
     pub(crate) async fn run(mut self) {
         let mut changes = self.table.changes();
         let mut wanted = self.succession.as_ref().map(|succession| succession.wanted.clone());
+        let mut recoveries = self.recoveries.take();
         // What changed before it was listened.
         self.pass();
         self.succeed();
@@ -215,6 +230,7 @@ impl Reconciler {
                 // Only taken off the list.
                 Some(_) = self.watches.join_next() => {}
                 () = wanted_again(&mut wanted) => self.succeed(),
+                recovery = asked_for(&mut recoveries) => self.recover(recovery),
             }
         }
     }
@@ -264,10 +280,37 @@ impl Reconciler {
 
     /// Looks after the metadata's own replica, which was opened before there was any metadata; and gives its place to
     /// another one when the controller says so.
-    pub(crate) fn adopt(&mut self, partition: &Arc<OpenPartition>, succession: Succession) {
+    pub(crate) fn adopt(
+        &mut self,
+        partition: &Arc<OpenPartition>,
+        succession: Succession,
+        recoveries: mpsc::Receiver<MetadataRecovery>,
+    ) {
         self.replicas.set(partition.tp, Slot::Open(Arc::clone(partition)));
         self.watch(partition);
         self.succession = Some(succession);
+        self.recoveries = Some(recoveries);
+    }
+
+    /// The metadata's majority is gone for good, and an operator wants what is here to go on.
+    fn recover(&mut self, recovery: MetadataRecovery) {
+        let Some(succession) = &self.succession else { return };
+        let Some(Slot::Open(earlier)) = self.replicas.get(METADATA_PARTITION) else { return };
+        let from = earlier.replica_id;
+        tracing::error!(%from, to = %recovery.survives_as, "the metadata goes on with what this broker has of it");
+        if let Some(watch) = self.watched.remove(&METADATA_PARTITION) {
+            watch.abort();
+        }
+        let start = Start::Recovered { from };
+        let peers: Peers = Arc::from([(recovery.survives_as, succession.control.me)]);
+        let (succession, shards) = (succession.clone(), self.shards.clone());
+        let opening = self.openings.spawn(async move {
+            let slot = succession.take(recovery.survives_as, earlier, start, peers, shards).await;
+            // Whoever asked may have given up.
+            drop(recovery.done.send(()));
+            slot
+        });
+        self.opening.insert(METADATA_PARTITION, opening);
     }
 
     /// The metadata's replica here was removed from its group, or lost: another one takes its place.
@@ -285,7 +328,7 @@ impl Reconciler {
         if let Some(watch) = self.watched.remove(&METADATA_PARTITION) {
             watch.abort();
         }
-        let opening = self.openings.spawn(succession.clone().take(next, earlier, peers, self.shards.clone()));
+        let opening = self.openings.spawn(succession.clone().take(next, earlier, Start::Learner, peers, self.shards.clone()));
         self.opening.insert(METADATA_PARTITION, opening);
     }
 

@@ -92,6 +92,7 @@ pub(crate) async fn forwarded(node: &Arc<Node>, method: &str, request: Bytes) ->
         "MovePartition" => run(node, request, partitions::move_here).await,
         "CancelMove" => run(node, request, partitions::cancel_here).await,
         "Rebalance" => run(node, request, partitions::rebalance_here).await,
+        "RecoverMetadata" => run(node, request, partitions::recover_metadata_here).await,
         "RecoverPartition" => run(node, request, partitions::recover_here).await,
         other => Err(Error::new(
             ErrorCode::Unsupported,

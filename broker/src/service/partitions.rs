@@ -6,8 +6,9 @@ use std::time::Duration;
 use flowstone_protocol::peer::{InstructRequest, ReplicaReport, instruct_request};
 use flowstone_protocol::{BrokerId, Error, ErrorCode, PartitionId, ReplicaId, TopicPartition, pb};
 use futures::{StreamExt, stream};
+use tokio::sync::oneshot;
 
-use super::admin::{decided, odd_answer};
+use super::admin::{decided, handed_on, odd_answer};
 use super::brokers::{bytes_by_partition, not_a_replica, show_moves};
 use super::topics::named;
 use crate::cluster::drive;
@@ -17,8 +18,8 @@ use crate::controller::change::PartitionEntry;
 use crate::controller::commands::{
     MetadataCommand, MetadataReply, MovePartition, PlannedMove, RecoverPartition, unknown_partition,
 };
-use crate::controller::table::{MetadataTable, Topic};
-use crate::node::Node;
+use crate::controller::table::{METADATA_PARTITION, METADATA_TOPIC, MetadataTable, Topic};
+use crate::node::{MetadataRecovery, Node};
 use crate::partition::Slot;
 
 /// A leader takes at most this long to hand over, its group's health permitting.
@@ -29,6 +30,8 @@ const FOLLOW_UP_MAX: Duration = Duration::from_secs(2);
 const HOPS_MAX: usize = 4;
 /// Moves of data that one rebalancing begins; called again it goes on.
 const MOVES_MAX: usize = 100;
+/// A survivor that leads alone does so at once, its log recovered.
+const RECOVERY_MAX: Duration = Duration::from_secs(30);
 /// Leaderships that are handed over side by side.
 const TRANSFERS_AT_ONCE: usize = 16;
 
@@ -273,7 +276,67 @@ pub(super) async fn recover_partition(
     node: &Arc<Node>,
     request: pb::RecoverPartitionRequest,
 ) -> Result<pb::RecoverPartitionResponse, Error> {
-    decided(node, "RecoverPartition", request, recover_here).await
+    if request.topic != METADATA_TOPIC {
+        return decided(node, "RecoverPartition", request, recover_here).await;
+    }
+    // There is no controller to decide it: the survivor itself does.
+    match BrokerId::new(request.from_broker_id) {
+        from if from == node.id => recover_metadata_here(Arc::clone(node), request).await,
+        from => handed_on(node, from, "RecoverMetadata", &request).await,
+    }
+}
+
+/// The metadata's majority is gone for good: goes on with what this broker has of it.
+pub(super) async fn recover_metadata_here(
+    node: Arc<Node>,
+    request: pb::RecoverPartitionRequest,
+) -> Result<pb::RecoverPartitionResponse, Error> {
+    let refuse = |text: String| Error::new(ErrorCode::InvalidRequest, text).with_topic(METADATA_TOPIC);
+    if let Some(controller) = node.control.controller() {
+        return Err(refuse(format!(
+            "broker {controller} leads the metadata: there is a majority, and nothing to recover; see flowstone cluster \
+             health"
+        )));
+    }
+    let Some(Slot::Open(survivor)) = node.replicas.get(METADATA_PARTITION) else {
+        return Err(refuse(format!("broker {} has no replica of the metadata now; name another one", node.id)));
+    };
+    let status = survivor.replica.status();
+    let others: Vec<ReplicaId> = node.table.with(|table| {
+        let entry = table.partition(METADATA_PARTITION);
+        let voters = entry.map(PartitionEntry::voters).unwrap_or_default();
+        voters.iter().map(|place| place.replica).filter(|replica| *replica != survivor.replica_id).collect()
+    });
+    if !request.validate_only {
+        let survives_as = ReplicaId::new(rand::random::<u64>().max(1));
+        let (done, opened) = oneshot::channel();
+        node.recover_metadata
+            .send(MetadataRecovery { survives_as, done })
+            .await
+            .map_err(|_| super::shutting_down())?;
+        opened.await.map_err(|_| super::shutting_down())?;
+        let led = tokio::time::timeout(RECOVERY_MAX, node.control.metadata().ready()).await;
+        led.map_err(|_| Error::new(ErrorCode::TimedOut, "the survivor does not lead yet; look at the broker's log"))??;
+        let command = RecoverPartition {
+            tp: METADATA_PARTITION,
+            survivor: survivor.replica_id,
+            survives_as: Some(survives_as),
+            known_lost: others,
+            reason: format!("an operator asked to go on with what broker {} has of the metadata", node.id),
+            seed: rand::random(),
+            validate_only: false,
+        };
+        node.control.command(MetadataCommand::RecoverPartition(command)).await?;
+    }
+    Ok(pb::RecoverPartitionResponse {
+        end_offset: status.end_offset.get(),
+        last_epoch: status.leader_epoch().get(),
+        detail: format!(
+            "what broker {} has of the metadata is kept, up to offset {} (exclusive); changes that only other brokers had \
+             are lost, and their replicas of it begin anew",
+            node.id, status.end_offset
+        ),
+    })
 }
 
 pub(super) async fn recover_here(

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::world::{World, free_address, soon, until};
+use super::world::{World, soon, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn three_brokers_with_one_list_form_one_cluster_in_any_order() {
@@ -101,5 +101,4 @@ async fn a_broker_of_another_cluster_and_one_with_a_taken_id_are_refused() {
     let error = soon("refusal", world.starting(9)).await.expect_err("the id is taken");
     assert!(error.to_string().contains("node.id 1"), "{error}");
     assert!(world.any().cluster().await.is_ok(), "the cluster did not mind");
-    let _ = free_address;
 }

@@ -1,6 +1,6 @@
 //! Brokers that die, come back, and lose what they had.
 
-use flowstone_protocol::ErrorCode;
+use flowstone_protocol::{ErrorCode, pb};
 
 use super::world::{World, batch, soon, until};
 
@@ -112,12 +112,14 @@ async fn a_topic_is_deleted_while_a_broker_is_down_and_made_anew() {
     world.produce(&topic, 0, "old").await;
     world.kill(3).await;
     world.any().delete("orders").await.expect("deleted");
-    let again = world.client(2).create("orders", 1, 2).await;
-    let again = match again {
-        Ok(again) => again,
-        // The dead broker may still be counted among those that can take replicas.
-        Err(error) => panic!("{error}"),
-    };
+    // Until it is known to be dead it may be given replicas.
+    until("broker 3 is known to be dead", async || {
+        let health = world.client(2).health().await.map_err(|error| error.to_string())?;
+        let third = health.brokers.iter().find(|broker| broker.broker_id == 3).ok_or("unknown")?;
+        if third.state() == pb::BrokerState::Dead { Ok(()) } else { Err(format!("{third:?}")) }
+    })
+    .await;
+    let again = world.client(2).create("orders", 1, 2).await.expect("created anew");
     assert_ne!(again.id, topic.id);
     world.produce(&again, 0, "new").await;
     world.start(3).await;

@@ -75,14 +75,12 @@ async fn a_directory_that_cannot_be_written() {
 }
 
 #[tokio::test]
-async fn a_node_id_that_belongs_to_another_directory_and_one_that_changes() {
-    let world = World::new().await;
-    let dir = world.stop().await;
-    // The same directory under another id registers a second broker, and its topics stay with the directory.
-    let mut world = World::at(dir, &[("node.id", "2")]).await;
-    let cluster = world.admin.describe_cluster(pb::DescribeClusterRequest {}).await.expect("told").into_inner();
-    assert_eq!(cluster.broker_id, 2);
-    world.stop().await;
+async fn a_directory_keeps_its_node_id() {
+    let dir = World::new().await.stop().await;
+    let started = soon("start", Broker::start(config(&dir, &[("node.id", "2")]))).await;
+    let error = started.expect_err("it is another broker's").to_string();
+    assert!(error.contains("is broker 1's") && error.contains("node.id = 1"), "{error}");
+    World::at(dir, &[]).await.stop().await;
 }
 
 #[tokio::test]
