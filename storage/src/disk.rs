@@ -55,6 +55,8 @@ pub trait Disk: Send + Sync + Debug {
     fn file_len(&self, path: &Path) -> io::Result<u64>;
     /// Bytes that may still be written on the file system that holds `path`.
     fn available_bytes(&self, path: &Path) -> io::Result<u64>;
+    /// Counts the logs that are open on this disk: the room kept free for them grows with their number.
+    fn open_logs(&self) -> &Arc<AtomicUsize>;
     /// Takes the file at `path` (made if missing) as this process's lock; `None` when another process has it.
     fn lock(&self, path: &Path) -> io::Result<Option<DirLock>>;
 }
@@ -124,6 +126,7 @@ pub fn is_disk_full(error: &io::Error) -> bool {
 #[derive(Clone, Debug)]
 pub struct RealDisk {
     open_files: Arc<OpenFiles>,
+    open_logs: Arc<AtomicUsize>,
 }
 
 impl RealDisk {
@@ -137,6 +140,7 @@ impl RealDisk {
                 clock: AtomicU64::new(0),
                 files: Mutex::new(Vec::new()),
             }),
+            open_logs: Arc::default(),
         }
     }
 
@@ -449,6 +453,10 @@ impl Disk for RealDisk {
     fn available_bytes(&self, path: &Path) -> io::Result<u64> {
         let stat = rustix::fs::statvfs(path)?;
         Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+    }
+
+    fn open_logs(&self) -> &Arc<AtomicUsize> {
+        &self.open_logs
     }
 
     fn lock(&self, path: &Path) -> io::Result<Option<DirLock>> {

@@ -16,6 +16,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -45,7 +46,8 @@ pub struct LogConfig {
     pub segment_age: Option<Duration>,
     /// Most zeros written ahead of small appends; fewer in a small segment, none ahead of large ones.
     pub zero_ahead_bytes: u64,
-    /// Room on the disk that [`Log::reserve`] leaves for control batches, checkpoints and internal topics.
+    /// Room on the disk that [`Log::reserve`] leaves for control batches, checkpoints and internal topics: as much for
+    /// every 256 logs that are open on it ([`LogConfig::room_kept_on`]).
     pub room_kept_bytes: u64,
     /// A segment is closed when it has this many batches, so that its index stays small (32 bytes each).
     pub segment_batches_max: u32,
@@ -54,6 +56,34 @@ pub struct LogConfig {
 impl LogConfig {
     /// Positions in a segment are 32 bits wide, and one batch may lie across the end.
     pub const SEGMENT_BYTES_MAX: u64 = 1 << 31;
+
+    /// The room that is kept on a disk with as many logs as are open there: what cures a full disk costs each of them some
+    /// blocks (a control batch, a checkpoint beside the older ones), so that a reserve for one would not do for thousands.
+    pub fn room_kept_on(&self, disk: &dyn Disk) -> u64 {
+        let logs = disk.open_logs().load(Ordering::Relaxed) as u64;
+        self.room_kept_bytes.saturating_mul(logs.div_ceil(LOGS_PER_ROOM_KEPT).max(1))
+    }
+}
+
+/// Logs that share [`LogConfig::room_kept_bytes`]: 16 KiB each of the default 4 MiB.
+const LOGS_PER_ROOM_KEPT: u64 = 256;
+
+/// Counts a log among those that are open on its disk, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct OpenLog(Arc<AtomicUsize>);
+
+impl OpenLog {
+    pub(crate) fn on(disk: &dyn Disk) -> Self {
+        let logs = Arc::clone(disk.open_logs());
+        logs.fetch_add(1, Ordering::Relaxed);
+        Self(logs)
+    }
+}
+
+impl Drop for OpenLog {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Default for LogConfig {
@@ -247,6 +277,7 @@ pub struct Log {
     pub(crate) is_roll_overdue: bool,
     /// The first failed write or flush.
     pub(crate) poison: Option<String>,
+    pub(crate) _counted: OpenLog,
 }
 
 /// An entry, stamped, ready to be written.
@@ -469,10 +500,10 @@ impl Log {
 
     /// Makes sure that `bytes` more can be appended; what was reserved since the last append adds up.
     ///
-    /// Fails with [`StorageError::DiskFull`], which poisons nothing, when that would leave less than
-    /// [`LogConfig::room_kept_bytes`] on the disk; so a full disk is known before anything is proposed.
+    /// Fails with [`StorageError::DiskFull`], which poisons nothing, when that would leave less on the
+    /// disk than [`LogConfig::room_kept_on`] says; so a full disk is known before anything is proposed.
     pub fn reserve(&mut self, bytes: usize) -> Result<(), StorageError> {
-        self.reserve_leaving(bytes, self.config.room_kept_bytes)
+        self.reserve_leaving(bytes, self.config.room_kept_on(&*self.disk))
     }
 
     /// The same, with the room that is kept for what cures a full disk: control batches and internal topics.
@@ -695,7 +726,7 @@ impl Log {
         let ahead = end.clamp(ZERO_AHEAD_BYTES_MIN.min(most), most);
         let wanted = (end + ahead).next_multiple_of(BLOCK_BYTES as u64).min(self.segment_bytes().max(end));
         // Zeros are a favour: where there is no room for them, they are not worth a failed write.
-        if wanted > self.active.allocated_to && self.take_room(wanted, self.config.room_kept_bytes).is_err() {
+        if wanted > self.active.allocated_to && self.take_room(wanted, self.config.room_kept_on(&*self.disk)).is_err() {
             return end;
         }
         wanted

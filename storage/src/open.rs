@@ -19,7 +19,7 @@ use crate::checkpoint::{self, CREATION_INDEX, CREATION_TERM, Checkpoint, EpochSt
 use crate::disk::{Disk, DiskFile, OpenMode};
 use crate::error::OpenError;
 use crate::install::{self, PROGRESS_NAME};
-use crate::log::{Log, LogConfig, write_blocks};
+use crate::log::{Log, LogConfig, OpenLog, write_blocks};
 use crate::planted::{Bug, is_planted};
 use crate::recovery::{
     CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
@@ -159,6 +159,7 @@ impl Log {
             reserved_bytes: 0,
             is_roll_overdue: false,
             poison: None,
+            _counted: OpenLog::on(&*disk),
             checkpoint,
             spare_checkpoint: None,
             disk,

@@ -89,7 +89,7 @@ impl Log {
         Ok(Repair {
             files: Arc::clone(&segment.files),
             view: self.view(Which::Sealed(at)),
-            room_kept_bytes: self.config.room_kept_bytes,
+            room_kept_bytes: self.config.room_kept_on(&*self.disk),
             new: None,
             position: rotten.position,
             next_index: rotten.first_index,

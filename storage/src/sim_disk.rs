@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
@@ -81,6 +82,7 @@ pub struct SimCounts {
 #[derive(Clone, Debug)]
 pub struct SimDisk {
     state: Arc<Mutex<State>>,
+    open_logs: Arc<AtomicUsize>,
 }
 
 #[derive(Debug)]
@@ -291,6 +293,7 @@ impl SimDisk {
                 locks: BTreeSet::new(),
                 counts: SimCounts::default(),
             })),
+            open_logs: Arc::default(),
         }
     }
 
@@ -752,6 +755,10 @@ impl Disk for SimDisk {
     fn available_bytes(&self, _path: &Path) -> io::Result<u64> {
         let state = self.lock();
         Ok(state.bytes_max.map_or(u64::MAX / 2, |most| most.saturating_sub(state.used())))
+    }
+
+    fn open_logs(&self) -> &Arc<AtomicUsize> {
+        &self.open_logs
     }
 
     fn lock(&self, path: &Path) -> io::Result<Option<DirLock>> {

@@ -148,6 +148,33 @@ fn the_room_that_is_kept_is_kept() {
     log.reserve_privileged(20_000).expect("this may use it");
 }
 
+#[test]
+fn the_room_that_is_kept_grows_with_the_logs_on_the_disk() {
+    let sim = SimDisk::new(1);
+    let disk = sim.shared();
+    let mut log = create(&disk);
+    let config = LogConfig { segment_bytes: 1 << 20, room_kept_bytes: 100_000, ..config() };
+    log.set_config(config.clone());
+    sim.set_bytes_max(Some(sim.used_bytes() + 150_000));
+    log.reserve(1_000).expect("there is room beside what is kept for one");
+    let others: Vec<_> = (0..256)
+        .map(|number| {
+            let dir = Path::new(DIR).with_file_name(format!("other-{number}"));
+            Log::create(&disk, &dir, *log.identity(), Bytes::new()).expect("a new log");
+            Log::open(sim.shared(), &dir, config.clone(), RaftIndex::new(1), NOW).expect("opens")
+        })
+        .collect();
+    assert_eq!(config.room_kept_on(&*disk), 200_000);
+    match log.reserve(50_000) {
+        Err(StorageError::DiskFull { needed_bytes, .. }) => assert!(needed_bytes > 200_000, "{needed_bytes}"),
+        other => panic!("{other:?}"),
+    }
+    drop(others);
+    assert_eq!(config.room_kept_on(&*disk), 100_000);
+    drop(log);
+    assert_eq!(disk.open_logs().load(std::sync::atomic::Ordering::Relaxed), 0);
+}
+
 /// The names of newer segments may be lost where the removal of older ones is not: then nothing would be left.
 #[test]
 fn segments_are_deleted_only_once_those_that_stay_are_durable() {

@@ -116,6 +116,7 @@ pub(crate) fn range(log: &Log, first: RaftIndex, last: RaftIndex, max_bytes: usi
 }
 
 /// Every stored batch from `first` to `last`.
+#[allow(dead_code)] // Not by every test that shares this file.
 pub(crate) fn batches(log: &mut Log, first: RaftIndex, last: RaftIndex) -> Vec<Bytes> {
     (first.get()..=last.get()).map(|index| log.stored_batch(RaftIndex::new(index)).expect("stored")).collect()
 }
