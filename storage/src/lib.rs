@@ -11,7 +11,9 @@
 //! and segments: `<base offset>-<first Raft index>.log` with its `.index`. `docs/formats.md` draws every byte.
 //!
 //! Reading order: [`disk`] (the only door to files), [`batch_index`] (one slot per batch), [`recovery`] (the table that
-//! decides what to keep), [`log`] (append, flush, read, truncate, roll), [`hard_state`], [`checkpoint`], [`data_dir`].
+//! decides what to keep), [`log`] (append, flush, read, truncate, roll), [`hard_state`], [`checkpoint`], [`data_dir`]. What
+//! replicas do for each other: [`range`](mod@range) (bytes to give away), [`install`] (a copy of a
+//! whole replica), [`scrub`] and [`repair`] (rot).
 
 #![deny(unsafe_code)]
 
