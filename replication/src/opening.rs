@@ -90,6 +90,8 @@ pub(crate) struct OpenJob {
     pub(crate) lost_memory: bool,
     /// This start of the machine.
     pub(crate) boot_id: String,
+    /// Its log was copied from others a moment ago.
+    pub(crate) is_new: bool,
     pub(crate) now: Timestamp,
 }
 
@@ -119,14 +121,20 @@ impl From<StorageError> for Unusable {
 
 /// Where a replica stands before its log is opened.
 enum Begun {
-    Open,
+    Open {
+        /// It was made just now: nothing of it was in another start's memory.
+        is_new: bool,
+    },
     Pull(Option<Box<Install>>),
 }
 
 impl OpenJob {
     pub(crate) fn run<M: Machine>(mut self, mut machine: M) -> Opened<M> {
         let begun = match self.begin(&mut machine) {
-            Ok(Begun::Open) => self.open_log(),
+            Ok(Begun::Open { is_new }) => {
+                self.is_new |= is_new;
+                self.open_log()
+            }
             Ok(Begun::Pull(install)) => return Opened::Pulls { machine, install },
             Err(unusable) => Err(unusable),
         };
@@ -135,7 +143,7 @@ impl OpenJob {
             Err(unusable) => return self.unusable(unusable, machine),
         };
         if self.lost_memory && self.spec.flush == FlushMode::Relaxed {
-            if self.has_peers(&log) && !self.was_opened_since() {
+            if self.has_peers(&log) && !self.is_new && !self.was_opened_since() {
                 return Opened::Lost(Lost {
                     message: format!(
                         "flowstone.flush = relaxed, and the machine was restarted without a clean stop: entries above {} may be gone that this replica answered for",
@@ -147,7 +155,9 @@ impl OpenJob {
                 });
             }
             let end_offset = log.end_offset();
-            tracing::warn!(tp = %self.spec.tp, %end_offset, "records above this offset may be lost: flowstone.flush = relaxed, and the machine was restarted");
+            if !self.is_new && !self.has_peers(&log) {
+                tracing::warn!(tp = %self.spec.tp, %end_offset, "records above this offset may be lost: flowstone.flush = relaxed, and the machine was restarted");
+            }
             if let Err(error) = self.note_opened() {
                 let message = format!("cannot note in {} that it was opened: {error}", self.spec.dir.display());
                 return Opened::Failed { machine, message };
@@ -191,13 +201,13 @@ impl OpenJob {
             return Err(Unusable::Lost(rotten.clone()));
         }
         match (holds, &spec.start) {
-            (Some(holds), _) if holds == spec.replica => Ok(Begun::Open),
+            (Some(holds), _) if holds == spec.replica => Ok(Begun::Open { is_new: false }),
             // It voted, or it wrote: what it answered for is gone, and a new one must not take its name.
             _ if self.hard_state.is_some() => Err(Unusable::Lost(missing(spec))),
             (_, Start::Learner) => Ok(Begun::Pull(None)),
             (Some(holds), Start::Recovered { from }) if holds == *from => {
                 self.recover(machine)?;
-                Ok(Begun::Open)
+                Ok(Begun::Open { is_new: true })
             }
             (Some(holds), _) => Err(Unusable::Final(format!(
                 "the folder {} belongs to replica {holds} of {}, not to replica {}",
@@ -213,7 +223,7 @@ impl OpenJob {
             (None, Start::FirstVoter { voters }) => {
                 let membership = Membership { voters: voters.to_vec(), learners: Vec::new() };
                 Log::create(disk, &spec.dir, self.identity(), membership.encode())?;
-                Ok(Begun::Open)
+                Ok(Begun::Open { is_new: true })
             }
         }
     }
@@ -300,9 +310,11 @@ fn replay<M: Machine>(log: &mut Log, machine: &mut M, index: RaftIndex) -> Resul
     let header: BatchHeader = log.header(index)?;
     let term = header.leader_epoch.term().unwrap_or_default();
     let base_offset = header.base_offset;
+    let reads_records = machine.reads_records();
     let mut give = |body| machine.committed(&MachineEntry { index, term, base_offset, header: &header, body });
     match log.entry(index)?.body {
-        EntryBody::Batch(batch) => give(MachineBody::Records(&batch)),
+        EntryBody::Batch(batch) if reads_records => give(MachineBody::Records(&batch)),
+        EntryBody::Batch(_) => give(MachineBody::Header),
         EntryBody::Control { ctype, payload } => {
             give(MachineBody::Control { ctype, payload: &payload });
             if ctype == ControlType::LogStart

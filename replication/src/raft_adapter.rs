@@ -15,6 +15,7 @@ use std::cell::Ref;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use flowstone_protocol::{RaftIndex, ReplicaId, Term};
+use flowstone_storage::checkpoint::CREATION_TERM;
 use flowstone_storage::{EntryBody, HardState, Log, StorageError};
 use raft::eraftpb::{Entry, Message, MessageType};
 use raft::{CAMPAIGN_TRANSFER, Config, ProgressState, RawNode, Ready, SnapshotStatus, StateRole};
@@ -64,6 +65,8 @@ pub(crate) struct RaftAdapter {
     ticks: u64,
     /// Since the last heartbeats; a leader's alone.
     beat: u64,
+    /// When followers were offered last what they are to pull.
+    offered_at: u64,
     /// The voters, in order; changed with the membership.
     voters: Vec<u64>,
     /// The election timeout, and what it was computed for: term, leader, whether that is known to be gone.
@@ -73,6 +76,8 @@ pub(crate) struct RaftAdapter {
     gone: Option<u64>,
     /// When the leader heard of each member last.
     heard: Vec<(u64, u64)>,
+    /// It stands at once while its group has not had a leader yet.
+    stands_first: bool,
 }
 
 /// What an idle group's message needs.
@@ -110,6 +115,7 @@ impl RaftAdapter {
         membership: Membership,
         seed: u64,
         offer_after_bytes: u64,
+        stands_first: bool,
     ) -> Result<Self, Panicked> {
         let config = Config {
             id: replica.get(),
@@ -135,11 +141,13 @@ impl RaftAdapter {
             seed,
             ticks: 0,
             beat: 0,
+            offered_at: 0,
             voters,
             timeout: 0,
             timeout_of: None,
             gone: None,
             heard: Vec::new(),
+            stands_first,
         };
         adapter.set_election_timeout();
         Ok(adapter)
@@ -217,7 +225,10 @@ impl RaftAdapter {
             let before = self.voters.iter().filter(|&&id| id != self.id && id != raft.leader_id && draw(id) < own);
             let place = before.count().min(ELECTION_TICKS);
             let jitter = if of.2 { 0 } else { (own >> 32) as usize % ELECTION_TICKS_APART };
-            self.timeout = ELECTION_TICKS + ELECTION_TICKS_MORE + place * ELECTION_TICKS_APART + jitter;
+            // Nobody has led yet, so nobody is believed in: asked again with every tick until the others are there.
+            let is_first = self.stands_first && raft.term <= CREATION_TERM.get() && raft.leader_id == raft::INVALID_ID;
+            self.timeout =
+                if is_first { 1 } else { ELECTION_TICKS + ELECTION_TICKS_MORE + place * ELECTION_TICKS_APART + jitter };
             self.timeout_of = Some(of);
         }
         if self.node.raft.randomized_election_timeout() != self.timeout {
@@ -401,10 +412,11 @@ impl RaftAdapter {
 
     /// Offers again what followers were told to pull and have not: either message may be lost.
     fn offers(&mut self) -> Vec<PeerMessage> {
-        let raft = &self.node.raft;
-        if !self.is_leader() || !self.ticks.is_multiple_of(OFFER_TICKS) {
+        if !self.is_leader() || self.ticks < self.offered_at + OFFER_TICKS {
             return Vec::new();
         }
+        self.offered_at = self.ticks;
+        let raft = &self.node.raft;
         let (index, index_term) = {
             let log = self.log();
             let index = log.checkpoint().applied;

@@ -83,6 +83,8 @@ pub struct ReplicaConfig {
     /// A follower that is about this many bytes behind the newest checkpoint is offered that, rather than being sent entry
     /// by entry.
     pub offer_after_bytes: u64,
+    /// In a group that is just being made, this one stands for election at once; the others wait.
+    pub stands_first: bool,
 }
 
 /// Why a replica could not be made from its log: what that or its checkpoint holds can not be understood. Final: an
@@ -273,9 +275,16 @@ impl<M: Machine> Replica<M> {
         let records = count_records(&mut log);
         delete_trimmed(&mut log);
         let next_offset = log.end_offset();
-        let raft =
-            RaftAdapter::open(config.replica, log, hard_state, members.clone(), config.seed, config.offer_after_bytes)
-                .map_err(|Panicked(message)| CannotOpen(message))?;
+        let raft = RaftAdapter::open(
+            config.replica,
+            log,
+            hard_state,
+            members.clone(),
+            config.seed,
+            config.offer_after_bytes,
+            config.stands_first,
+        )
+        .map_err(|Panicked(message)| CannotOpen(message))?;
         Ok(Self {
             parked: Parked::default(),
             reads: ParkedReads::new(config.parked_reads_max),

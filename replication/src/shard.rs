@@ -34,8 +34,8 @@ use flowstone_storage::{
 };
 
 use self::peers::{NEVER, Places};
-use self::pulling::Pull;
 pub(crate) use self::pulling::Installed;
+use self::pulling::Pull;
 pub(crate) use self::scrubbing::Repaired;
 use self::scrubbing::{Repairing, Scrubbing};
 use crate::effects::{Answer, Effects, Ended, Event, FetchOrder, Fetched, FlushOrder, LookupOrder, ReadOrder};
@@ -643,6 +643,8 @@ struct Slot<M: Machine> {
     /// Where its leader was, while it has no log that knows.
     hint: Option<BrokerId>,
     repair: Option<Repairing>,
+    /// Its log was copied from others a moment ago.
+    is_copied: bool,
 }
 
 #[derive(Debug)]
@@ -861,10 +863,9 @@ impl<M: Machine> Shard<M> {
                     State::Quarantined { message } | State::Lost(Lost { message, .. }) => {
                         Error::new(ErrorCode::Quarantined, message.clone())
                     }
-                    State::Pulling { .. } => Error::new(
-                        ErrorCode::NotLeader,
-                        "this replica is being copied from others; ask for the leader",
-                    ),
+                    State::Pulling { .. } => {
+                        Error::new(ErrorCode::NotLeader, "this replica is being copied from others; ask for the leader")
+                    }
                     State::Free | State::Ending => gone(),
                 },
             }
@@ -942,6 +943,7 @@ impl<M: Machine> Shard<M> {
             pull: None,
             hint: None,
             repair: None,
+            is_copied: false,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -982,6 +984,7 @@ impl<M: Machine> Shard<M> {
             hard_state_before: before,
             rotten: stripe.rotten(),
             boot_id: self.config.boot_id.clone(),
+            is_new: std::mem::take(&mut slot.is_copied),
             config: ReplicaConfig {
                 tp: slot.spec.tp,
                 replica: slot.spec.replica,
@@ -994,6 +997,10 @@ impl<M: Machine> Shard<M> {
                 parked_reads_max: self.config.parked_reads_max,
                 seed: self.config.seed,
                 offer_after_bytes: self.config.offer_after_bytes,
+                stands_first: matches!(
+                    &slot.spec.start,
+                    Start::FirstVoter { voters } if voters.first() == Some(&slot.spec.replica)
+                ),
             },
             feature_level: self.config.feature_level,
             lost_memory: self.lost_memory,
@@ -1133,8 +1140,12 @@ impl<M: Machine> Shard<M> {
         } else if let State::Running(mut replica) = state {
             // Nothing of it is in flight: whoever still waits, waits for something that can not come any more.
             let error = if self.stopping.is_some() { shutting_down() } else { gone() };
-            let mut fx = replica.close(&error.with_partition(slot.spec.tp.partition));
+            let tp = slot.spec.tp;
+            let mut fx = replica.close(&error.with_partition(tp.partition));
             self.answers.append(&mut fx.answers);
+            for message in replica.farewell() {
+                self.send(index, tp, message);
+            }
             self.workers.submit(
                 JobKind::Work,
                 Box::new(move || {
@@ -1669,7 +1680,7 @@ impl<M: Machine> Shard<M> {
             let available = self.disk.available_bytes(self.data_dir.path()).unwrap_or(0);
             for index in std::mem::take(&mut self.timers.full) {
                 let slot = &mut self.slots[index as usize];
-                if available >= slot.spec.log.room_kept_bytes.saturating_add(PROBE_BYTES) {
+                if available >= slot.spec.log.room_kept_on(&*self.disk).saturating_add(PROBE_BYTES) {
                     // Found full again, it comes back with its step.
                     slot.awaits_room = false;
                     self.event(index, Event::RoomAgain);

@@ -24,7 +24,7 @@ use tokio::sync::oneshot;
 
 const TP: TopicPartition = TopicPartition::new(TopicId::new(5), PartitionId::new(0));
 /// Whatever is waited for comes much sooner; on a machine with better to do it may be late.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// Who can be reached from where.
 #[derive(Debug, Default)]
@@ -92,13 +92,18 @@ fn ask<T: Send + 'static>(with: impl FnOnce(Reply<T>)) -> T {
 }
 
 #[track_caller]
-fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+fn until<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
+    until_or(what, String::new, look)
+}
+
+#[track_caller]
+fn until_or<T>(what: &str, tell: impl Fn() -> String, mut look: impl FnMut() -> Option<T>) -> T {
     let began = Instant::now();
     loop {
         if let Some(found) = look() {
             return found;
         }
-        assert!(began.elapsed() < PATIENCE, "waited in vain: {what}");
+        assert!(began.elapsed() < PATIENCE, "waited in vain: {what}\n{}", tell());
         std::thread::sleep(Duration::from_millis(5));
     }
 }
@@ -273,14 +278,18 @@ impl Cluster {
     /// Whether these have all that is committed, the same number of offsets, and know it.
     #[track_caller]
     fn until_equal(&self, which: &[usize]) {
-        until("all replicas are equal", || {
-            let statuses: Vec<_> = which.iter().map(|&at| self.status(at)).collect();
-            let leader = self.status(self.leader());
-            let equal = statuses
-                .iter()
-                .all(|it| it.high_watermark == leader.high_watermark && it.end_offset == leader.end_offset);
-            equal.then_some(())
-        });
+        until_or(
+            "all replicas are equal",
+            || which.iter().map(|&at| format!("{:?}\n{:?}\n", self.status(at), self.group(at))).collect(),
+            || {
+                let statuses: Vec<_> = which.iter().map(|&at| self.status(at)).collect();
+                let leader = self.status(self.leader());
+                let equal = statuses
+                    .iter()
+                    .all(|it| it.high_watermark == leader.high_watermark && it.end_offset == leader.end_offset);
+                equal.then_some(())
+            },
+        );
         let bytes: Vec<_> = which.iter().map(|&at| self.all_bytes(at)).collect();
         assert!(bytes.iter().all(|other| *other == bytes[0]), "replicas hold other bytes");
     }
@@ -309,12 +318,23 @@ impl Cluster {
         let ids = |ids: &[u64]| ids.iter().copied().map(replica_id).collect::<Vec<_>>();
         let (wanted, leaving) = (ids(wanted), ids(leaving));
         let mut may_remove = may_remove;
+        let mut leaving = leaving;
+        let mut all_removed = Vec::new();
         until("the change of members is done", || {
             let at = self.leader();
             let view = self.group(at);
             let change = match next_step(&view, &wanted, &leaving, may_remove) {
-                PlanStep::Nothing => return None,
-                PlanStep::Done { removed } => return Some(removed),
+                PlanStep::Nothing => {
+                    let done = leaving.is_empty() && view.leader == Some(view.replica);
+                    let all_in = wanted.iter().all(|replica| view.membership.voters.contains(replica));
+                    return (done && all_in).then(|| all_removed.clone());
+                }
+                // The controller forgets them.
+                PlanStep::Done { removed } => {
+                    leaving.retain(|replica| !removed.contains(replica));
+                    all_removed.extend(removed);
+                    return None;
+                }
                 PlanStep::ReportMayRemove => {
                     may_remove = true;
                     return None;
@@ -354,7 +374,8 @@ fn a_killed_leader_is_replaced_and_comes_back_as_a_follower() {
         cluster.kill(old, hint);
         let began = Instant::now();
         cluster.write();
-        println!("hint {hint}: a write was taken {:?} after the kill", began.elapsed());
+        // Well under a second on a machine of its own; this one may have better to do.
+        assert!(began.elapsed() < Duration::from_secs(10), "nobody took over for {:?}", began.elapsed());
         let new = cluster.leader();
         assert_ne!(new, old);
         assert!(cluster.status(new).term > before.term);
@@ -409,8 +430,7 @@ fn followers_are_read_from_and_never_go_back() {
     assert_eq!(cluster.read(follower, request).unwrap().high_watermark, end);
 
     // What the reader knows of and this one does not have yet is not out of range.
-    let request =
-        ReadRequest { known_high_watermark: Some(end.plus(5)), from: end.plus(3), ..request };
+    let request = ReadRequest { known_high_watermark: Some(end.plus(5)), from: end.plus(3), ..request };
     let error = cluster.read(follower, request).unwrap_err();
     assert!(error.is_retriable(), "{error}");
     let (sender, receiver) = oneshot::channel();
@@ -618,6 +638,9 @@ fn what_only_memory_held_is_in_doubt_after_the_machine_was_restarted() {
     let mut places = founders();
     places.push((replica_id(99), broker_id(away)));
     cluster.open(away, 99, Start::Learner, &places);
+    for at in 0..3 {
+        cluster.handle(at).set_peers(places.clone().into());
+    }
     let others: Vec<_> = (0..3).filter(|&at| at != away).map(|at| 11 + at as u64).collect();
     cluster.drive(&[others[0], others[1], 99], &[11 + away as u64], true);
     let kept = std::fs::read(&note).unwrap();

@@ -190,12 +190,8 @@ impl<M: Machine> Shard<M> {
             None => {}
         }
         let (committed, last) = (replica.log().committed_index(), replica.log().last_index());
-        let goal = Goal::CatchUp {
-            offered,
-            next: committed.next(),
-            last_chunk: RaftIndex::new(0),
-            compare: last > committed,
-        };
+        let goal =
+            Goal::CatchUp { offered, next: committed.next(), last_chunk: RaftIndex::new(0), compare: last > committed };
         tracing::info!(tp = %slot.spec.tp, from = %committed.next(), to = %offered.index, "a replica is far behind and pulls what is committed");
         slot.pull = Some(Pull::new(goal));
         self.note_pull(index);
@@ -358,10 +354,7 @@ impl<M: Machine> Shard<M> {
         let tp = slot.spec.tp;
         let nonsense = || Error::new(ErrorCode::Internal, "the source answered something else than was asked for");
         match (&mut pull.goal, answer) {
-            (
-                Goal::CatchUp { next, last_chunk, compare, .. },
-                PullAnswer::Batches { bytes, next: after, .. },
-            ) => {
+            (Goal::CatchUp { next, last_chunk, compare, .. }, PullAnswer::Batches { bytes, next: after, .. }) => {
                 let State::Running(replica) = &slot.state else { return };
                 if *compare {
                     *compare = false;
@@ -442,7 +435,8 @@ impl<M: Machine> Shard<M> {
             slot.pull = None;
             return self.close_if_idle(index);
         }
-        let Some(Pull { goal: Goal::Install { install, .. }, step, is_disk_full, failures, .. }) = &mut slot.pull else {
+        let Some(Pull { goal: Goal::Install { install, .. }, step, is_disk_full, failures, .. }) = &mut slot.pull
+        else {
             return;
         };
         *step = Step::Ask;
@@ -461,6 +455,7 @@ impl<M: Machine> Shard<M> {
             Installed::Broken(error) => self.install_failed(index, &error),
             Installed::Done => {
                 slot.pull = None;
+                slot.is_copied = true;
                 tracing::info!(tp = %slot.spec.tp, "a replica was copied from others, and is opened");
                 if let State::Pulling { machine } = std::mem::replace(&mut slot.state, State::Opening) {
                     self.open_slot(index, machine);

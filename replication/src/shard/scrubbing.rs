@@ -120,7 +120,7 @@ impl<M: Machine> Shard<M> {
                 self.drive_repair(index);
             }
         }
-        if self.stopping.is_some() || !self.scrubbing.at.is_some_and(|at| at <= self.now) {
+        if self.stopping.is_some() || self.scrubbing.at.is_none_or(|at| at > self.now) {
             return;
         }
         for _ in 0..REPLICAS_AT_ONCE {

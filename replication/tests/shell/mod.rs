@@ -34,6 +34,7 @@ pub fn config(replica: u64) -> ReplicaConfig {
         parked_reads_max: 100,
         seed: 1,
         offer_after_bytes: 1 << 40,
+        stands_first: false,
     }
 }
 
