@@ -132,8 +132,14 @@ impl DevCluster {
 
     /// Ends it by this signal, and returns how it ended and what was said.
     #[track_caller]
-    pub(crate) fn end(mut self, signal: Signal) -> (Ended, String) {
+    pub(crate) fn end(self, signal: Signal) -> (Ended, String) {
         kill_process(self.dev.pid(), signal).expect("it runs");
+        self.ends()
+    }
+
+    /// Waits until it ends by itself, and returns how and what was said.
+    #[track_caller]
+    pub(crate) fn ends(mut self) -> (Ended, String) {
         let messages = self.messages.take().expect("it is read").join().expect("reading does not panic");
         let DevCluster { dev, .. } = self;
         (dev.end(), messages)
