@@ -225,15 +225,17 @@ impl RaftAdapter {
             let before = self.voters.iter().filter(|&&id| id != self.id && id != raft.leader_id && draw(id) < own);
             let place = before.count().min(ELECTION_TICKS);
             let jitter = if of.2 { 0 } else { (own >> 32) as usize % ELECTION_TICKS_APART };
-            // Nobody has led yet, so nobody is believed in: asked again with every tick until the others are there.
-            let is_first = self.stands_first && raft.term <= CREATION_TERM.get() && raft.leader_id == raft::INVALID_ID;
-            self.timeout =
-                if is_first { 1 } else { ELECTION_TICKS + ELECTION_TICKS_MORE + place * ELECTION_TICKS_APART + jitter };
+            self.timeout = ELECTION_TICKS + ELECTION_TICKS_MORE + place * ELECTION_TICKS_APART + jitter;
             self.timeout_of = Some(of);
         }
         if self.node.raft.randomized_election_timeout() != self.timeout {
             let timeout = self.timeout;
             self.node.raft.set_randomized_election_timeout(timeout);
+        }
+        // Nobody has led yet, so nobody is believed in: asked again with every tick until the others are there.
+        let raft = &mut self.node.raft;
+        if self.stands_first && raft.term <= CREATION_TERM.get() && raft.leader_id == raft::INVALID_ID {
+            raft.election_elapsed = raft.election_elapsed.max(self.timeout - 1);
         }
     }
 
