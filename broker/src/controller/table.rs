@@ -97,8 +97,6 @@ pub(crate) struct Topic {
     pub(crate) partitions: Chunked<PartitionEntry>,
     /// Offset of the last record that changed it; its leaders do not count.
     pub(crate) changed_at: Offset,
-    /// Offset of the last record that changed one of its leaders.
-    pub(crate) led_at: Offset,
 }
 
 impl Topic {
@@ -151,8 +149,6 @@ pub(crate) struct MetadataTable {
     // What follows from the above, kept so that nothing has to walk over all partitions.
     /// Topics by `changed_at`.
     changed: BTreeSet<(Offset, TopicId)>,
-    /// Topics by `led_at`.
-    led: BTreeSet<(Offset, TopicId)>,
     /// Partitions whose replicas are being changed.
     changing: BTreeSet<TopicPartition>,
     /// Of brokers with a place or a leadership, registered or not.
@@ -177,7 +173,6 @@ impl MetadataTable {
             brokers_changed_at: Offset::new(-1),
             recoveries: VecDeque::new(),
             changed: BTreeSet::new(),
-            led: BTreeSet::new(),
             changing: BTreeSet::new(),
             loads: BTreeMap::new(),
             held: BTreeMap::new(),
@@ -242,17 +237,6 @@ impl MetadataTable {
         self.topics().flat_map(|topic| topic.entries().map(move |(tp, entry)| (topic, tp, entry)))
     }
 
-    /// What a broker's directory holds, wanted or on its way out, by a walk over all partitions.
-    pub(crate) fn places_of(
-        &self,
-        broker: BrokerId,
-        directory: DirectoryId,
-    ) -> impl Iterator<Item = (TopicPartition, &Place)> {
-        self.entries()
-            .flat_map(|(_, tp, entry)| entry.places().map(move |place| (tp, place)))
-            .filter(move |(_, place)| place.broker == broker && place.directory == directory)
-    }
-
     /// Partitions whose replicas are being changed.
     pub(crate) fn changing(&self) -> impl Iterator<Item = (TopicPartition, &PartitionEntry)> {
         self.changing.iter().filter_map(|tp| Some((*tp, self.partition(*tp)?)))
@@ -261,11 +245,6 @@ impl MetadataTable {
     /// Topics whose settings or replicas changed after `since`.
     pub(crate) fn changed_since(&self, since: Offset) -> impl Iterator<Item = &Arc<Topic>> {
         self.changed.range((since.next(), TopicId::new(0))..).filter_map(|(_, topic)| self.topics.get(topic))
-    }
-
-    /// Topics with a partition whose leader changed after `since`.
-    pub(crate) fn led_since(&self, since: Offset) -> impl Iterator<Item = &Arc<Topic>> {
-        self.led.range((since.next(), TopicId::new(0))..).filter_map(|(_, topic)| self.topics.get(topic))
     }
 
     /// Brokers whose replica of the metadata follows without a vote, with that replica.
@@ -277,7 +256,9 @@ impl MetadataTable {
             .filter(move |place| metadata.is_none_or(|metadata| metadata.place(place.replica).is_none()))
     }
 
-    /// Partitions that went on with a possible loss, oldest first; the last [`RECOVERIES_MAX`].
+    /// Partitions that went on with a possible loss, oldest first; the last [`RECOVERIES_MAX`]. Whoever asks reads them in
+    /// the metadata's log.
+    #[cfg(test)]
     pub(crate) fn recoveries(&self) -> impl Iterator<Item = &Recovery> {
         self.recoveries.iter()
     }
@@ -334,7 +315,6 @@ impl MetadataTable {
             overrides: TopicOverrides::new(),
             partitions: [PartitionEntry::new(Assignment::new(voters.clone()))].into_iter().collect(),
             changed_at: at,
-            led_at: at,
         });
         self.founding = Some(Founding { cluster, feature_level: record.feature_level, voters });
         Ok(())
@@ -383,7 +363,6 @@ impl MetadataTable {
             partitions: partitions.collect::<Result<Chunked<_>, Error>>()?,
             overrides: record.configs.into_iter().map(|config| (config.key, config.value)).collect(),
             changed_at: at,
-            led_at: at,
             name: record.name,
         };
         self.insert(topic);
@@ -398,7 +377,6 @@ impl MetadataTable {
             self.count(tp, entry, true);
         }
         self.changed.insert((topic.changed_at, topic.id));
-        self.led.insert((topic.led_at, topic.id));
         self.names.insert(topic.name.clone(), topic.id);
         self.topics.insert(topic.id, Arc::new(topic));
     }
@@ -505,7 +483,7 @@ impl MetadataTable {
         self.set_entry(tp, entry, at)?;
         self.touch(tp.topic, at)?;
         self.remember(recovery);
-        self.leaders_touched(tp.topic, at)
+        Ok(())
     }
 
     fn remember(&mut self, recovery: Recovery) {
@@ -532,16 +510,7 @@ impl MetadataTable {
             if let Some(before) = before {
                 self.leads(before.broker, false);
             }
-            self.leaders_touched(tp.topic, at)?;
         }
-        Ok(())
-    }
-
-    fn leaders_touched(&mut self, id: TopicId, at: Offset) -> Result<(), Error> {
-        let topic = self.topic_mut(id, at)?;
-        let before = std::mem::replace(&mut topic.led_at, at);
-        self.led.remove(&(before, id));
-        self.led.insert((at, id));
         Ok(())
     }
 
@@ -556,7 +525,6 @@ impl MetadataTable {
             self.count(tp, entry, false);
         }
         self.changed.remove(&(topic.changed_at, id));
-        self.led.remove(&(topic.led_at, id));
         self.deletions.push_back((at, id));
         if self.deletions.len() > DELETIONS_MAX {
             self.deletions_forgotten = self.deletions.pop_front().map(|(at, _)| at);

@@ -403,8 +403,7 @@ fn check_same(table: &MetadataTable, live: &MetadataTable) {
     assert!(table.removed_directories().eq(live.removed_directories()), "decommissioned directories differ");
     assert!(table.recoveries().eq(live.recoveries()), "recoveries differ");
     let topics = |table: &MetadataTable| {
-        let timeless =
-            |topic: &Arc<Topic>| Topic { changed_at: Offset::ZERO, led_at: Offset::ZERO, ..Topic::clone(topic) };
+        let timeless = |topic: &Arc<Topic>| Topic { changed_at: Offset::ZERO, ..Topic::clone(topic) };
         table.topics().map(timeless).collect::<Vec<_>>()
     };
     assert_eq!(topics(table), topics(live));

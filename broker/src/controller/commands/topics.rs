@@ -53,7 +53,6 @@ pub(super) fn create(table: &MetadataTable, create: CreateTopic) -> Result<Decid
         internal: false,
         partitions: (0..partitions).map(|_| place(&mut placement, replicas, &mut draws)).collect(),
         changed_at: table.applied(),
-        led_at: table.applied(),
         overrides,
     };
     let record = TopicCreated {
