@@ -211,10 +211,28 @@ impl Cluster {
 
     /// A command of the binary against this cluster, to be started.
     pub fn command(&self, arguments: &[&str]) -> Command {
+        self.command_at(&self.servers(), arguments)
+    }
+
+    fn command_at(&self, servers: &str, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.flowstone);
-        command.args(arguments).args(["--server", &self.servers()]).env_remove("FLOWSTONE_SERVER");
+        command.args(arguments).args(["--server", servers]).env_remove("FLOWSTONE_SERVER");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
+    }
+
+    /// Asks this broker; what it printed with `-o json`.
+    ///
+    /// # Errors
+    /// It failed, or printed no JSON.
+    pub(crate) fn json_of(&self, broker: &Broker, arguments: &[&str]) -> Outcome<serde_json::Value> {
+        if !broker.is_running() || broker.is_paused() {
+            return Err(Failure::new(format!("broker {} answers nothing", broker.id())));
+        }
+        let address = broker.client().address().to_string();
+        let arguments = [arguments, &["-o", "json", "--timeout", "5s"]].concat();
+        let output = self.command_at(&address, &arguments).output().map_err(Failure::of(arguments.join(" ")))?;
+        serde_json::from_slice(&output.stdout).map_err(Failure::of(arguments.join(" ")))
     }
 
     /// Runs a command to its end.

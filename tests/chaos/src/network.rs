@@ -11,6 +11,8 @@ pub enum Node {
     Broker(i32),
     /// All clients together.
     Clients,
+    /// Any other process, such as a broker of another cluster.
+    Stranger,
 }
 
 /// What becomes of bytes in one direction between two nodes.

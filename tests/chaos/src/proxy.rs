@@ -136,8 +136,9 @@ impl Shared {
         }
         let processes = self.network.processes();
         let candidates: Vec<u32> = processes.iter().map(|(_, process)| *process).collect();
-        let process = process_of(dialed.peer_addr().ok()?, address, &candidates)?;
-        processes.into_iter().find(|(_, known)| *known == process).map(|(node, _)| node)
+        let process = process_of(dialed.peer_addr().ok()?, address, &candidates);
+        let node = processes.into_iter().find(|(_, known)| Some(*known) == process).map(|(node, _)| node);
+        Some(node.unwrap_or(Node::Stranger))
     }
 
     fn keep(&self, connection: TcpStream) {

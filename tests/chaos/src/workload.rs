@@ -33,11 +33,17 @@ impl Workload {
         Ok(workload)
     }
 
-    /// Where each partition ends now, as far as that is told.
+    /// Where each partition ends now, as far as any broker knows: one that is cut off from a leader knows less.
     fn ends(&self, cluster: &Cluster) -> Vec<i64> {
-        let described = cluster.json(&["topic", "describe", &self.topic, "--timeout", "2s"]).unwrap_or_default();
-        let end = |partition: usize| described["partitions"][partition]["high_watermark"].as_i64().unwrap_or(0);
-        (0..self.partitions).map(end).collect()
+        let mut ends = vec![0; self.partitions];
+        for broker in cluster.brokers() {
+            let described = cluster.json_of(broker, &["topic", "describe", &self.topic]).unwrap_or_default();
+            for (partition, end) in ends.iter_mut().enumerate() {
+                let told = described["partitions"][partition]["high_watermark"].as_i64();
+                *end = told.unwrap_or(0).max(*end);
+            }
+        }
+        ends
     }
 
     /// Waits until every partition has taken some more records.

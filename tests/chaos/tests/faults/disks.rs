@@ -52,7 +52,7 @@ fn a_flipped_byte_in_a_sealed_segment_is_mended_from_another_broker() {
     // Whoever reads from the broker itself makes it look.
     let began = Instant::now();
     while std::fs::read(largest).expect("a file") != whole {
-        let _ = cluster.run(&["partition", "transfer-leader", "lines", "0", &leader.to_string()]);
+        let _ = cluster.run(&["partition", "transfer-leader", "lines", "0", "--to", &leader.to_string()]);
         let read = cluster.ok(&["consume", "lines", "-e"]).expect("it can be read");
         assert!(read == text, "every line, and no other");
         assert!(began.elapsed() < HANG, "{} is not mended", largest.display());
