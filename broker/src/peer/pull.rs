@@ -279,4 +279,16 @@ mod tests {
             assert_eq!(unlimited.take(usize::MAX, start), start);
         }
     }
+
+    #[test]
+    fn a_range_that_did_not_come_over_whole_is_pulled_again() {
+        let tp = TopicPartition::new(TopicId::new(1), PartitionId::new(2));
+        let request = PullRequest { tp, what: PullWhat::Checkpoint };
+        let bytes = Bytes::from_static(b"checkpoint");
+        let good = pb::PullResponse { checksum: checksum(&bytes), checkpoint: bytes, ..Default::default() };
+        let cut = pb::PullResponse { checkpoint: good.checkpoint.slice(1..), ..good.clone() };
+        assert!(from_pb(BrokerId::new(2), request, good).is_ok());
+        let error = from_pb(BrokerId::new(2), request, cut).expect_err("cut");
+        assert!(error.is_retriable() && error.message.contains("broker 2"), "{error}");
+    }
 }

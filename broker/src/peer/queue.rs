@@ -101,7 +101,9 @@ impl Queue {
 
 #[cfg(test)]
 mod tests {
-    use futures::task::noop_waker;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::task::{Wake, Waker};
 
     use super::super::tests::{append, heartbeat};
     use super::*;
@@ -152,16 +154,35 @@ mod tests {
         assert_eq!(taken(&queue, 100, usize::MAX), 0);
     }
 
+    /// Counts how often it is woken.
+    struct Woken(AtomicUsize);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     #[test]
-    fn the_task_is_woken_by_the_first_message_alone() {
+    fn the_task_is_woken_by_the_first_message_and_the_first_drop_alone() {
         let queue = queue(2, usize::MAX);
-        let waker = noop_waker();
+        let woken = Arc::new(Woken(AtomicUsize::new(0)));
+        let waker = Waker::from(Arc::clone(&woken));
         let mut cx = Context::from_waker(&waker);
-        assert!(queue.poll_work(&mut cx).is_pending());
+        let mut check = |expected: Poll<()>, times: usize| {
+            assert_eq!(queue.poll_work(&mut cx), expected);
+            assert_eq!(woken.0.swap(0, Ordering::Relaxed), times);
+        };
+        check(Poll::Pending, 0);
         queue.push(vec![heartbeat(1)]);
-        assert!(queue.poll_work(&mut cx).is_ready());
-        queue.push(vec![heartbeat(2), heartbeat(3)]);
+        check(Poll::Ready(()), 1);
+        queue.push(vec![heartbeat(2)]);
+        check(Poll::Ready(()), 0);
+        queue.push(vec![heartbeat(3)]);
+        check(Poll::Ready(()), 1);
+        queue.push(vec![heartbeat(4)]);
+        check(Poll::Ready(()), 0);
         queue.clear();
-        assert!(queue.poll_work(&mut cx).is_pending(), "cleared with what was to tell");
+        check(Poll::Pending, 0);
     }
 }
