@@ -7,8 +7,10 @@
 //! What it must never know: topics' meaning, groups, transactions, gRPC services.
 //!
 //! Reading order: [`Machine`] (what is fed from the log), [`effects`] (what goes into a step and comes out), [`Replica`]
-//! (the step itself; `raft_adapter` and `raft_log` hold the Raft crate's ways), [`Shards`] (threads, timers, pools), and
-//! [`ReplicaHandle`] (what callers hold).
+//! (the step itself; `raft_adapter` and `raft_log` hold the Raft crate's ways), [`Shards`] (threads, timers, pools; `peers`:
+//! the other brokers and the clock of idle groups; `pulling`: ranges given and taken; `scrubbing`: rot), [`PeerTransport`]
+//! (the way to other brokers), [`membership_plan`] (what a leader does to change its members), and [`ReplicaHandle`] (what
+//! callers hold).
 
 #![forbid(unsafe_code)]
 

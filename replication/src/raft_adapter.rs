@@ -396,6 +396,11 @@ impl RaftAdapter {
             PeerBody::HeartbeatResponse { commit } if raft.state == StateRole::Leader => {
                 let last = raft.raft_log.last_index();
                 let Some(progress) = raft.mut_prs().get_mut(id) else { return Quick::Step };
+                // One that could not be reached for a while and lacks nothing: the crate would probe it only once there is
+                // something to send, and until then it would pass for one that lags.
+                if progress.state == ProgressState::Probe && progress.matched == last {
+                    progress.become_replicate();
+                }
                 let fits = progress.matched == last
                     && progress.state == ProgressState::Replicate
                     && progress.pending_request_snapshot == raft::INVALID_INDEX

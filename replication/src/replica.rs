@@ -984,16 +984,6 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    /// What could not be pulled: the leader may offer again.
-    pub fn offer_failed(&self, offered: Offered) -> Option<PeerMessage> {
-        (self.raft.leader() == Some(offered.leader)).then(|| PeerMessage {
-            from: self.config.replica,
-            to: offered.leader,
-            term: self.raft.term(),
-            body: PeerBody::SnapshotAnswer { index: offered.index, failed: true },
-        })
-    }
-
     /// What it tells its peers when it ends.
     pub fn farewell(&self) -> Vec<PeerMessage> {
         let Membership { voters, learners } = &self.membership;

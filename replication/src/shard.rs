@@ -523,10 +523,11 @@ pub(crate) enum Message<M: Machine> {
         stripe: u32,
         done: HardStateFlushDone,
     },
-    /// With what it says from now on; `None` where its log could not be closed cleanly.
+    /// With what it says from now on, if anything; and whether nothing of it was only in memory.
     LogClosed {
         slot: SlotKey,
         says: Option<HardState>,
+        is_clean: bool,
     },
     Peers {
         from: BrokerId,
@@ -803,7 +804,7 @@ impl<M: Machine> Shard<M> {
             Message::CheckpointWritten { slot, done } => self.report(slot, Event::CheckpointWritten(done)),
             Message::Removed { slot } => self.on_removed(slot),
             Message::HardStatesFlushed { stripe, done } => self.on_hard_states_flushed(stripe, done),
-            Message::LogClosed { slot, says } => self.on_log_closed(slot, says),
+            Message::LogClosed { slot, says, is_clean } => self.on_log_closed(slot, says, is_clean),
             Message::Peers { from, messages, bytes } => self.on_peers(from, messages, bytes),
             Message::Unreachable { broker } => self.on_unreachable(broker),
             Message::PeerGone { broker } => self.on_peer_gone(broker),
@@ -1151,12 +1152,15 @@ impl<M: Machine> Shard<M> {
                 Box::new(move || {
                     let says = replica.hard_state();
                     let says = close_log(replica.into_log()).map(|flushed| HardState { flushed, ..says });
-                    drop(port.inbox.report(Message::LogClosed { slot: key, says }));
+                    let is_clean = says.is_some();
+                    drop(port.inbox.report(Message::LogClosed { slot: key, says, is_clean }));
                 }),
             );
         } else {
+            // What failed, or is in doubt, must not be forgotten by a stop that looks clean.
+            let is_clean = !is_in_doubt(&state);
             drop(state);
-            drop(port.inbox.report(Message::LogClosed { slot: key, says: None }));
+            drop(port.inbox.report(Message::LogClosed { slot: key, says: None, is_clean }));
         }
     }
 
@@ -1168,16 +1172,14 @@ impl<M: Machine> Shard<M> {
         self.free_slot(key.index);
     }
 
-    fn on_log_closed(&mut self, key: SlotKey, says: Option<HardState>) {
+    fn on_log_closed(&mut self, key: SlotKey, says: Option<HardState>, is_clean: bool) {
         let slot = &mut self.slots[key.index as usize];
         slot.jobs -= 1;
-        match says {
-            None => self.unclean = true,
-            Some(says) => {
-                let (tp, replica) = (slot.spec.tp, slot.spec.replica);
-                let now = self.now;
-                self.stripe_mut(tp).mark(replica, says, now);
-            }
+        self.unclean |= !is_clean;
+        if let Some(says) = says {
+            let (tp, replica) = (slot.spec.tp, slot.spec.replica);
+            let now = self.now;
+            self.stripe_mut(tp).mark(replica, says, now);
         }
         self.free_slot(key.index);
     }
@@ -1806,8 +1808,7 @@ impl<M: Machine> Shard<M> {
         if closing {
             return false;
         }
-        let failed = |slot: &Slot<M>| matches!(slot.state, State::Failed { .. });
-        let mut clean = !self.unclean && !self.slots.iter().any(failed);
+        let mut clean = !self.unclean && !self.slots.iter().any(|slot| is_in_doubt(&slot.state));
         for stripe in self.stripes.values_mut() {
             if let Some(error) = stripe.failed() {
                 tracing::error!(error, "the hard states could not be written at the end");
@@ -1826,6 +1827,11 @@ impl<M: Machine> Shard<M> {
         }
         true
     }
+}
+
+/// Whether something that it answered for may have been only in memory.
+fn is_in_doubt<M: Machine>(state: &State<M>) -> bool {
+    matches!(state, State::Failed { .. } | State::Lost(Lost { lost_memory: true, .. }))
 }
 
 fn take_due(at: &mut Option<Instant>, now: Instant) -> bool {
