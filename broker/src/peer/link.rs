@@ -96,9 +96,9 @@ impl Link {
         self.connected.load(Ordering::Relaxed)
     }
 
-    /// Does not wait any longer before the next attempt.
+    /// Does not wait any longer before the next attempt, or then.
     pub(crate) fn retry_now(&self) {
-        self.retry.notify_waiters();
+        self.retry.notify_one();
     }
 
     /// Keeps the stream up while there is something to send, until the network stops.

@@ -292,6 +292,23 @@ async fn brokers_that_are_not_there_are_told_of_again_and_again() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_that_comes_back_is_not_kept_waiting() {
+    let patient = PeerConfig { backoff_min: 10 * LONG, backoff_max: 10 * LONG, ..config() };
+    let mut first = Node::start(identity(1), patient).await;
+    let address = TcpListener::bind("127.0.0.1:0").await.expect("a port").local_addr().expect("bound");
+    let entry = PeerEntry { address: address.to_string(), directory: Some(directory(2)) };
+    first.network.book().set(id(2), entry);
+    first.network.send(id(2), vec![heartbeat(1)]);
+    first.until(|told| is_unreachable(told, 2)).await;
+    // It speaks: so it can be spoken to.
+    let listener = TcpListener::bind(address).await.expect("the port again");
+    let mut second = Node::start_on(listener, identity(2), config(), |_| Err(refused_by_calls()));
+    second.knows(&first);
+    until_connected(&second, &mut first).await;
+    until_connected(&first, &mut second).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_network_that_is_dropped_lets_go_of_everything() {
     let mut nodes = cluster(2, config()).await;
     let [first, second] = &mut nodes[..] else { unreachable!("two") };
