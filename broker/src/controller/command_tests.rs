@@ -313,6 +313,22 @@ fn one_survivor_of_the_metadata_goes_on_and_all_others_come_to_it_anew() {
 }
 
 #[test]
+fn the_table_follows_a_survivor_of_the_metadata_that_leads_already() {
+    // An observer, which the table believes to be down, as it does of nobody else.
+    let mut cluster = Cluster::of(4);
+    cluster.fence(4);
+    let observer = cluster.table().observers().next().expect("one");
+    assert_eq!(observer.broker.get(), 4);
+    let recover = recovery(&mut cluster, METADATA_PARTITION, observer, Vec::new());
+    cluster.run(MetadataCommand::RecoverPartition(recover.clone())).expect_err("the voters seem to be alive");
+    let recover = RecoverPartition { survives_as: Some(ReplicaId::new(77)), ..recover };
+    cluster.run(MetadataCommand::RecoverPartition(recover)).expect("it goes on already");
+    let after = entry(&cluster, METADATA_PARTITION);
+    assert_eq!(after.replicas()[0], Place { replica: ReplicaId::new(77), ..observer });
+    assert_eq!(broker(&cluster, 4).metadata_replica, ReplicaId::new(77));
+}
+
+#[test]
 fn a_recovered_partition_counts_its_leaders_anew() {
     let mut cluster = Cluster::of(4);
     cluster.create_on("t", &[&[1, 2, 3]]);

@@ -233,7 +233,9 @@ pub(super) fn recover(table: &MetadataTable, recover: RecoverPartition, now: Tim
     if reason.trim().is_empty() {
         return refuse("a recovery may lose records, and is kept for the record; give the reason for it".to_owned());
     }
-    let Some(survived) = entry.place(survivor) else {
+    // The metadata's observers have all of it as well.
+    let observer = || table.observers().find(|place| tp == METADATA_PARTITION && place.replica == survivor);
+    let Some(survived) = entry.place(survivor).copied().or_else(observer) else {
         return refuse(format!(
             "replica {survivor} is none of topic `{}` partition {}; name a broker that has one: {}",
             topic.name,
@@ -249,7 +251,9 @@ pub(super) fn recover(table: &MetadataTable, recover: RecoverPartition, now: Tim
             holders()
         ));
     }
-    if host.fenced {
+    // It goes on by now: the table has to follow, whatever it said of brokers before.
+    let is_done = survives_as.is_some();
+    if host.fenced && !is_done {
         return refuse(format!("broker {} is down, and cannot go on with what it has; start it first", host.id));
     }
     let voters = entry.voters();
@@ -258,7 +262,7 @@ pub(super) fn recover(table: &MetadataTable, recover: RecoverPartition, now: Tim
         lives && !known_lost.contains(&voter.replica) && !is_gone(table, entry, voter)
     };
     let alive: Vec<String> = voters.iter().filter(alive).map(|voter| voter.broker.to_string()).collect();
-    if alive.len() > voters.len() / 2 {
+    if alive.len() > voters.len() / 2 && !is_done {
         return refuse(format!(
             "a majority of topic `{}` partition {} seems to be alive (brokers {}), and recovering would throw away what it \
              has acknowledged; wait until it has a leader, and see what keeps it from that: flowstone cluster health",
@@ -270,7 +274,7 @@ pub(super) fn recover(table: &MetadataTable, recover: RecoverPartition, now: Tim
 
     let (mut draws, mut placement) = (Draws::from_seed(seed), Placement::of(table));
     let replica = survives_as.unwrap_or_else(|| draws.replica());
-    let survives = Place { replica, ..*survived };
+    let survives = Place { replica, ..survived };
     let mut brokers = vec![host.id];
     for place in entry.replicas().iter().filter(|place| place.broker != host.id) {
         let is_up = table.broker(place.broker).is_some_and(|broker| broker.takes_replicas());
