@@ -40,8 +40,10 @@ pub(super) struct Pull {
     step: Step,
     /// Answers to earlier requests are not taken.
     number: u64,
-    /// Failures in a row: says whom to ask, and after which pause.
+    /// Failures in a row: says after which pause to ask again.
     failures: u32,
+    /// Which source is asked: one that answers is stayed with, as only it is sure to have what its checkpoint goes with.
+    turn: usize,
     /// An install waits for room.
     pub(super) is_disk_full: bool,
 }
@@ -88,7 +90,7 @@ pub(crate) enum Installed {
 
 impl Pull {
     fn new(goal: Goal) -> Self {
-        Self { goal, step: Step::Ask, number: 0, failures: 0, is_disk_full: false }
+        Self { goal, step: Step::Ask, number: 0, failures: 0, turn: 0, is_disk_full: false }
     }
 
     pub(super) fn due(&self) -> Option<std::time::Instant> {
@@ -326,7 +328,7 @@ impl<M: Machine> Shard<M> {
             pull.step = Step::Until(self.now + PAUSE_MAX.min(PAUSE_MIN * 5));
             return;
         }
-        let source = sources[pull.failures as usize % sources.len()];
+        let source = sources[pull.turn % sources.len()];
         pull.number += 1;
         pull.step = Step::Answer;
         let (tp, number) = (slot.spec.tp, pull.number);
@@ -491,6 +493,7 @@ impl<M: Machine> Shard<M> {
         let tp = slot.spec.tp;
         let Some(pull) = &mut slot.pull else { return };
         pull.failures += 1;
+        pull.turn += 1;
         tracing::debug!(%tp, %error, failures = pull.failures, "a range could not be pulled");
         let pause = PAUSE_MIN.saturating_mul(1 << (pull.failures - 1).min(8)).min(PAUSE_MAX);
         pull.step = Step::Until(self.now + pause);
