@@ -14,6 +14,8 @@ use flowstone_protocol::{
 };
 use flowstone_replication::{Acks, OffsetQuery, Permit, ReadAnswer, ReadRequest, TrimTo};
 
+use flowstone_storage::ReadError;
+
 use super::broker::broker_id;
 use super::network::Node;
 use super::outbox::{Answer, Out};
@@ -520,8 +522,15 @@ impl World {
         }
         it.high_watermark = answer.high_watermark;
         if let Err(error) = answer.bytes.verify() {
-            // The service would tell its client to ask again, and the replica to look at its files.
+            // The service tells its client to ask again, and the replica to look at its files.
             self.note("rotten", &[broker as u64], || error.to_string());
+            if let ReadError::Corrupt { offset, .. } = &error
+                && let Some(handle) = self.brokers[broker].handle(self.groups[it.group].tp)
+            {
+                handle.found_corrupt(*offset);
+                self.counts.rotten_reads += 1;
+                self.after(broker);
+            }
             it.believes = self.other_broker(it.group, broker);
             return false;
         }

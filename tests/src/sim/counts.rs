@@ -71,6 +71,8 @@ counts! {
     full_disks,
     /// Bits flipped.
     rot,
+    /// Reads that came upon one.
+    rotten_reads,
     /// Disks wiped.
     wipes,
     /// Replicas given up for new ones.

@@ -58,6 +58,11 @@ impl Invariant for NothingGoesBack {
         self.seen.remove(&who);
     }
 
+    // It may have cut its log in the round in which it ended.
+    fn ended(&mut self, who: Listener) {
+        self.seen.remove(&who);
+    }
+
     fn interrupted(&mut self, who: Listener) {
         self.seen.remove(&who);
     }
