@@ -364,7 +364,11 @@ impl Starting {
         };
         // From here on the controller hears of this broker: opening many replicas may take longer than a session lives.
         self.life.background.push(tokio::spawn(session.run()));
-        self.life.background.push(tokio::spawn(book::follow(table.clone(), network.book().clone(), self.config.node.id)));
+        self.life.background.push(tokio::spawn(book::follow(
+            table.clone(),
+            network.book().clone(),
+            self.config.node.id,
+        )));
 
         let own = TopicConfig::resolve(&TopicOverrides::new(), &TopicOverrides::new()).map_err(StartError::Metadata)?;
         let own = OpenPartition::new(
@@ -375,13 +379,8 @@ impl Starting {
             metadata.peers,
             own,
         );
-        let mut reconciler = Reconciler::new(
-            &shards,
-            Arc::clone(&data_dir),
-            table.clone(),
-            replicas.clone(),
-            self.config.topic.clone(),
-        );
+        let mut reconciler =
+            Reconciler::new(&shards, Arc::clone(&data_dir), table.clone(), replicas.clone(), self.config.topic.clone());
         reconciler.adopt(&Arc::new(own), succession, recoveries);
         reconciler.catch_up().await;
 
@@ -544,7 +543,9 @@ impl Starting {
             };
             let response = self.exchange(&opened, &control, calls, response).await?;
             if ReplicaId::new(response.metadata_replica_id) != opened.replica_id {
-                tracing::warn!("the replica of the metadata here was given up while the broker was away: it begins anew");
+                tracing::warn!(
+                    "the replica of the metadata here was given up while the broker was away: it begins anew"
+                );
                 drop((keeper, control, opened));
                 calls.stop_metadata();
                 close(&shards, METADATA_PARTITION, true).await;
@@ -585,7 +586,8 @@ impl Starting {
             if response.metadata_replica_id != opened.replica_id.get() {
                 break;
             }
-            self.readiness.hold("metadata", format!("its replica here is lost, another one is asked for: {}", lost.reason));
+            self.readiness
+                .hold("metadata", format!("its replica here is lost, another one is asked for: {}", lost.reason));
             let request = BrokerHeartbeatRequest { lost: vec![lost], ..BrokerHeartbeatRequest::default() };
             match session::tell(control, calls, &request).await {
                 Ok(answer) => response.metadata_replica_id = answer.metadata_replica_id,
@@ -694,16 +696,17 @@ impl Starting {
     async fn find_itself(&self, table: &Published<MetadataTable>, replica: &Replica) -> Result<(), StartError> {
         let mut changes = table.changes();
         let me = self.config.node.id;
-        let is_here = || {
-            table.with(|table| table.broker(me).is_some_and(|broker| broker.incarnation == self.incarnation))
-        };
+        let is_here =
+            || table.with(|table| table.broker(me).is_some_and(|broker| broker.incarnation == self.incarnation));
         let mut seen = replica.status();
         while !is_here() {
             match &seen.health {
                 Health::Quarantined { message } | Health::Lost { message, .. } => {
                     return Err(StartError::Metadata(Error::new(
                         flowstone_protocol::ErrorCode::Quarantined,
-                        format!("{message}; or start with an empty data directory: the cluster gives this broker its replicas anew"),
+                        format!(
+                            "{message}; or start with an empty data directory: the cluster gives this broker its replicas anew"
+                        ),
                     )));
                 }
                 Health::Ok | Health::DiskFull | Health::Failed { .. } => {}

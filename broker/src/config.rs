@@ -311,14 +311,7 @@ pub const KEYS: &[Key] = &[
     key!("node.data_dir", "data", node.data_dir, path, shown_path, "Folder of everything that the broker keeps."),
     key!("node.rack", "", node.rack, text, shown, "Failure domain of this broker."),
     key!("listen.client", "127.0.0.1:7070", listen.client, address, shown, "Where clients connect (gRPC)."),
-    key!(
-        "listen.peer",
-        "127.0.0.1:7071",
-        listen.peer,
-        address,
-        shown,
-        "Where other brokers connect (gRPC)."
-    ),
+    key!("listen.peer", "127.0.0.1:7071", listen.peer, address, shown, "Where other brokers connect (gRPC)."),
     key!("listen.admin", "127.0.0.1:7072", listen.admin, address, shown, "`/livez`, `/readyz`, `/metrics` (HTTP)."),
     key!("advertise.client", "", advertise.client, advertised, shown, "What clients are told, if not `listen.client`."),
     key!("advertise.peer", "", advertise.peer, advertised, shown, "What brokers are told, if not `listen.peer`."),
@@ -728,7 +721,9 @@ impl Config {
         if let Some(twice) = seeds.windows(2).find(|pair| pair[0] == pair[1]) {
             return conflict(format!("cluster.seeds names `{}` twice; name every broker once", twice[0]));
         }
-        if let Some(nowhere) = seeds.iter().find(|seed| split_address(seed).is_ok_and(|(host, port)| is_unspecified(&host) || port == 0)) {
+        if let Some(nowhere) =
+            seeds.iter().find(|seed| split_address(seed).is_ok_and(|(host, port)| is_unspecified(&host) || port == 0))
+        {
             return conflict(format!(
                 "cluster.seeds names `{nowhere}`, where nobody can be reached; write the address and port by which brokers \
                  reach that one"
@@ -757,10 +752,7 @@ impl Config {
             node: NodeConfig { id: BrokerId::new(0), data_dir: PathBuf::new(), rack: String::new() },
             listen: nothing(),
             advertise: nothing(),
-            cluster: ClusterConfig {
-                seeds: Vec::new(),
-                preferred_leaders: false,
-            },
+            cluster: ClusterConfig { seeds: Vec::new(), preferred_leaders: false },
             security: SecurityConfig { insecure: false },
             storage: StorageConfig {
                 shards: 0,

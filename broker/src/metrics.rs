@@ -312,7 +312,12 @@ impl Collector for BrokerCollector {
             ),
             ("peer_sent", "Bytes of messages to other brokers", Some(Unit::Bytes), peers.bytes_sent as f64),
             ("pulled", "Bytes pulled from other brokers", Some(Unit::Bytes), shards.pulled_bytes as f64),
-            ("pulls_served", "Bytes that other brokers pulled from here", Some(Unit::Bytes), shards.served_bytes as f64),
+            (
+                "pulls_served",
+                "Bytes that other brokers pulled from here",
+                Some(Unit::Bytes),
+                shards.served_bytes as f64,
+            ),
             ("scrubbed", "Bytes of old segments read to find rot", Some(Unit::Bytes), shards.scrubbed_bytes as f64),
             ("rotten_ranges", "Damaged ranges found", None, shards.rotten_ranges as f64),
             ("repaired_ranges", "Damaged ranges replaced from another replica", None, shards.repaired_ranges as f64),

@@ -59,10 +59,8 @@ pub(crate) struct Led {
 impl Node {
     /// Who leads, where the metadata says `told`: what the replica here knows is newer, unless it was left behind.
     pub(crate) fn led(&self, tp: TopicPartition, told: Option<Leader>) -> Led {
-        let told = Led {
-            by: told.map(|leader| leader.broker),
-            epoch: told.map_or(LeaderEpoch::NONE, |leader| leader.epoch),
-        };
+        let told =
+            Led { by: told.map(|leader| leader.broker), epoch: told.map_or(LeaderEpoch::NONE, |leader| leader.epoch) };
         let Some(Slot::Open(partition)) = self.replicas.get(tp) else { return told };
         let status = partition.replica.status();
         let epoch = status.leader_epoch();

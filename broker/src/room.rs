@@ -30,7 +30,12 @@ struct RoomState {
 
 impl Room {
     pub(crate) fn new(free_bytes_min: u64) -> Self {
-        let state = RoomState { free_bytes_min, free_bytes: AtomicU64::new(u64::MAX), total_bytes: AtomicU64::new(0), full: AtomicBool::new(false) };
+        let state = RoomState {
+            free_bytes_min,
+            free_bytes: AtomicU64::new(u64::MAX),
+            total_bytes: AtomicU64::new(0),
+            full: AtomicBool::new(false),
+        };
         Self { state: Arc::new(state) }
     }
 

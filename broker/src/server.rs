@@ -4,9 +4,9 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
-use flowstone_protocol::{Error, ErrorCode, FILE_DESCRIPTOR_SET};
 use flowstone_protocol::pb::admin_server::AdminServer;
 use flowstone_protocol::pb::log_server::LogServer;
+use flowstone_protocol::{Error, ErrorCode, FILE_DESCRIPTOR_SET};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::net::TcpListener;
 use tokio::sync::watch;

@@ -106,8 +106,10 @@ mod tests {
             replica: ReplicaId::new(broker as u64 * 11),
             peer_address: format!("host-{broker}:1"),
         };
-        let founding =
-            Founding { cluster: ClusterId::new(9), voters: vec![voter(1, DirectoryId::new(1)), voter(2, data_dir.id())] };
+        let founding = Founding {
+            cluster: ClusterId::new(9),
+            voters: vec![voter(1, DirectoryId::new(1)), voter(2, data_dir.id())],
+        };
         let founder = Belonging::new(founding.clone(), me, &data_dir);
         assert_eq!(founder.metadata_replica, Some(ReplicaId::new(22)));
         assert!(founder.is_founder());

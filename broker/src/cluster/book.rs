@@ -72,8 +72,7 @@ pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: 
             let others = table.brokers().filter(|broker| broker.id != me);
             let entries: HashMap<BrokerId, PeerEntry> = others
                 .map(|broker| {
-                    let entry =
-                        PeerEntry { address: broker.peer_address.clone(), directory: Some(broker.directory) };
+                    let entry = PeerEntry { address: broker.peer_address.clone(), directory: Some(broker.directory) };
                     (broker.id, entry)
                 })
                 .collect();
@@ -99,8 +98,8 @@ pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: 
 
 /// No part of the cluster, and none of those that it was founded on and that may not have registered yet.
 fn was_removed(table: &MetadataTable, broker: BrokerId) -> bool {
-    let is_founder = table
-        .founding()
-        .is_some_and(|founding| founding.voters.iter().any(|voter| voter.broker == broker && table.removed(voter.directory).is_none()));
+    let is_founder = table.founding().is_some_and(|founding| {
+        founding.voters.iter().any(|voter| voter.broker == broker && table.removed(voter.directory).is_none())
+    });
     table.broker(broker).is_none() && !is_founder
 }

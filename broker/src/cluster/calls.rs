@@ -9,9 +9,7 @@ use flowstone_protocol::peer::{
     InstructRequest, InstructResponse, KnownBroker, RegisterRequest, RegisterResponse, ReportRequest, ReportResponse,
     instruct_request,
 };
-use flowstone_protocol::{
-    BrokerId, Error, ErrorCode, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition,
-};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition};
 use parking_lot::RwLock;
 
 use super::control::Control;
@@ -103,7 +101,11 @@ impl Calls {
     }
 
     /// Takes a broker in, where this one is the controller.
-    pub(crate) async fn take_in(&self, from: PeerIdentity, request: RegisterRequest) -> Result<RegisterResponse, Error> {
+    pub(crate) async fn take_in(
+        &self,
+        from: PeerIdentity,
+        request: RegisterRequest,
+    ) -> Result<RegisterResponse, Error> {
         let control = self.control()?;
         if !control.leads() {
             return Err(control.not_controller());
@@ -248,11 +250,14 @@ impl PeerCalls for Calls {
                 let known = table.brokers().map(|broker| (broker.id, broker.peer_address.clone()));
                 known.collect::<Vec<_>>()
             }),
-            None => founding.iter().flat_map(|founding| &founding.voters).map(|voter| (voter.broker, voter.peer_address.clone())).collect(),
+            None => founding
+                .iter()
+                .flat_map(|founding| &founding.voters)
+                .map(|voter| (voter.broker, voter.peer_address.clone()))
+                .collect(),
         };
-        let brokers = brokers
-            .into_iter()
-            .map(|(broker, peer_address)| KnownBroker { broker_id: broker.get(), peer_address });
+        let brokers =
+            brokers.into_iter().map(|(broker, peer_address)| KnownBroker { broker_id: broker.get(), peer_address });
         Ok(HelloResponse {
             answerer: Some(self.identity().to_caller(None)),
             seeds: self.seeds.clone(),

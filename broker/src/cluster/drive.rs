@@ -97,11 +97,8 @@ struct Goal {
 
 impl Goal {
     fn of(table: &MetadataTable, tp: TopicPartition, entry: &PartitionEntry) -> Self {
-        let observers = if tp == METADATA_PARTITION {
-            table.observers().map(|place| place.replica).collect()
-        } else {
-            Vec::new()
-        };
+        let observers =
+            if tp == METADATA_PARTITION { table.observers().map(|place| place.replica).collect() } else { Vec::new() };
         let preferred = entry.replicas().first().and_then(|place| {
             let broker = table.broker(place.broker)?;
             broker.takes_replicas().then_some((place.broker, place.replica))

@@ -72,7 +72,13 @@ impl Duty {
     }
 
     /// A broker said something, and what it said of itself with a heartbeat.
-    pub(crate) fn heard(&self, broker: BrokerId, incarnation: u64, now: Instant, said: Option<&BrokerHeartbeatRequest>) {
+    pub(crate) fn heard(
+        &self,
+        broker: BrokerId,
+        incarnation: u64,
+        now: Instant,
+        said: Option<&BrokerHeartbeatRequest>,
+    ) {
         let mut state = self.state.lock();
         let session_timeout = self.session_timeout;
         let liveness = state.liveness.get_or_insert_with(|| Liveness::new(session_timeout, now));

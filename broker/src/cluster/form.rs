@@ -172,11 +172,8 @@ pub(crate) struct Form {
 impl Form {
     /// `seeds` as configured, in order, without doubles.
     pub(crate) fn new(me: Me, seeds: &[String]) -> Self {
-        let seeds = seeds.iter().map(|address| Seed {
-            address: address.clone(),
-            asked: None,
-            state: SeedState::NotHeard,
-        });
+        let seeds =
+            seeds.iter().map(|address| Seed { address: address.clone(), asked: None, state: SeedState::NotHeard });
         Self { me, seeds: seeds.collect() }
     }
 
@@ -549,7 +546,13 @@ mod tests {
         check("a voter that was not told yet", 2, ALL, vec![of(1), said(2), Nothing], Wants::Follow(7));
         check("told by a voter that is not the first", 3, ALL, vec![Nothing, of(2), said(3)], Wants::Follow(7));
         check("a fourth broker", 4, ALL, vec![Nothing, of(2), Nothing], Wants::Join(7));
-        check("a fourth broker with a list of its own", 4, &[4, 1], vec![Said(says(4, &[4, 1])), of(1)], Wants::Join(7));
+        check(
+            "a fourth broker with a list of its own",
+            4,
+            &[4, 1],
+            vec![Said(says(4, &[4, 1])), of(1)],
+            Wants::Join(7),
+        );
         let alone = founding(7, &[1]);
         let grown = vec![Said(member(1, &[1], &alone)), said(2), said(3)];
         check("a cluster of one that grows", 2, ALL, grown, Wants::Join(7));
@@ -601,7 +604,13 @@ mod tests {
             vec![said(1), said(2), Said(twin)],
             Wants::Refuse(&["two brokers have node.id 2", "host-2:7071", "host-3:7071"]),
         );
-        check("one broker under two names", 1, ALL, vec![said(1), said(2), said(2)], Wants::Refuse(&["broker 2 twice"]));
+        check(
+            "one broker under two names",
+            1,
+            ALL,
+            vec![said(1), said(2), said(2)],
+            Wants::Refuse(&["broker 2 twice"]),
+        );
         let copy = Heard { broker: BrokerId::new(2), directory: me(1).directory, ..says(2, ALL) };
         check("a copied directory", 1, ALL, vec![said(1), Said(copy), said(3)], Wants::Refuse(&["copy of this data"]));
     }

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use flowstone_protocol::{ClusterId, Error};
 use flowstone_protocol::peer::HelloResponse;
+use flowstone_protocol::{ClusterId, Error};
 use tokio::task::JoinSet;
 
 use super::form::{Decision, Form, Founding, Heard, Me};

@@ -40,11 +40,7 @@ pub(crate) async fn of_this_broker(node: &Node, topics: &[TopicId]) -> ReportRes
         .filter_map(std::future::ready)
         .collect()
         .await;
-    ReportResponse {
-        replicas,
-        disk_free_bytes: node.room.free_bytes(),
-        disk_total_bytes: node.room.total_bytes(),
-    }
+    ReportResponse { replicas, disk_free_bytes: node.room.free_bytes(), disk_total_bytes: node.room.total_bytes() }
 }
 
 async fn of_replica(partition: &OpenPartition) -> ReplicaReport {

@@ -30,6 +30,8 @@ const TELL_WITHIN: Duration = Duration::from_millis(20);
 pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// Between two tries to register.
 const REGISTER_EVERY: Duration = Duration::from_millis(100);
+/// A session that has ended is noted this often.
+const LOG_EVERY: Duration = Duration::from_secs(10);
 /// Leaders told with one heartbeat.
 const ROWS_MAX: usize = 10_000;
 
@@ -85,6 +87,14 @@ where
     }
 }
 
+/// What the controller was told, and how that went.
+#[derive(Debug, Default)]
+struct Told {
+    leaders: HashMap<TopicPartition, LeaderEpoch>,
+    /// When it was last noted that the controller knows of no session.
+    unknown_since: Option<Instant>,
+}
+
 /// What a session is about.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -105,7 +115,7 @@ impl Session {
         let mut ticks = tokio::time::interval(HEARTBEAT_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut changes = self.replicas.changes();
-        let mut told = HashMap::new();
+        let mut told = Told::default();
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
@@ -122,13 +132,16 @@ impl Session {
     }
 
     /// Says everything once. What was not taken is said again.
-    async fn heartbeat(&self, told: &mut HashMap<TopicPartition, LeaderEpoch>) {
-        if self.control.table.with(|table| table.brokers().count() <= 1) && self.control.leads() && !self.led.has_progress() {
+    async fn heartbeat(&self, told: &mut Told) {
+        if self.control.table.with(|table| table.brokers().count() <= 1)
+            && self.control.leads()
+            && !self.led.has_progress()
+        {
             // There is nobody to tell, and nothing.
             return;
         }
         let open = self.open();
-        let leads = Self::leads(&open, told);
+        let leads = Self::leads(&open, &told.leaders);
         let moves = self.led.take_progress().into_iter().map(|(tp, progress)| MoveProgress {
             topic_id: tp.topic.to_bytes().to_vec().into(),
             partition: tp.partition.get(),
@@ -149,15 +162,19 @@ impl Session {
         match tell(&self.control, &self.calls, &request).await {
             Ok(answer) => {
                 for (tp, epoch, _) in leads {
-                    told.insert(tp, epoch);
+                    told.leaders.insert(tp, epoch);
                 }
                 if let id @ 1.. = answer.metadata_replica_id {
-                    self.metadata_replica.send_if_modified(|known| std::mem::replace(known, ReplicaId::new(id)).get() != id);
+                    self.metadata_replica
+                        .send_if_modified(|known| std::mem::replace(known, ReplicaId::new(id)).get() != id);
                 }
             }
             Err(error) if error.code == ErrorCode::InvalidRequest => {
                 // It was decommissioned, or another broker took its place.
-                tracing::error!(%error, "the controller does not know this broker's session");
+                if told.unknown_since.is_none_or(|logged| logged.elapsed() > LOG_EVERY) {
+                    tracing::error!(%error, "the controller does not know this broker's session");
+                    told.unknown_since = Some(Instant::now());
+                }
             }
             Err(error) => tracing::debug!(%error, "a heartbeat was not taken"),
         }

@@ -306,8 +306,9 @@ impl Reconciler {
         let (succession, shards) = (succession.clone(), self.shards.clone());
         let opening = self.openings.spawn(async move {
             let slot = succession.take(recovery.survives_as, earlier, start, peers, shards).await;
-            // Whoever asked may have given up.
-            drop(recovery.done.send(()));
+            if recovery.done.send(()).is_err() {
+                tracing::debug!("whoever asked for the metadata's recovery has given up waiting");
+            }
             slot
         });
         self.opening.insert(METADATA_PARTITION, opening);
@@ -322,13 +323,13 @@ impl Reconciler {
             return;
         }
         tracing::warn!(from = %earlier.replica_id, to = %next, "the metadata's replica here begins anew");
-        let peers: Peers = self.table.with(|table| {
-            metadata_places(table).map(|place| (place.replica, place.broker)).collect()
-        });
+        let peers: Peers =
+            self.table.with(|table| metadata_places(table).map(|place| (place.replica, place.broker)).collect());
         if let Some(watch) = self.watched.remove(&METADATA_PARTITION) {
             watch.abort();
         }
-        let opening = self.openings.spawn(succession.clone().take(next, earlier, Start::Learner, peers, self.shards.clone()));
+        let opening =
+            self.openings.spawn(succession.clone().take(next, earlier, Start::Learner, peers, self.shards.clone()));
         self.opening.insert(METADATA_PARTITION, opening);
     }
 
@@ -625,11 +626,11 @@ mod tests {
     use flowstone_storage::sim_disk::Operation;
 
     use super::*;
+    use crate::cluster::control::command_to;
     use crate::controller::commands::{
         AlterTopic, CreateTopic, MetadataCommand, MetadataReply, MetadataRules, Registration,
     };
     use crate::controller::table::{METADATA_PARTITION, Place};
-    use crate::cluster::control::command_to;
 
     /// Nothing here takes this long; what does has hung.
     const PATIENCE: Duration = Duration::from_secs(60);
@@ -651,7 +652,8 @@ mod tests {
             let data_dir = Arc::new(data_dir);
             let config = ShardsConfig { shards: 1, inline_flush_bytes_max: 0, ..ShardsConfig::default() };
             let clock = Arc::new(|| Timestamp::new(1));
-            let shards = Shards::start(config, Arc::clone(&data_dir), clock, Arc::new(flowstone_replication::NoPeers)).expect("started");
+            let shards = Shards::start(config, Arc::clone(&data_dir), clock, Arc::new(flowstone_replication::NoPeers))
+                .expect("started");
             let shards = Arc::new(shards);
             let rules = MetadataRules {
                 topics_max: 10,

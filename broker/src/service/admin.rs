@@ -63,8 +63,7 @@ pub(super) async fn handed_on<Q: Message, R: Message + Default>(
     method: &str,
     request: &Q,
 ) -> Result<R, Error> {
-    let request =
-        ForwardRequest { caller: None, method: method.to_owned(), request: request.encode_to_vec().into() };
+    let request = ForwardRequest { caller: None, method: method.to_owned(), request: request.encode_to_vec().into() };
     let answer = node.control.peers.forward(to, request, FORWARD_MAX).await?;
     R::decode(answer.response).map_err(|error| {
         Error::new(

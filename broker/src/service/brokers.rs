@@ -135,9 +135,9 @@ fn partition_health(
     };
     let lacking = entry.replicas().iter().filter(|place| !in_sync.contains(&place.broker.get())).map(|place| {
         let broker = place.broker;
-        let said = reports.replicas().find(|(from, of, row)| {
-            *from == broker && *of == tp && row.replica_id == place.replica.get()
-        });
+        let said = reports
+            .replicas()
+            .find(|(from, of, row)| *from == broker && *of == tp && row.replica_id == place.replica.get());
         match (table.broker(broker), said) {
             (None, _) => format!("broker {broker} is not part of the cluster any more"),
             (Some(known), _) if known.fenced => format!("broker {broker} is down"),
@@ -255,9 +255,8 @@ pub(super) async fn show_moves(node: &Arc<Node>, moves: &[PlannedMove]) -> Vec<p
 
 /// How large each partition is, as its leader tells.
 pub(super) async fn bytes_by_partition(node: &Arc<Node>) -> HashMap<TopicPartition, u64> {
-    let alive: Vec<BrokerId> = node
-        .table
-        .with(|table| table.brokers().filter(|broker| !broker.fenced).map(|broker| broker.id).collect());
+    let alive: Vec<BrokerId> =
+        node.table.with(|table| table.brokers().filter(|broker| !broker.fenced).map(|broker| broker.id).collect());
     let reports = Reports::of(node, alive, &[]).await;
     reports.leaders().into_iter().map(|(tp, (_, report))| (tp, report.log_bytes)).collect()
 }

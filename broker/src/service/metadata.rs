@@ -180,6 +180,7 @@ pub(super) fn watch(node: Arc<Node>, include_internal: bool) -> MetadataWatch {
         include_internal,
         told: None,
         leaders: HashMap::new(),
+        dead: HashSet::new(),
     };
     let updates = stream::unfold(watcher, |mut watcher| async move {
         let update = watcher.next().await?;
@@ -199,6 +200,8 @@ struct Watcher {
     told: Option<Offset>,
     /// Leaders as they were told.
     leaders: HashMap<TopicPartition, (i32, i32)>,
+    /// Brokers that were dead then.
+    dead: HashSet<BrokerId>,
 }
 
 impl Watcher {
@@ -232,12 +235,15 @@ impl Watcher {
         let whole = deleted.is_none();
         let mut topics = Vec::new();
         let mut leaders = HashMap::new();
+        // Whoever reads from the nearest replica wants to know which of them live.
+        let turned: HashSet<BrokerId> = view.dead.symmetric_difference(&self.dead).copied().collect();
         for topic in view.topics.iter().filter(|topic| self.include_internal || !topic.internal) {
             let mut changed = whole || topic.changed_at > since;
             for (partition, entry) in topic.partitions.iter().enumerate() {
                 let tp = TopicPartition { topic: topic.id, partition: PartitionId::new(partition as i32) };
                 let now = leader(&node, &view.dead, tp, entry);
                 changed |= self.leaders.get(&tp) != Some(&now);
+                changed |= !turned.is_empty() && entry.replicas().iter().any(|place| turned.contains(&place.broker));
                 leaders.insert(tp, now);
             }
             if changed {
@@ -245,6 +251,7 @@ impl Watcher {
             }
         }
         self.leaders = leaders;
+        self.dead.clone_from(&view.dead);
         let deleted = deleted.unwrap_or_default();
         if !whole && topics.is_empty() && deleted.is_empty() && !brokers_changed {
             self.told = Some(view.applied);

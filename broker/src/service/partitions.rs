@@ -59,7 +59,8 @@ pub(super) async fn move_here(
         seed: rand::random(),
         validate_only: false,
     };
-    let MetadataReply::Moves { moves, .. } = node.control.command(MetadataCommand::MovePartition(command)).await? else {
+    let MetadataReply::Moves { moves, .. } = node.control.command(MetadataCommand::MovePartition(command)).await?
+    else {
         return Err(odd_answer());
     };
     Ok(pb::MovePartitionResponse { r#move: show_moves(&node, &moves).await.pop() })
@@ -212,17 +213,16 @@ async fn transfer(
                 let followed = tokio::time::timeout(FOLLOW_UP_MAX, follow).await.ok().flatten();
                 return Ok(followed.or(to.map(|(broker, _)| broker)));
             }
-            Err(Error { code: ErrorCode::NotLeader, leader_hint: Some((hint, _)), .. }) if hint != leader => leader = hint,
+            Err(Error { code: ErrorCode::NotLeader, leader_hint: Some((hint, _)), .. }) if hint != leader => {
+                leader = hint
+            }
             Err(error) => return Err(error),
         }
     }
     Err(no_leader())
 }
 
-pub(super) async fn rebalance(
-    node: &Arc<Node>,
-    request: pb::RebalanceRequest,
-) -> Result<pb::RebalanceResponse, Error> {
+pub(super) async fn rebalance(node: &Arc<Node>, request: pb::RebalanceRequest) -> Result<pb::RebalanceResponse, Error> {
     decided(node, "Rebalance", request, rebalance_here).await
 }
 
@@ -310,10 +310,7 @@ pub(super) async fn recover_metadata_here(
     if !request.validate_only {
         let survives_as = ReplicaId::new(rand::random::<u64>().max(1));
         let (done, opened) = oneshot::channel();
-        node.recover_metadata
-            .send(MetadataRecovery { survives_as, done })
-            .await
-            .map_err(|_| super::shutting_down())?;
+        node.recover_metadata.send(MetadataRecovery { survives_as, done }).await.map_err(|_| super::shutting_down())?;
         opened.await.map_err(|_| super::shutting_down())?;
         let led = tokio::time::timeout(RECOVERY_MAX, node.control.metadata().ready()).await;
         led.map_err(|_| Error::new(ErrorCode::TimedOut, "the survivor does not lead yet; look at the broker's log"))??;

@@ -317,12 +317,9 @@ fn result(request_id: u64, produced: Result<Produced, Error>) -> pb::ProduceResu
             log_append_time: produced.log_append_time.unwrap_or(Timestamp::NONE).get(),
             error: None,
         },
-        Err(error) => pb::ProduceResult {
-            request_id,
-            base_offset: -1,
-            log_append_time: -1,
-            error: Some(error.to_detail()),
-        },
+        Err(error) => {
+            pb::ProduceResult { request_id, base_offset: -1, log_append_time: -1, error: Some(error.to_detail()) }
+        }
     }
 }
 

@@ -29,7 +29,10 @@ const LOOK_UP_MAX: Duration = Duration::from_secs(2);
 /// Brokers that a forwarded trim may be sent to, one after another.
 const HOPS_MAX: usize = 3;
 
-pub(super) async fn create(node: &Arc<Node>, request: pb::CreateTopicRequest) -> Result<pb::CreateTopicResponse, Error> {
+pub(super) async fn create(
+    node: &Arc<Node>,
+    request: pb::CreateTopicRequest,
+) -> Result<pb::CreateTopicResponse, Error> {
     well_named(&request.name)?;
     let validate_only = request.validate_only;
     let response: pb::CreateTopicResponse = decided(node, "CreateTopic", request, create_here).await?;
@@ -132,7 +135,10 @@ async fn reached(node: &Arc<Node>, id: TopicId, partitions: usize) {
     }
 }
 
-pub(super) async fn delete(node: &Arc<Node>, request: pb::DeleteTopicRequest) -> Result<pb::DeleteTopicResponse, Error> {
+pub(super) async fn delete(
+    node: &Arc<Node>,
+    request: pb::DeleteTopicRequest,
+) -> Result<pb::DeleteTopicResponse, Error> {
     well_named(&request.name)?;
     let response: pb::DeleteTopicResponse = decided(node, "DeleteTopic", request, delete_here).await?;
     // Whoever asks this broker next is told that it is gone.
@@ -235,10 +241,7 @@ pub(super) fn in_sync(
         member.is_some_and(|member| member.in_sync && !member.is_learner)
     };
     let places = entry.replicas().iter();
-    places
-        .filter(|place| place.broker == leader || follows(place.replica))
-        .map(|place| place.broker.get())
-        .collect()
+    places.filter(|place| place.broker == leader || follows(place.replica)).map(|place| place.broker.get()).collect()
 }
 
 fn empty(tp: TopicPartition, entry: &PartitionEntry, led: Led) -> pb::PartitionDescription {
@@ -280,7 +283,10 @@ fn partition_here(node: &Node, tp: TopicPartition, entry: &PartitionEntry) -> pb
     description
 }
 
-pub(super) async fn trim(node: &Arc<Node>, request: pb::TrimPartitionRequest) -> Result<pb::TrimPartitionResponse, Error> {
+pub(super) async fn trim(
+    node: &Arc<Node>,
+    request: pb::TrimPartitionRequest,
+) -> Result<pb::TrimPartitionResponse, Error> {
     well_named(&request.topic)?;
     if request.topic.starts_with("__") {
         return Err(internal_topic(&request.topic));

@@ -66,8 +66,7 @@ async fn leaderships_are_transferred_and_balanced() {
     world.any().create("orders", 3, 3).await.expect("created");
     world.healthy().await;
     for to in [2, 3, 1] {
-        let request =
-            pb::TransferLeaderRequest { topic: "orders".to_owned(), partition: 0, to_broker_id: to };
+        let request = pb::TransferLeaderRequest { topic: "orders".to_owned(), partition: 0, to_broker_id: to };
         let answered = until("transferred", async || {
             let answered = soon("transfer", world.client(1).admin.transfer_leader(request.clone())).await;
             answered.map_err(|status| error_of(status).to_string())

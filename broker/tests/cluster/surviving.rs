@@ -162,3 +162,22 @@ async fn a_wrong_broker_names_the_right_one() {
     }
     soon("nothing hangs", async {}).await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_missed_nothing_while_it_was_away_counts_again() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 3, 3).await.expect("created");
+    for partition in 0..3 {
+        world.produce(&topic, partition, "before").await;
+    }
+    world.healthy().await;
+    for away in [1, 2, 3] {
+        world.kill(away).await;
+        // Its leaderships move, and nothing else happens in the groups that it followed.
+        for partition in 0..3 {
+            world.leader(world.ids()[0], "orders", partition).await;
+        }
+        world.start(away).await;
+        world.healthy().await;
+    }
+}

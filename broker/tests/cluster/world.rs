@@ -117,7 +117,9 @@ impl World {
             ("storage.shards", "1".to_owned()),
             ("storage.flush_threads", "4".to_owned()),
         ];
-        for (key, value) in fixed.iter().map(|(key, value)| (*key, value)).chain(place.sets.iter().map(|(k, v)| (k.as_str(), v))) {
+        for (key, value) in
+            fixed.iter().map(|(key, value)| (*key, value)).chain(place.sets.iter().map(|(k, v)| (k.as_str(), v)))
+        {
             config.set_key(key, value).expect("a valid key");
         }
         config
@@ -255,7 +257,10 @@ pub(crate) struct Client {
 impl Client {
     pub(crate) fn of(address: SocketAddr) -> Client {
         let channel = Endpoint::from_shared(format!("http://{address}")).expect("an address").connect_lazy();
-        Client { log: LogClient::new(channel.clone()).max_decoding_message_size(64 << 20), admin: AdminClient::new(channel) }
+        Client {
+            log: LogClient::new(channel.clone()).max_decoding_message_size(64 << 20),
+            admin: AdminClient::new(channel),
+        }
     }
 
     pub(crate) async fn create(&mut self, name: &str, partitions: i32, replicas: i32) -> Result<Topic, Error> {
@@ -312,8 +317,13 @@ impl Client {
     /// One batch, acknowledged by this very broker.
     pub(crate) async fn produce(&mut self, topic: &Topic, partition: i32, batch: Bytes) -> Result<i64, Error> {
         let (requests, receiver) = mpsc::channel(1);
-        let request =
-            pb::ProduceRequest { request_id: 0, topic_id: topic.id.clone(), partition, acks: pb::Acks::Quorum.into(), batch };
+        let request = pb::ProduceRequest {
+            request_id: 0,
+            topic_id: topic.id.clone(),
+            partition,
+            acks: pb::Acks::Quorum.into(),
+            batch,
+        };
         requests.send(request).await.expect("room");
         let answers = soon("produce", self.log.produce(ReceiverStream::new(receiver))).await.map_err(error_of)?;
         let answer = soon("an answer", answers.into_inner().message()).await.map_err(error_of)?;
@@ -345,7 +355,13 @@ impl Client {
     }
 
     /// Values up to `end`, from offset 0 on.
-    pub(crate) async fn read(&mut self, topic: &Topic, partition: i32, end: i64, any: bool) -> Result<Vec<String>, Error> {
+    pub(crate) async fn read(
+        &mut self,
+        topic: &Topic,
+        partition: i32,
+        end: i64,
+        any: bool,
+    ) -> Result<Vec<String>, Error> {
         let (requests, receiver) = mpsc::channel(1);
         let set = pb::FetchPartition {
             fetch_id: 1,
