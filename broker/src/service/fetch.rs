@@ -340,8 +340,13 @@ impl FetchSession {
                 continue;
             }
             if let Err(damage) = answer.bytes.verify() {
+                let has_peers = position.partition.has_peers();
+                if let (true, ReadError::Corrupt { offset, .. }) = (has_peers, &damage) {
+                    position.partition.replica.found_corrupt(*offset);
+                }
                 if position.one_by_one {
-                    let error = self.node.explain(corrupt(&damage), &position.partition);
+                    let error = if has_peers { being_repaired(&damage) } else { corrupt(&damage) };
+                    let error = self.node.explain(error, &position.partition);
                     self.fail(fetch_id, session, generation, in_line, error);
                 } else {
                     position.one_by_one = true;
@@ -490,7 +495,13 @@ impl Stream for FetchSession {
     }
 }
 
-/// What a reader is told of bytes that are not what was written.
+/// What a reader is told of bytes that are not what was written, and that another replica has as they were.
+fn being_repaired(damage: &ReadError) -> Error {
+    let message = format!("{damage}; it is being repaired from another replica: try again in a moment");
+    Error::new(ErrorCode::StorageFailed, message)
+}
+
+/// What a reader is told of bytes that are not what was written, where there is no other replica.
 fn corrupt(damage: &ReadError) -> Error {
     Error::new(
         ErrorCode::CorruptLog,
