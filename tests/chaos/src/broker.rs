@@ -319,11 +319,14 @@ impl Broker {
         fs::read(self.messages_file()).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default()
     }
 
-    /// The last it said.
+    /// The last it said, and where it panicked, if it did.
     pub fn last_messages(&self) -> String {
         let all = self.messages();
         let lines: Vec<&str> = all.lines().collect();
-        lines[lines.len().saturating_sub(15)..].join("\n")
+        let last = lines.len().saturating_sub(15);
+        let panicked = lines[..last].iter().rposition(|line| line.contains("panicked at"));
+        let panicked = panicked.map_or(&[][..], |at| &lines[at..(at + 3).min(last)]);
+        [panicked, &lines[last..]].concat().join("\n")
     }
 }
 
