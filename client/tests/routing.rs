@@ -199,6 +199,18 @@ async fn the_watched_broker_hangs_and_leads() {
 }
 
 #[tokio::test]
+async fn a_producer_whose_records_are_all_acknowledged_waits_for_nobody() {
+    let cluster = FakeCluster::start(&NO_RACKS, &[("t", 1)]).await;
+    let producer = producer(&cluster.client(2).await).await;
+    send(&producer, 0..1).await;
+    cluster.proxy(1).go_silent();
+    let began = Instant::now();
+    producer.close(Duration::from_secs(30)).await.unwrap();
+    // Five seconds are what a broker has that must be waited for.
+    assert!(began.elapsed() < Duration::from_secs(4), "{:?}", began.elapsed());
+}
+
+#[tokio::test]
 async fn a_broker_that_has_not_heard_of_a_topic_yet_is_no_end() {
     let cluster = FakeCluster::start(&NO_RACKS, &[("t", 1)]).await;
     // Of all brokers, the client asks one that is behind: the controller knows better.

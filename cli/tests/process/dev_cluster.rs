@@ -127,7 +127,16 @@ impl DevCluster {
     /// Waits until nothing is under-replicated or leaderless.
     #[track_caller]
     pub(crate) fn healthy(&self) {
-        until("health", || self.run(&["cluster", "health"]).status.success());
+        let began = Instant::now();
+        loop {
+            let health = self.run(&["cluster", "health"]);
+            if health.status.success() {
+                return;
+            }
+            let told = String::from_utf8_lossy(&health.stdout).into_owned() + &health.stderr;
+            assert!(began.elapsed() < HANG, "not healthy after {HANG:?}: {told}");
+            std::thread::sleep(Duration::from_millis(100));
+        }
     }
 
     /// Ends it by this signal, and returns how it ended and what was said.

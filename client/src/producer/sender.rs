@@ -828,10 +828,13 @@ async fn run_link(core: Arc<ProducerCore>, link: Arc<Link>) {
                 tokio::select! {
                     error = &mut stream => error,
                     () = core.stopped() => {
-                        // Our side of the stream ends behind what is on it; the broker takes that and ends its side.
-                        // What is sent with `acks=none` has no other way to be known to have arrived.
                         link.down();
-                        let _ = tokio::time::timeout(LEAVE_MAX, stream).await;
+                        if core.settings.acks == pb::Acks::None {
+                            // Our side of the stream ends behind what is on it; the broker takes that and ends its side.
+                            // What is sent so has no other way to be known to have arrived. All else is answered: a
+                            // broker that hangs is not waited for.
+                            let _ = tokio::time::timeout(LEAVE_MAX, stream).await;
+                        }
                         return;
                     }
                 }
