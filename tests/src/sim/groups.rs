@@ -180,14 +180,21 @@ impl World {
                 continue;
             };
             let mut lost = Vec::new();
+            let mut has_lost_votes = false;
             for (group, known) in running.known.iter().enumerate() {
                 let Some(handle) = it.handle(known.tp) else { continue };
                 let status = handle.status();
-                if matches!(status.health, Health::Lost { .. }) {
+                if let Health::Lost { message, .. } = &status.health {
+                    // No replica can vote here again, whatever its id: an operator gives the broker an empty directory.
+                    has_lost_votes |= message.contains("the hard states of stripe");
                     lost.push((group, running.replicas[&known.tp].replica));
                 } else if status.role == Role::Leader {
                     handle.group(running.outbox.reply(move |status| Out::Status { group, status }));
                 }
+            }
+            if has_lost_votes {
+                self.give_empty_disk(broker);
+                continue;
             }
             for (group, replica) in lost {
                 let after = self.random.millis(50, 900);
