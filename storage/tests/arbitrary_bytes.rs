@@ -11,7 +11,9 @@ use flowstone_protocol::{
     Compression, ControlType, LeaderEpoch, Offset, RaftIndex, RecordBatchBuilder, ReplicaId, Term, Timestamp,
 };
 use flowstone_storage::checkpoint::EpochStart;
-use flowstone_storage::fuzz_targets::{read_checkpoint, read_hard_state, read_index, recover_log};
+use flowstone_storage::fuzz_targets::{
+    pull_range, read_checkpoint, read_hard_state, read_index, recover_log, resume_install,
+};
 use flowstone_storage::{Checkpoint, Disk, HardState, HardStateFile, SimDisk};
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
@@ -137,4 +139,15 @@ fn checkpoint() {
         flipped[bit / 8] ^= 1 << (bit % 8);
         assert!(Checkpoint::decode(&Bytes::from(flipped)).is_err(), "bit {bit}");
     }
+}
+
+#[test]
+fn ranges_from_other_replicas() {
+    check(pull_range, include_bytes!("../../fuzz/corpus/pull_range/a_log"), 2_000);
+}
+
+#[test]
+fn what_an_interrupted_install_left() {
+    check(resume_install, include_bytes!("../../fuzz/corpus/resume_install/half_way"), 1_000);
+    check(resume_install, include_bytes!("../../fuzz/corpus/resume_install/whole"), 1_000);
 }
