@@ -27,9 +27,9 @@ use crate::raft_log::{self, RaftLog};
 use crate::request::MemberStatus;
 
 /// Ticks between a leader's heartbeats.
-const HEARTBEAT_TICKS: u64 = 2;
+const HEARTBEAT_TICKS: u64 = 3;
 /// Ticks of silence after which a leader is not believed in any more, and in which a leader must hear of a majority.
-const ELECTION_TICKS: usize = 6;
+const ELECTION_TICKS: usize = 7;
 /// The first of the voters stands for election this much later: clocks differ by a tick, and a vote is refused by whoever
 /// still believes in the leader.
 const ELECTION_TICKS_MORE: usize = 1;
@@ -78,6 +78,21 @@ pub(crate) struct RaftAdapter {
     heard: Vec<(u64, u64)>,
     /// It stands at once while its group has not had a leader yet.
     stands_first: bool,
+}
+
+/// Members of a group at rest, beside the leader.
+pub(crate) const REST_MEMBERS: usize = 4;
+
+/// A group at rest, as one of its replicas sees it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rest {
+    pub(crate) leads: bool,
+    /// The leader, or those that follow.
+    pub(crate) others: [ReplicaId; REST_MEMBERS],
+    pub(crate) term: Term,
+    pub(crate) commit: RaftIndex,
+    /// Ticks of silence after which it stands for election.
+    pub(crate) timeout: u64,
 }
 
 /// What an idle group's message needs.
@@ -414,6 +429,51 @@ impl RaftAdapter {
                 Quick::Done
             }
             _ => Quick::Step,
+        }
+    }
+
+    /// What heartbeats of a group at rest, or the answers to them, look like: until the next step they need not come here.
+    pub(crate) fn rest(&self) -> Option<Rest> {
+        let raft = &self.node.raft;
+        let (term, commit) = (Term::new(raft.term), RaftIndex::new(raft.raft_log.committed));
+        let mut others = [ReplicaId::new(raft::INVALID_ID); REST_MEMBERS];
+        match raft.state {
+            StateRole::Follower
+                if raft.leader_id != raft::INVALID_ID
+                    && raft.pending_request_snapshot == raft::INVALID_INDEX
+                    && self.gone.is_none() =>
+            {
+                others[0] = ReplicaId::new(raft.leader_id);
+                Some(Rest { leads: false, others, term, commit, timeout: self.timeout as u64 })
+            }
+            StateRole::Leader if raft.lead_transferee.is_none() && raft.pending_read_count() == 0 => {
+                let last = raft.raft_log.last_index();
+                let followers = raft.prs().iter().filter(|&(&id, _)| id != self.id);
+                for (at, (&id, progress)) in followers.enumerate() {
+                    let fits = progress.matched == last
+                        && progress.state == ProgressState::Replicate
+                        && progress.pending_request_snapshot == raft::INVALID_INDEX
+                        && !progress.ins.full();
+                    *others.get_mut(at).filter(|_| fits)? = ReplicaId::new(id);
+                }
+                Some(Rest { leads: true, others, term, commit, timeout: 0 })
+            }
+            _ => None,
+        }
+    }
+
+    /// Its leader was heard of at that tick, and nothing else happened until then.
+    pub(crate) fn heard_leader(&mut self, at: u64) {
+        self.pass(at.saturating_sub(self.ticks));
+        self.node.raft.election_elapsed = 0;
+    }
+
+    /// A follower that has everything answered a heartbeat.
+    pub(crate) fn heard_follower(&mut self, replica: ReplicaId) {
+        let ticks = self.ticks;
+        if let Some(progress) = self.node.raft.mut_prs().get_mut(replica.get()) {
+            progress.recent_active = true;
+            hear(&mut self.heard, replica.get(), ticks);
         }
     }
 

@@ -37,7 +37,7 @@ use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 use crate::membership::{Membership, MembershipChange};
 use crate::parked::{Parked, ParkedReads, Waiting};
 use crate::peer::{PeerBody, PeerMessage};
-use crate::raft_adapter::{self, Panicked, Quick, RaftAdapter, Ticked};
+use crate::raft_adapter::{self, Panicked, Quick, RaftAdapter, Rest, Ticked};
 use crate::raft_log;
 use crate::reply::Reply;
 use crate::request::{
@@ -425,6 +425,20 @@ impl<M: Machine> Replica<M> {
             Quick::Done => Ok(None),
             Quick::Answer(answer) => Ok(Some(answer)),
         }
+    }
+
+    /// How its group is while it rests: heartbeats that fit need not be given to it until it is stepped next; what they
+    /// said is then told by [`Replica::heard_leader`] and [`Replica::heard_follower`].
+    pub(crate) fn rest(&self) -> Option<Rest> {
+        if self.is_idle() { self.raft.rest() } else { None }
+    }
+
+    pub(crate) fn heard_leader(&mut self, at: u64) {
+        self.raft.heard_leader(at);
+    }
+
+    pub(crate) fn heard_follower(&mut self, replica: ReplicaId) {
+        self.raft.heard_follower(replica);
     }
 
     /// Whether there is anything in its group but itself.

@@ -33,7 +33,7 @@ use flowstone_storage::{
     StorageError,
 };
 
-use self::peers::{NEVER, Places};
+use self::peers::{NEVER, Places, Quiet};
 pub(crate) use self::pulling::Installed;
 use self::pulling::Pull;
 pub(crate) use self::scrubbing::Repaired;
@@ -285,6 +285,7 @@ impl<M: Machine> Shards<M> {
                 heartbeats: Vec::new(),
                 ticks: 0,
                 wakes: Vec::new(),
+                quiet: Vec::new(),
                 pulls: Vec::new(),
                 scrubbing: Scrubbing::new(config, now),
                 timers: Timers::new(config),
@@ -748,6 +749,8 @@ struct Shard<M: Machine> {
     /// Ticks so far, and after which of them each place in the table is woken.
     ticks: u64,
     wakes: Vec<u64>,
+    /// Those whose groups are at rest.
+    quiet: Vec<Option<Quiet>>,
     /// Places in the table that pull something.
     pulls: Vec<u32>,
     scrubbing: Scrubbing,
@@ -894,6 +897,7 @@ impl<M: Machine> Shard<M> {
     }
 
     fn touch(&mut self, index: u32) {
+        self.stir(index);
         let slot = &mut self.slots[index as usize];
         if !slot.touched {
             slot.touched = true;
@@ -955,6 +959,7 @@ impl<M: Machine> Shard<M> {
             None => {
                 self.slots.push(slot);
                 self.wakes.push(NEVER);
+                self.quiet.push(None);
                 u32::try_from(self.slots.len() - 1).expect("fewer replicas than 2^32")
             }
         };
@@ -1097,6 +1102,7 @@ impl<M: Machine> Shard<M> {
             closed.send(());
             return;
         };
+        self.stir(index);
         let slot = &mut self.slots[index as usize];
         let closing = slot.closing.get_or_insert(Closing { delete_files: false, closed: Vec::new() });
         closing.delete_files |= delete_files;
@@ -1368,6 +1374,7 @@ impl<M: Machine> Shard<M> {
     }
 
     fn on_ended(&mut self, index: u32, ended: &Ended) {
+        self.quiet[index as usize] = None;
         let slot = &mut self.slots[index as usize];
         let message = ended.to_string();
         self.port.counters.replicas_ended.fetch_add(1, Ordering::Relaxed);

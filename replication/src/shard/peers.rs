@@ -13,7 +13,8 @@ use flowstone_protocol::{BrokerId, ReplicaId, TopicPartition};
 use super::{Shard, SlotKey, State};
 use crate::effects::Event;
 use crate::machine::Machine;
-use crate::peer::PeerMessage;
+use crate::peer::{PeerBody, PeerMessage};
+use crate::raft_adapter::Rest;
 use crate::request::Role;
 use crate::transport::GroupMessage;
 
@@ -76,11 +77,93 @@ impl Places {
     }
 }
 
+/// What is known of a replica whose group is at rest: one line of the processor's cache or two, rather than the dozens that
+/// looking into the replica takes.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Quiet {
+    rest: Rest,
+    own: ReplicaId,
+    /// Where its leader is.
+    broker: BrokerId,
+    /// When its leader was heard of last.
+    heard_at: Option<u64>,
+    /// Which followers answered.
+    answered: u8,
+}
+
 impl<M: Machine> Shard<M> {
+    // ---- groups at rest --------------------------------------------------------------------------------------------
+
+    /// Takes a heartbeat, or an answer to one, where all that it says is known. Whether it did.
+    fn take_quietly(&mut self, index: u32, from: BrokerId, tp: TopicPartition, message: &PeerMessage) -> bool {
+        let Some(quiet) = &mut self.quiet[index as usize] else { return false };
+        if quiet.own != message.to || quiet.rest.term != message.term {
+            return false;
+        }
+        match message.body {
+            PeerBody::Heartbeat { commit }
+                if !quiet.rest.leads
+                    && quiet.rest.others[0] == message.from
+                    && quiet.broker == from
+                    && commit <= quiet.rest.commit =>
+            {
+                quiet.heard_at = Some(self.ticks);
+                self.wakes[index as usize] = self.ticks + quiet.rest.timeout;
+                let answer = PeerMessage {
+                    from: message.to,
+                    to: message.from,
+                    term: message.term,
+                    body: PeerBody::HeartbeatResponse { commit: quiet.rest.commit },
+                };
+                self.port.counters.messages_sent.fetch_add(1, Ordering::Relaxed);
+                self.outgoing.entry(from).or_default().push(GroupMessage { tp, message: answer });
+                true
+            }
+            PeerBody::HeartbeatResponse { .. } if quiet.rest.leads => {
+                let who = quiet.rest.others.iter().position(|&other| other == message.from);
+                if let Some(at) = who {
+                    quiet.answered |= 1 << at;
+                }
+                who.is_some()
+            }
+            _ => false,
+        }
+    }
+
+    /// Tells a replica what was heard while its group was at rest: before anything else happens to it.
+    pub(super) fn stir(&mut self, index: u32) {
+        let Some(quiet) = self.quiet[index as usize].take() else { return };
+        let State::Running(replica) = &mut self.slots[index as usize].state else { return };
+        if let Some(at) = quiet.heard_at {
+            replica.heard_leader(at);
+        }
+        if quiet.answered != 0 {
+            replica.pass_ticks(self.ticks.saturating_sub(replica.ticks() + 1));
+            let answered = (0..quiet.rest.others.len()).filter(|at| quiet.answered & (1 << at) != 0);
+            for at in answered {
+                replica.heard_follower(quiet.rest.others[at]);
+            }
+        }
+    }
+
+    /// Lets it rest, if there is nothing to do for it.
+    fn rest(&mut self, index: u32) {
+        let slot = &self.slots[index as usize];
+        let State::Running(replica) = &slot.state else { return };
+        if slot.touched || slot.closing.is_some() || !slot.events.is_empty() || replica.is_alone() {
+            return;
+        }
+        let Some(rest) = replica.rest() else { return };
+        let broker = if rest.leads { Some(BrokerId::new(-1)) } else { slot.places.broker_of(rest.others[0]) };
+        self.quiet[index as usize] =
+            broker.map(|broker| Quiet { rest, own: slot.spec.replica, broker, heard_at: None, answered: 0 });
+    }
+
     // ---- time ------------------------------------------------------------------------------------------------------
 
     /// Sets when time matters next to a replica.
     pub(super) fn wake(&mut self, index: u32) {
+        self.rest(index);
         let wake = match &self.slots[index as usize].state {
             State::Running(replica) => replica.wakes_in().map_or(NEVER, |ticks| replica.ticks().saturating_add(ticks)),
             _ => NEVER,
@@ -110,6 +193,7 @@ impl<M: Machine> Shard<M> {
     }
 
     fn tick(&mut self, index: u32) {
+        self.stir(index);
         let slot = &mut self.slots[index as usize];
         let State::Running(replica) = &mut slot.state else {
             self.wakes[index as usize] = NEVER;
@@ -142,6 +226,7 @@ impl<M: Machine> Shard<M> {
 
     /// Ticks that a replica has not seen are passed before it is stepped.
     pub(super) fn pass_ticks(&mut self, index: u32) {
+        self.stir(index);
         let slot = &mut self.slots[index as usize];
         if let State::Running(replica) = &mut slot.state {
             let late = self.ticks.saturating_sub(replica.ticks());
@@ -182,6 +267,10 @@ impl<M: Machine> Shard<M> {
         }
         for GroupMessage { tp, message } in messages {
             let Some(&index) = self.by_partition.get(&tp) else { continue };
+            if self.take_quietly(index, from, tp, &message) {
+                continue;
+            }
+            self.stir(index);
             let slot = &mut self.slots[index as usize];
             // Ids are never used twice: what is not for this very replica is of another life, or of none.
             if message.to != slot.spec.replica || slot.closing.is_some() {

@@ -521,6 +521,8 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[index as usize];
         tracing::warn!(tp = %slot.spec.tp, "what a replica misses was trimmed everywhere: it is copied as a whole");
         slot.hint = slot.shown.leader_broker;
+        self.quiet[index as usize] = None;
+        let slot = &mut self.slots[index as usize];
         let State::Running(mut replica) = std::mem::replace(&mut slot.state, State::Ending) else { return };
         let error = super::gone().with_partition(slot.spec.tp.partition);
         let mut fx = replica.close(&error);
