@@ -102,8 +102,7 @@ async fn forward(inbound: TcpStream, target: SocketAddr, silent: watch::Receiver
 
 async fn pump(mut from: impl AsyncRead + Unpin, mut to: impl AsyncWrite + Unpin, mut silent: watch::Receiver<bool>) {
     let mut buffer = vec![0; 64 << 10];
-    loop {
-        let Ok(bytes @ 1..) = from.read(&mut buffer).await else { break };
+    while let Ok(bytes @ 1..) = from.read(&mut buffer).await {
         if silent.wait_for(|silent| !silent).await.is_err() || to.write_all(&buffer[..bytes]).await.is_err() {
             break;
         }
