@@ -1,11 +1,13 @@
 //! Keeps the peer network told of who the other brokers are: from the founding, the seeds, and then the metadata.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use flowstone_protocol::peer::HelloResponse;
 use flowstone_protocol::{BrokerId, Error, Offset};
 
+use super::belonging::Kept;
 use super::form::{Founder, Heard};
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
@@ -35,23 +37,35 @@ pub(crate) async fn look_around<H, A>(
     loop {
         let mut told = HashMap::new();
         let mut told_by_others = HashMap::new();
-        for seed in seeds.iter().filter(|seed| **seed != own_address) {
-            let Ok(response) = hello(seed.clone()).await else { continue };
-            let Some(heard) = Heard::from_message(&response) else { continue };
+        let ask = async |address: &String| {
+            let response = hello(address.clone()).await.ok()?;
+            let heard = Heard::from_message(&response)?;
             // Members of this cluster alone are believed.
-            if heard.founding.as_ref().map(|founding| founding.cluster) != me.cluster {
-                continue;
-            }
-            let known = response.brokers.iter().map(|known| (BrokerId::new(known.broker_id), &known.peer_address));
-            told_by_others.extend(known.map(|(broker, address)| (broker, address.clone())));
-            told.insert(heard.broker, heard.peer_address.clone());
+            let is_member = heard.founding.as_ref().map(|founding| founding.cluster) == me.cluster;
+            is_member.then_some((heard, response.brokers))
+        };
+        for seed in seeds.iter().filter(|seed| **seed != own_address) {
+            let Some((heard, brokers)) = ask(seed).await else { continue };
+            told_by_others
+                .extend(brokers.into_iter().map(|known| (BrokerId::new(known.broker_id), known.peer_address)));
+            told.insert(heard.broker, (heard.peer_address, heard.directory));
         }
         // Where a broker is, it knows best itself: when all came back at other addresses, what the others know of it are
-        // the old ones.
-        told_by_others.retain(|broker, _| !told.contains_key(broker));
-        for (broker, address) in told_by_others.iter().chain(&told) {
+        // the old ones. And which directory it keeps, it alone says: the metadata may be led by one that joined after
+        // all that this broker knows, and whose streams it would refuse.
+        told_by_others
+            .retain(|broker, address| !told.contains_key(broker) && *broker != me.broker && !address.is_empty());
+        for (broker, address) in &told_by_others {
+            match ask(address).await {
+                Some((heard, _)) if heard.broker == *broker => {
+                    told.insert(heard.broker, (heard.peer_address, heard.directory));
+                }
+                _ => book.set_address(*broker, address),
+            }
+        }
+        for (broker, (address, directory)) in &told {
             if *broker != me.broker && !address.is_empty() {
-                book.set_address(*broker, address);
+                book.introduce(*broker, address, *directory);
             }
         }
         tokio::time::sleep(LOOK_EVERY).await;
@@ -59,7 +73,7 @@ pub(crate) async fn look_around<H, A>(
 }
 
 /// Follows the metadata until aborted.
-pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: BrokerId) {
+pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: BrokerId, kept: Arc<Kept>) {
     let mut changes = table.changes();
     let mut seen: Option<Offset> = None;
     loop {
@@ -89,11 +103,31 @@ pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: 
                 }
             }
             seen = Some(at);
+            // After a start in which nobody can read the metadata yet, they must still know each other.
+            let brokers = table.with(registered);
+            if let Err(error) = kept.change(move |belonging| belonging.brokers = brokers).await {
+                tracing::warn!(error, "cannot note who the other brokers are");
+            }
         }
         if changes.changed().await.is_err() {
             return;
         }
     }
+}
+
+/// All brokers, with their directories.
+fn registered(table: &MetadataTable) -> Vec<Founder> {
+    // A cluster of one needs no note, nor the flushes that it takes.
+    if table.brokers().count() <= 1 {
+        return Vec::new();
+    }
+    let brokers = table.brokers().map(|broker| Founder {
+        broker: broker.id,
+        directory: broker.directory,
+        replica: broker.metadata_replica,
+        peer_address: broker.peer_address.clone(),
+    });
+    brokers.collect()
 }
 
 /// No part of the cluster, and none of those that it was founded on and that may not have registered yet.

@@ -63,6 +63,18 @@ impl PeerBook {
         });
     }
 
+    /// As [`set_address`](Self::set_address), for a broker that said itself where it is and which directory it keeps. The
+    /// directory is believed where none is known: a registration that is known here is not overruled.
+    pub fn introduce(&self, broker: BrokerId, address: &str, directory: DirectoryId) {
+        self.change(|entries| {
+            let entry = entries.entry(broker).or_insert_with(|| PeerEntry { address: String::new(), directory: None });
+            let is_new = entry.address != address || entry.directory.is_none();
+            address.clone_into(&mut entry.address);
+            entry.directory.get_or_insert(directory);
+            is_new
+        });
+    }
+
     /// Forgets a broker: it is dialled no more, and its streams end.
     pub fn remove(&self, broker: BrokerId) {
         self.change(|entries| entries.remove(&broker).is_some());
@@ -125,9 +137,14 @@ mod tests {
         book.remove(BrokerId::new(2));
         book.replace(HashMap::from([(BrokerId::new(1), entry)]));
         assert!(!watch.has_changed().expect("open"));
+        book.introduce(BrokerId::new(1), "a:1", DirectoryId::new(8));
+        assert!(!watch.has_changed().expect("open"), "the directory that is registered counts");
         book.set_address(BrokerId::new(1), "a:2");
         assert!(watch.has_changed().expect("open"));
         assert_eq!(book.get(BrokerId::new(1)).expect("known").directory, Some(DirectoryId::new(7)));
-        assert_eq!(book.version(), 2);
+        book.set_address(BrokerId::new(3), "c:1");
+        book.introduce(BrokerId::new(3), "c:1", DirectoryId::new(9));
+        assert_eq!(book.get(BrokerId::new(3)).expect("known").directory, Some(DirectoryId::new(9)));
+        assert_eq!(book.version(), 4);
     }
 }
