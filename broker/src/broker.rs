@@ -9,6 +9,7 @@
 //!     -> clients are served
 //! ```
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
@@ -27,7 +28,7 @@ use tokio::sync::{Semaphore, mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin_http::{self, Readiness};
-use crate::cluster::belonging::Belonging;
+use crate::cluster::belonging::{Belonging, Kept};
 use crate::cluster::calls::Calls;
 use crate::cluster::control::Control;
 use crate::cluster::drive::{self, Driver, Led};
@@ -346,12 +347,13 @@ impl Starting {
         let room = Room::new(self.config.storage.free_bytes_min);
         let led = Arc::new(Led::default());
         let metadata_replica = watch::Sender::new(metadata.replica_id);
+        let kept = Kept::new(Arc::clone(&data_dir), belonging);
         let (recover, recoveries) = mpsc::channel(1);
         let succession = Succession {
             wanted: metadata_replica.subscribe(),
             control: Arc::clone(&control),
             data_dir: Arc::clone(&data_dir),
-            belonging,
+            kept: Arc::clone(&kept),
         };
         let session = session::Session {
             control: Arc::clone(&control),
@@ -368,6 +370,7 @@ impl Starting {
             table.clone(),
             network.book().clone(),
             self.config.node.id,
+            kept,
         )));
 
         let own = TopicConfig::resolve(&TopicOverrides::new(), &TopicOverrides::new()).map_err(StartError::Metadata)?;
@@ -479,7 +482,9 @@ impl Starting {
                 note(data_dir, founding, me.broker).await.map_err(refused)?
             }
         };
-        for founder in belonging.founding.voters.iter().filter(|founder| founder.broker != me.broker) {
+        // What was registered last goes before what the cluster began with.
+        let known = belonging.founding.voters.iter().chain(&belonging.brokers);
+        for founder in known.filter(|founder| founder.broker != me.broker) {
             book::enter(network.book(), founder);
         }
         network.set_cluster(belonging.founding.cluster);
@@ -629,8 +634,10 @@ impl Starting {
         } else {
             Start::Learner
         };
-        let known = if others.is_empty() { founders } else { others };
-        let peers: Peers = known.iter().map(|founder| (founder.replica, founder.broker)).collect();
+        // By replica: those of the founding that were replaced since harm nobody.
+        let known = founders.iter().chain(&belonging.brokers).chain(others);
+        let peers: BTreeMap<ReplicaId, BrokerId> = known.map(|known| (known.replica, known.broker)).collect();
+        let peers: Peers = peers.into_iter().collect();
         let spec = metadata_spec(data_dir, replica_id, Arc::clone(&peers), start);
         let replica = open_handle(shards, spec, machine).await.map_err(StartError::Metadata)?;
         let has_peers = peers.iter().any(|(other, _)| *other != replica_id);
@@ -689,7 +696,14 @@ impl Starting {
         let patience = self.config.limits.broker_session_timeout * REGISTRATION_SESSIONS;
         let response = session::register(contacts, register, &request, patience, &self.readiness).await;
         drop(looking);
-        response.map_err(|error| StartError::Cluster(error.message))
+        let response = response.map_err(|error| StartError::Cluster(error.message))?;
+        // Some may have lost the directory by which they were known here, and the metadata is to come from them. A founder
+        // that has not registered yet is where it was when the cluster was founded.
+        let registered = |other: &&Founder| other.broker != me && !other.peer_address.is_empty();
+        for other in metadata_replicas(&response).iter().filter(registered) {
+            book::enter(network.book(), other);
+        }
+        Ok(response)
     }
 
     /// Waits until the metadata here holds this start's registration: it is caught up.

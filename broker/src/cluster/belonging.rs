@@ -2,11 +2,14 @@
 //!
 //! It is written before anyone is told of it, so that a founding that was told is never forgotten by whoever made it.
 
+use std::sync::Arc;
+
 use flowstone_protocol::{BrokerId, ReplicaId, peer};
 use flowstone_storage::DataDir;
+use parking_lot::Mutex;
 use prost::Message;
 
-use super::form::{Founder, Founding};
+use super::form::{Founder, Founding, founder_message, founder_of};
 
 /// Which cluster a directory belongs to, and which replica of its metadata it holds.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -14,13 +17,52 @@ pub(crate) struct Belonging {
     pub(crate) founding: Founding,
     /// `None` until this broker is registered for the first time, unless it is one of the founders.
     pub(crate) metadata_replica: Option<ReplicaId>,
+    /// Brokers as they were registered when this was written: after a start they are believed before the metadata can be
+    /// read, and founders may have lost the directories that the founding names.
+    pub(crate) brokers: Vec<Founder>,
+}
+
+/// What a directory says, kept up to date while the broker runs.
+#[derive(Debug)]
+pub(crate) struct Kept {
+    data_dir: Arc<DataDir>,
+    /// Held while the file is written, on a thread that may block: so that the last change is the one that stays.
+    state: Mutex<Belonging>,
+}
+
+impl Kept {
+    pub(crate) fn new(data_dir: Arc<DataDir>, belonging: Belonging) -> Arc<Self> {
+        Arc::new(Self { data_dir, state: Mutex::new(belonging) })
+    }
+
+    /// Changes what is known; durable when this returns. Nothing is written where nothing changed.
+    ///
+    /// # Errors
+    /// The file system failed: what was known before stays.
+    pub(crate) async fn change(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut Belonging) + Send + 'static,
+    ) -> Result<(), String> {
+        let kept = Arc::clone(self);
+        let changing = tokio::task::spawn_blocking(move || {
+            let mut state = kept.state.lock();
+            let mut next = state.clone();
+            change(&mut next);
+            if next != *state {
+                next.save(&kept.data_dir)?;
+                *state = next;
+            }
+            Ok(())
+        });
+        changing.await.map_err(|error| error.to_string())?
+    }
 }
 
 impl Belonging {
     /// What `broker` has to know of the cluster that `founding` made.
     pub(crate) fn new(founding: Founding, broker: BrokerId, data_dir: &DataDir) -> Self {
         let metadata_replica = founding.founder(broker, data_dir.id()).map(|founder| founder.replica);
-        Self { founding, metadata_replica }
+        Self { founding, metadata_replica, brokers: Vec::new() }
     }
 
     /// A cluster of this broker alone, from the start. Nothing of it has to be written but the cluster's id, which is in
@@ -29,7 +71,7 @@ impl Belonging {
         let replica = founding_replica(data_dir);
         let me = Founder { broker, directory: data_dir.id(), replica, peer_address: peer_address.to_owned() };
         let founding = Founding { cluster: data_dir.cluster()?, voters: vec![me] };
-        Some(Self { founding, metadata_replica: Some(replica) })
+        Some(Self { founding, metadata_replica: Some(replica), brokers: Vec::new() })
     }
 
     /// As written; `None` for a directory that belongs to no cluster yet.
@@ -53,7 +95,8 @@ impl Belonging {
             0 => founding.founder(broker, data_dir.id()).map(|founder| founder.replica),
             id => Some(ReplicaId::new(id)),
         };
-        Ok(Some(Self { founding, metadata_replica }))
+        let brokers = message.brokers.iter().filter_map(founder_of).collect();
+        Ok(Some(Self { founding, metadata_replica, brokers }))
     }
 
     /// Durable when this returns.
@@ -64,6 +107,7 @@ impl Belonging {
         let message = peer::Belonging {
             founding: Some(self.founding.to_message()),
             metadata_replica_id: self.metadata_replica.map_or(0, ReplicaId::get),
+            brokers: self.brokers.iter().map(founder_message).collect(),
         };
         data_dir.set_founding(&message.encode_to_vec()).map_err(|error| error.to_string())
     }
@@ -122,6 +166,7 @@ mod tests {
         let mut observer = Belonging::new(founding, other, &data_dir);
         assert_eq!((observer.metadata_replica, observer.is_founder()), (None, false));
         observer.metadata_replica = Some(ReplicaId::new(44));
+        observer.brokers = vec![voter(1, DirectoryId::new(3))];
         observer.save(&data_dir).expect("written");
         assert_eq!(Belonging::load(&data_dir, other, "d:1"), Ok(Some(observer)));
     }

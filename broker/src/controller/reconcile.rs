@@ -17,7 +17,7 @@ use tokio::task::{AbortHandle, JoinError, JoinSet};
 
 use super::change::{PartitionEntry, Place, Recovered};
 use super::table::{METADATA_PARTITION, METADATA_TOPIC_ID, MetadataTable, Topic};
-use crate::cluster::belonging::Belonging;
+use crate::cluster::belonging::Kept;
 use crate::cluster::control::Control;
 use crate::coordinator::Published;
 use crate::node::MetadataRecovery;
@@ -66,24 +66,23 @@ pub(crate) struct Succession {
     pub(crate) wanted: watch::Receiver<ReplicaId>,
     pub(crate) control: Arc<Control>,
     pub(crate) data_dir: Arc<DataDir>,
-    pub(crate) belonging: Belonging,
+    /// Where the new id is noted.
+    pub(crate) kept: Arc<Kept>,
 }
 
 impl Succession {
     /// Notes the new id, closes the `earlier` replica, and opens the one that takes its place.
     async fn take(
-        mut self,
+        self,
         next: ReplicaId,
         earlier: Arc<OpenPartition>,
         start: Start,
         peers: Peers,
         shards: Weak<Shards<PartitionMachine>>,
     ) -> (TopicPartition, Slot) {
-        self.belonging.metadata_replica = Some(next);
-        let (belonging, data_dir) = (self.belonging.clone(), Arc::clone(&self.data_dir));
         // First of all: a start that is cut off from here on goes on with the new one.
-        let noted = tokio::task::spawn_blocking(move || belonging.save(&data_dir)).await;
-        if let Ok(Err(error)) = noted {
+        let noted = self.kept.change(move |belonging| belonging.metadata_replica = Some(next)).await;
+        if let Err(error) = noted {
             tracing::error!(error, "cannot note the new replica of the metadata; it is tried again at the next start");
             return (METADATA_PARTITION, Slot::Open(earlier));
         }

@@ -173,3 +173,54 @@ async fn the_metadata_goes_on_with_what_its_last_voter_has() {
     world.kill(3).await;
     assert_eq!(world.values(&topic, 0).await, ["kept"]);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_that_cannot_end_is_cancelled() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "kept").await;
+    let before = world.any().describe("orders").await.expect("described").partitions[0].replicas.clone();
+    world.add_place(4).await;
+    world.start(4).await;
+    // Nobody has noticed yet that it is gone: the move begins, and goes nowhere.
+    world.kill(4).await;
+    let mut wanted = before.clone();
+    wanted[2] = 4;
+    let request = pb::MovePartitionRequest { topic: "orders".to_owned(), partition: 0, brokers: wanted };
+    soon("move", world.client(1).admin.move_partition(request)).await.map_err(error_of).expect("begun");
+    let moves = world.client(2).moves().await.expect("told");
+    assert_eq!(moves.len(), 1, "{moves:?}");
+    assert_eq!((moves[0].adding.as_slice(), moves[0].removing.as_slice()), (&[4][..], &before[2..]), "{moves:?}");
+    world.produce(&topic, 0, "meanwhile").await;
+    let request = pb::CancelMoveRequest { topic: "orders".to_owned(), partition: 0 };
+    soon("cancel", world.client(3).admin.cancel_move(request)).await.map_err(error_of).expect("there is a way back");
+    no_moves(&world).await;
+    world.healthy().await;
+    let after = world.any().describe("orders").await.expect("described").partitions[0].replicas.clone();
+    assert_eq!(after, before);
+    assert_eq!(world.values(&topic, 0).await, ["kept", "meanwhile"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_is_refused_by_any_broker() {
+    let world = World::of(3).await;
+    world.any().create("orders", 1, 3).await.expect("created");
+    for id in world.ids() {
+        let mut client = world.client(id);
+        let error = client.create("more", 1, 4).await.expect_err("four replicas on three brokers");
+        assert!(error.message.contains('3'), "{error}");
+        let drain = pb::DrainBrokerRequest { broker_id: 2, ..Default::default() };
+        let error =
+            error_of(soon("drain", client.admin.drain_broker(drain)).await.expect_err("nobody could take them"));
+        assert!(error.message.contains("cannot be drained"), "{error}");
+        let request = pb::DecommissionBrokerRequest { broker_id: 3 };
+        let answered = soon("decommission", client.admin.decommission_broker(request)).await;
+        assert!(answered.is_err(), "it holds replicas");
+        let request = pb::TransferLeaderRequest { topic: "orders".to_owned(), partition: 0, to_broker_id: 9 };
+        let error =
+            error_of(soon("transfer", client.admin.transfer_leader(request)).await.expect_err("no such broker"));
+        assert!(error.message.contains("broker 9"), "{error}");
+        let error = client.describe("nothing").await.expect_err("no such topic");
+        assert_eq!(error.code, flowstone_protocol::ErrorCode::UnknownTopic);
+    }
+}
