@@ -73,12 +73,6 @@ fn dev_keeps_data_where_it_is_told_to() {
 }
 
 #[test]
-fn dev_of_several_brokers_says_that_it_is_not_there_yet() {
-    flowstone(&["dev", "-n", "3"]).fails(2, &["does not have yet", "flowstone dev"]);
-    flowstone(&["dev", "-n", "0"]).fails(2, &[]);
-}
-
-#[test]
 fn the_life_of_a_topic() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let broker = Daemon::start(&folder.path().join("data"));
