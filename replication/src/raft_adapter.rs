@@ -291,7 +291,10 @@ impl RaftAdapter {
             StateRole::Leader if self.is_alone() => None,
             StateRole::Leader if raft.lead_transferee.is_some() || raft.pending_read_count() > 0 => Some(1),
             StateRole::Leader => Some(HEARTBEAT_TICKS.saturating_sub(self.beat).max(1)),
-            _ if !raft.promotable() => None,
+            // It never stands for election. But it votes, and while it believes in a leader it refuses to: that must pass,
+            // also where nothing else in its shard needs ticks.
+            _ if !raft.promotable() => (raft.leader_id != raft::INVALID_ID && raft.election_elapsed < ELECTION_TICKS)
+                .then(|| (ELECTION_TICKS - raft.election_elapsed) as u64),
             _ => Some((self.timeout.saturating_sub(raft.election_elapsed) as u64).max(1)),
         }
     }
