@@ -112,6 +112,15 @@ pub(crate) struct Reader {
 }
 
 impl Client {
+    /// In short, for people.
+    pub(crate) fn describe(&self) -> String {
+        match self {
+            Self::Producer(it) => format!("producer {} of group {}: {} in flight", it.id, it.group, it.in_flight.len()),
+            Self::Reader(it) => format!("reader of group {} at {} of {:?}", it.group, it.position, it.until),
+            Self::Asker { .. } | Self::Trimmer { .. } => "another".to_owned(),
+        }
+    }
+
     /// Whether nothing is to be waited for.
     pub(crate) fn is_done(&self) -> bool {
         match self {
@@ -612,7 +621,7 @@ impl World {
         }
         let until = self.now + Duration::from_secs(60);
         if !self.run_until(until, |world| world.clients.iter().all(Client::is_done)) && self.broken().is_none() {
-            let waiting: Vec<_> = self.clients.iter().filter(|client| !client.is_done()).collect();
+            let waiting: Vec<_> = self.clients.iter().filter(|it| !it.is_done()).map(Client::describe).collect();
             let waiting = format!("{waiting:?}");
             self.fail(&format!("stuck: everything was to be read, and still waiting are {waiting}"));
         }

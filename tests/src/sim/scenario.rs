@@ -1,5 +1,6 @@
 //! What a scenario says, so that it reads aloud.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use flowstone_replication::Role;
@@ -159,7 +160,10 @@ impl World {
     pub fn flip_a_bit_in_a_sealed_segment(&mut self, broker: usize) -> bool {
         let files = self.brokers[broker].files();
         let logs: Vec<_> = files.iter().filter(|file| file.extension().is_some_and(|it| it == "log")).collect();
-        let sealed = logs.iter().find(|file| logs.iter().any(|other| other.parent() == file.parent() && other > *file));
+        let is_long = |file: &PathBuf| self.brokers[broker].disk.bytes(file).is_some_and(|bytes| bytes.len() > 200);
+        let sealed = logs
+            .iter()
+            .find(|file| is_long(file) && logs.iter().any(|other| other.parent() == file.parent() && other > *file));
         let Some(file) = sealed.map(|file| (*file).clone()) else { return false };
         self.brokers[broker].disk.flip_bit(&file, 100, 3);
         self.counts.rot += 1;

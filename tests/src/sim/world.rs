@@ -219,7 +219,7 @@ impl World {
         let until = self.now + WELL_WITHIN;
         if !self.run_until(until, Self::is_well) && self.broken.is_none() {
             let groups: Vec<_> = (0..self.groups.len()).map(|group| self.describe(group)).collect();
-            let clients: Vec<_> = self.clients.iter().filter(|client| !client.is_done()).collect();
+            let clients: Vec<_> = self.clients.iter().filter(|it| !it.is_done()).map(Client::describe).collect();
             self.fail(&format!("stuck {WELL_WITHIN:?} after healing: {}\nclients: {clients:?}", groups.join("\n")));
         }
         self.history.sending_ended(self.now);
