@@ -10,3 +10,4 @@ mod dev_cluster;
 mod resources;
 mod round_trip;
 mod running;
+mod verify;
