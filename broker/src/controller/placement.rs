@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 use flowstone_protocol::{BrokerId, DirectoryId, ReplicaId};
 
 use super::change::Place;
-use super::table::{MetadataTable, Topic};
+use super::table::{BrokerEntry, MetadataTable, Topic};
 
 /// Random numbers from a seed (splitmix64), so that placement is a function of its arguments.
 #[derive(Clone, Debug)]
@@ -46,6 +46,8 @@ fn mix(mut bits: u64) -> u64 {
 pub(crate) struct Candidate {
     pub(crate) broker: BrokerId,
     pub(crate) directory: DirectoryId,
+    /// Not heard of for too long: taken only where the others are too few.
+    absent: bool,
     rack: usize,
     replicas: u32,
     preferred: u32,
@@ -64,17 +66,28 @@ pub(crate) struct Placement {
 impl Placement {
     /// Over all brokers that take replicas, as the table has them.
     pub(crate) fn of(table: &MetadataTable) -> Self {
+        Self::over(table, |broker| broker.takes_replicas())
+    }
+
+    /// For what is created: brokers that are down for the moment come last. A group is whole without a minority of its
+    /// replicas, and creating a topic need not wait until every broker is there.
+    pub(crate) fn of_new(table: &MetadataTable) -> Self {
+        Self::over(table, |broker| !broker.draining)
+    }
+
+    fn over(table: &MetadataTable, takes: impl Fn(&BrokerEntry) -> bool) -> Self {
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
         let mut racks = HashMap::new();
         for broker in table.brokers() {
             let next = numbers.len();
             racks.insert(broker.id, *numbers.entry(&broker.rack).or_insert(next));
         }
-        let candidates = table.brokers().filter(|broker| broker.takes_replicas()).map(|broker| {
+        let candidates = table.brokers().filter(|broker| takes(broker)).map(|broker| {
             let load = table.load(broker.id);
             Candidate {
                 broker: broker.id,
                 directory: broker.directory,
+                absent: broker.fenced,
                 rack: racks[&broker.id],
                 replicas: load.replicas,
                 preferred: load.preferred,
@@ -152,7 +165,14 @@ impl Placement {
             .min_by_key(|(_, candidate)| {
                 let order = if is_preferred { (candidate.preferred_here, candidate.preferred) } else { (0, 0) };
                 let even = (candidate.replicas_here, candidate.replicas);
-                (in_rack(candidate.rack), order, even, mix(salt ^ candidate.broker.get() as u64), candidate.broker)
+                (
+                    candidate.absent,
+                    in_rack(candidate.rack),
+                    order,
+                    even,
+                    mix(salt ^ candidate.broker.get() as u64),
+                    candidate.broker,
+                )
             })
             .map(|(index, _)| index)?;
         let chosen = &mut self.candidates[best];
@@ -211,6 +231,21 @@ mod tests {
             let apart = if racks.len() == 6 && racks[2] == "b" { 3 } else { 0 };
             assert_eq!(pairs.len(), racks.len() * (racks.len() - 1) / 2 - apart, "{racks:?}: {pairs:?}");
         }
+    }
+
+    #[test]
+    fn brokers_that_are_down_are_taken_last_and_never_lead_first() {
+        let mut cluster = Cluster::of_racks(&["a", "b", "c", "a"]);
+        cluster.fence(2);
+        let (mut placement, mut draws) = (Placement::of_new(cluster.table()), Draws::from_seed(7));
+        for _ in 0..40 {
+            let brokers = |places: Vec<Place>| places.iter().map(|place| place.broker.get()).collect::<Vec<_>>();
+            let three = brokers(placement.partition(3, &mut draws));
+            assert!(!three.contains(&2), "there are three others: {three:?}");
+            let four = brokers(placement.partition(4, &mut draws));
+            assert_eq!(four[3], 2, "{four:?}");
+        }
+        assert_eq!(Placement::of(cluster.table()).len(), 3, "nothing is moved to one that is down");
     }
 
     #[test]

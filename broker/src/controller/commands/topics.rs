@@ -45,7 +45,7 @@ pub(super) fn create(table: &MetadataTable, create: CreateTopic) -> Result<Decid
     let overrides = canonical(&create.configs).map_err(in_topic)?;
     check_config(rules, &overrides, replicas).map_err(in_topic)?;
 
-    let (mut placement, mut draws) = (Placement::of(table), Draws::from_seed(create.seed));
+    let (mut placement, mut draws) = (Placement::of_new(table), Draws::from_seed(create.seed));
     let topic = Topic {
         id: create.topic_id,
         name: name.as_str().to_owned(),
@@ -108,7 +108,7 @@ pub(super) fn alter(table: &MetadataTable, alter: AlterTopic) -> Result<Decided,
         let wanted = check_partitions(table, alter.partitions, before).map_err(in_topic)?;
         if wanted > before {
             let replicas = check_replicas(table, topic.replication_factor as i32).map_err(in_topic)?;
-            let (mut placement, mut draws) = (Placement::of(table), Draws::from_seed(alter.seed));
+            let (mut placement, mut draws) = (Placement::of_new(table), Draws::from_seed(alter.seed));
             placement.focus(topic);
             let added: Vec<_> = (before..wanted).map(|_| place(&mut placement, replicas, &mut draws)).collect();
             records.push(Kind::PartitionsAdded(PartitionsAdded {
@@ -138,7 +138,8 @@ fn user_topic<'a>(table: &'a MetadataTable, name: &str) -> Result<&'a Arc<Topic>
     table.topic_named(name).ok_or_else(|| unknown_topic(name))
 }
 
-/// The number of replicas that `asked` means (0 is the default), if there are brokers for them.
+/// The number of replicas that `asked` means (0 is the default), if there are brokers for them, and a majority of each
+/// partition's replicas can begin at once.
 fn check_replicas(table: &MetadataTable, asked: i32) -> Result<u32, Error> {
     let able = table.brokers().filter(|broker| broker.takes_replicas()).count() as u32;
     // A broker that is down for a moment is no reason for fewer replicas than there would be with it.
@@ -147,24 +148,29 @@ fn check_replicas(table: &MetadataTable, asked: i32) -> Result<u32, Error> {
         0 => REPLICATION_FACTOR_DEFAULT.min(staying),
         asked => u32::try_from(asked).unwrap_or(0),
     };
-    if (1..=able).contains(&replicas) {
+    if (1..=staying).contains(&replicas) && able > replicas / 2 {
         return Ok(replicas);
     }
     let (text, all) = (if asked == 0 { replicas as i32 } else { asked }, table.brokers().count());
     let remedy = match able {
         0 => "start a broker, or stop draining one".to_owned(),
-        _ if (1..=all).contains(&(replicas as usize)) => {
-            format!("start the brokers that are down, or ask for 1 to {able}")
+        _ if (1..=staying).contains(&replicas) => {
+            format!("start the brokers that are down, or ask for 1 to {}", most_begun_by(able).min(staying))
         }
-        _ => format!("ask for 1 to {able}"),
+        _ => format!("ask for 1 to {}", most_begun_by(able).min(staying)),
     };
     Err(Error::new(
         ErrorCode::InvalidReplicationFactor,
         format!(
-            "{text} replica(s) cannot be placed: of {all} broker(s) {able} can take one, and each holds at most one of a \
-             partition; {remedy}"
+            "{text} replica(s) cannot be placed: of {all} broker(s) {able} can take one now, each holds at most one of a \
+             partition, and a majority of a partition's replicas has to be there when it begins; {remedy}"
         ),
     ))
+}
+
+/// The most replicas of which `able` brokers are a majority.
+fn most_begun_by(able: u32) -> u32 {
+    able * 2 - 1
 }
 
 fn place(placement: &mut Placement, replicas: u32, draws: &mut Draws) -> PartitionEntry {
