@@ -1,6 +1,6 @@
 //! Clusters of real processes, and faults: killed, paused, cut off, slowed, wiped, damaged, out of room.
 //!
-//! A [`Cluster`] runs daemons from config files. Each tells others the address of a [proxy](crate::proxy) instead of its own,
+//! A [`Cluster`] runs daemons from config files. Each tells others the address of a [`proxy`] instead of its own,
 //! for peers and for clients, and every byte between two of them passes through one: the [`Network`] says what becomes of
 //! it, for each pair and direction. No packet filter, no root needed; what does need root says so.
 //!

@@ -4,7 +4,7 @@
 //!  dialer --> [read] --> queue --> [wait for the link, write] --> broker
 //!  dialer <-- [write, wait for the link] <-- queue <-- [read] <-- broker
 //! ```
-//! Each arrow is a thread. The queue holds [`QUEUE_PIECES`] pieces; then reading stops, and TCP slows the sender down.
+//! Each arrow is a thread. The queue holds so many pieces (`QUEUE_PIECES`); then reading stops, and TCP slows the sender down.
 
 use crate::dialer::process_of;
 use crate::failure::{Failure, Outcome};
