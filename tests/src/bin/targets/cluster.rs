@@ -92,7 +92,7 @@ pub(crate) fn failover(_cli: &Cli, programs: &Programs, folder: &Folder) -> Resu
         writer.goes_on()?;
         writer.longest_gap.store(0, Ordering::Relaxed);
         let to = (leader % BROKERS + 1).to_string();
-        cluster.flowstone(&["partition", "transfer-leader", topic, "0", &to])?;
+        cluster.flowstone(&["partition", "transfer-leader", topic, "0", "--to", &to])?;
         writer.goes_on()?;
         handed.push(writer.longest_gap.load(Ordering::Relaxed) as f64 / 1e3);
     }
