@@ -89,7 +89,7 @@ impl Machine for SimMachine {
             crc: entry.header.crc,
         };
         self.ears.hear(self.who, Heard::Committed(seen));
-        if entry.index.get() % COMPARED_EVERY == 0 {
+        if entry.index.get().is_multiple_of(COMPARED_EVERY) {
             self.ears.hear(self.who, Heard::State { index: entry.index, state: self.inner.checkpoint() });
         }
     }

@@ -1,5 +1,8 @@
 //! Runs seeds of the simulator, many side by side, or one that prints what happens.
 
+// What it found is what this program is for.
+#![allow(clippy::print_stdout)]
+
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
