@@ -51,11 +51,19 @@ impl Workload {
     /// # Errors
     /// One takes none for [`HANG`], or the workload has ended.
     pub fn goes_on(&mut self, cluster: &Cluster) -> Outcome {
+        self.goes_on_in(cluster, self.partitions)
+    }
+
+    /// Waits until so many partitions have taken some more records.
+    ///
+    /// # Errors
+    /// Fewer do for [`HANG`], or the workload has ended.
+    pub fn goes_on_in(&mut self, cluster: &Cluster, partitions: usize) -> Outcome {
         let began = Instant::now();
         let before = self.ends(cluster);
         loop {
             let now = self.ends(cluster);
-            if before.iter().zip(&now).all(|(before, now)| *now >= before + 20) {
+            if before.iter().zip(&now).filter(|(before, now)| **now >= *before + 20).count() >= partitions {
                 return Ok(());
             }
             if let Some(Ok(Some(status))) = self.child.as_mut().map(Child::try_wait) {
