@@ -13,7 +13,7 @@ use flowstone_replication::{
 };
 use flowstone_storage::DataDir;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::task::{AbortHandle, JoinError, JoinSet};
+use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
 use super::change::{PartitionEntry, Place, Recovered};
 use super::table::{METADATA_PARTITION, METADATA_TOPIC_ID, MetadataTable, Topic};
@@ -199,7 +199,7 @@ impl Reconciler {
         self.remove_strangers().await;
         self.pass();
         let openings = async {
-            while let Some(opened) = self.openings.join_next().await {
+            while let Some(opened) = self.openings.join_next_with_id().await {
                 self.on_opened(opened);
             }
         };
@@ -225,7 +225,7 @@ impl Reconciler {
                     Ok(()) => self.pass(),
                     Err(_) => return,
                 },
-                Some(opened) = self.openings.join_next() => self.on_opened(opened),
+                Some(opened) = self.openings.join_next_with_id() => self.on_opened(opened),
                 // Only taken off the list.
                 Some(_) = self.watches.join_next() => {}
                 () = wanted_again(&mut wanted) => self.succeed(),
@@ -248,9 +248,13 @@ impl Reconciler {
     }
 
     /// An opening has ended: its replica is made what the metadata wants by now.
-    fn on_opened(&mut self, opened: Result<(TopicPartition, Slot), JoinError>) {
+    fn on_opened(&mut self, opened: Result<(task::Id, (TopicPartition, Slot)), JoinError>) {
         // One that was ended belongs to a replica that is gone.
-        let Ok((tp, slot)) = opened else { return };
+        let Ok((opening, (tp, slot))) = opened else { return };
+        // So does one that had ended by itself before its replica was taken away: what it opened is closed by now.
+        if self.opening.get(&tp).is_none_or(|current| current.id() != opening) {
+            return;
+        }
         self.opening.remove(&tp);
         self.replicas.set(tp, slot.clone());
         let Slot::Open(partition) = slot else { return };
@@ -260,13 +264,15 @@ impl Reconciler {
         }
         let Some(shards) = self.shards.upgrade() else { return };
         let wanted = self.table.with(|table| table.topic(tp.topic).map(|topic| self.wanted(topic)));
-        let Some(Wanted { topic, mut replicas }) = wanted else { return };
-        replicas.retain(|wanted| wanted.tp == tp);
-        if replicas.is_empty() {
-            // Taken away while it was being opened.
+        let wanted = wanted.map(|Wanted { topic, mut replicas }| {
+            replicas.retain(|wanted| wanted.tp == tp);
+            Wanted { topic, replicas }
+        });
+        let Some(Wanted { topic, replicas }) = wanted.filter(|wanted| !wanted.replicas.is_empty()) else {
+            // Taken away while it was being opened, with its topic or alone.
             self.delete(&shards, tp);
             return;
-        }
+        };
         self.make_so(&shards, &Wanted { topic, replicas });
     }
 
@@ -765,6 +771,23 @@ mod tests {
         tokio::time::timeout(PATIENCE, world.reconciler.catch_up()).await.expect("in time");
         let wanted = TopicConfig::resolve(&TopicOverrides::new(), &after.overrides).expect("valid");
         assert_eq!(*world.open(&after).config(), wanted);
+    }
+
+    #[tokio::test]
+    async fn a_topic_deleted_as_its_replica_has_just_opened_leaves_nothing() {
+        let mut world = World::new().await;
+        let topic = world.create("orders").await;
+        let tp = TopicPartition { topic: topic.id, partition: flowstone_protocol::PartitionId::new(0) };
+        world.reconciler.pass();
+        // The opening has ended, and nobody has looked at that yet.
+        let opened = world.reconciler.openings.join_next_with_id();
+        let opened = tokio::time::timeout(PATIENCE, opened).await.expect("in time").expect("one");
+        let delete = MetadataCommand::DeleteTopic { name: "orders".to_owned() };
+        command_to(&world.metadata, delete).await.expect("done");
+        world.reconciler.pass();
+        world.reconciler.on_opened(opened);
+        assert!(world.replicas.get(tp).is_none(), "{:?}", world.replicas.get(tp));
+        assert!(world.reconciler.watched.is_empty());
     }
 
     #[tokio::test]
