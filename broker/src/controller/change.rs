@@ -177,6 +177,26 @@ impl PartitionEntry {
         if old.is_empty() { self.replicas.to_vec() } else { old }
     }
 
+    /// Every set of voters that the group may have at this moment, as far as the controller can know: while a change is
+    /// under way nobody but the leader knows which of its steps are done.
+    pub(crate) fn electorates(&self) -> Vec<Vec<Place>> {
+        let before = self.voters();
+        let mut electorates = vec![before.clone()];
+        if self.is_changing() {
+            electorates.push(before.iter().chain(self.joining()).copied().collect());
+        }
+        if self.may_remove() {
+            electorates.push(self.replicas.to_vec());
+        }
+        electorates
+    }
+
+    /// Whether the replica has voted from the group's beginning on. Of others it is not known whether they ever came to
+    /// that.
+    pub(crate) fn has_voted(&self, replica: ReplicaId) -> bool {
+        self.is_founder(replica) || self.recovered().is_some_and(|recovered| recovered.replica == replica)
+    }
+
     pub(crate) fn leader(&self) -> Option<Leader> {
         (self.leader != Leader::NONE).then_some(self.leader)
     }

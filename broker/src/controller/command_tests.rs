@@ -374,3 +374,54 @@ fn founders_that_are_late_know_the_group_as_it_began() {
     assert_eq!(after.founders(), founders);
     assert!(after.is_founder(after.replicas()[2].replica) && !after.is_founder(after.replicas()[0].replica));
 }
+
+#[test]
+fn brokers_that_come_back_wiped_together_are_given_replicas_by_the_one_that_leads() {
+    let mut cluster = Cluster::of(3);
+    cluster.create_on("t", &[&[1, 2, 3]]);
+    let tp = only(&cluster, "t");
+    cluster.fence(1);
+    cluster.fence(2);
+    let survivor = entry(&cluster, tp).replicas().iter().copied().find(|place| place.broker.get() == 3).expect("there");
+    let recover = recovery(&mut cluster, tp, survivor, Vec::new());
+    cluster.run(MetadataCommand::RecoverPartition(recover)).expect("two of three are gone");
+    let learners: Vec<Place> = entry(&cluster, tp).replicas()[1..].to_vec();
+    assert_eq!(learners.len(), 2, "they begin anew when they are back");
+    // Both at once, with empty disks.
+    for id in [1, 2] {
+        cluster.try_register(id, 10 + id as u128).expect("its session has ended");
+    }
+    let wants = |cluster: &Cluster| {
+        let due = super::upkeep::due(cluster.table(), 9, 1);
+        due.into_iter().filter(|due| matches!(due, MetadataCommand::ReplaceReplica { tp: of, .. } if *of == tp)).count()
+    };
+    assert_eq!(wants(&cluster), 0, "nobody leads");
+    cluster.lead(tp, 3, 9);
+    assert_eq!(wants(&cluster), 2);
+    let due = super::upkeep::due(cluster.table(), 9, 1);
+    for command in due {
+        // The metadata's own voters are not what this is about.
+        drop(cluster.run(command));
+    }
+    let after = entry(&cluster, tp);
+    for place in after.replicas() {
+        assert_eq!(place.directory, broker(&cluster, place.broker.get()).directory);
+    }
+    assert_eq!(after.leaving(), learners);
+}
+
+#[test]
+fn what_a_group_can_be_in_the_middle_of_a_move_decides_on_its_recovery() {
+    let mut cluster = Cluster::of(4);
+    cluster.create_on("t", &[&[1, 2, 3]]);
+    let tp = only(&cluster, "t");
+    cluster.move_to("t", 0, &[4, 2, 3]).expect("begun");
+    let survivor = entry(&cluster, tp).replicas().iter().copied().find(|place| place.broker.get() == 3).expect("there");
+    cluster.fence(4);
+    let recover = recovery(&mut cluster, tp, survivor, Vec::new());
+    cluster.run(MetadataCommand::RecoverPartition(recover)).expect_err("three of four are alive");
+    // The new one may vote by now: then two of four are gone, and nobody leads.
+    cluster.fence(2);
+    let recover = recovery(&mut cluster, tp, survivor, Vec::new());
+    cluster.run(MetadataCommand::RecoverPartition(recover)).expect("needed");
+}

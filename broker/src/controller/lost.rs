@@ -14,7 +14,7 @@ use flowstone_protocol::{RaftIndex, ReplicaId, Term, TopicPartition};
 
 use super::commands::{MetadataCommand, RecoverPartition, can_replace};
 use super::placement::Draws;
-use super::table::MetadataTable;
+use super::table::{MetadataTable, Place};
 
 /// The last entry of a replica's log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -56,10 +56,8 @@ impl LostReplicas {
             let entry = table.partition(*tp);
             // The metadata's observers are no members of its assignment, and told of all the same.
             let observes = |replica: ReplicaId| table.observers().any(|place| place.replica == replica);
-            told.retain(|replica, _| {
-                entry.is_some_and(|entry| entry.replicas().iter().any(|place| place.replica == *replica))
-                    || observes(*replica)
-            });
+            // One on its way out may still be a voter: its word counts where all of them have to tell.
+            told.retain(|replica, _| entry.is_some_and(|entry| entry.place(*replica).is_some()) || observes(*replica));
             !told.is_empty()
         });
         let mut partitions: Vec<_> = self.told.iter().collect();
@@ -77,16 +75,23 @@ fn settle(
 ) -> Vec<MetadataCommand> {
     let Some(entry) = table.partition(tp) else { return Vec::new() };
     let lost = || told.keys().copied();
-    let voters = entry.voters();
-    let lost_voters = voters.iter().filter(|voter| lost().any(|lost| lost == voter.replica)).count();
-    if voters.len() - lost_voters > voters.len() / 2 {
+    let electorates = entry.electorates();
+    let lost_of = |voters: &[Place]| voters.iter().filter(|voter| told.contains_key(&voter.replica)).count();
+    if electorates.iter().all(|voters| voters.len() - lost_of(voters) > voters.len() / 2) {
+        let is_leaving = |replica: ReplicaId| entry.leaving().iter().any(|place| place.replica == replica);
         return lost()
-            .filter(|replica| can_replace(table, entry, *replica))
+            // Its place is taken, or is not wanted.
+            .filter(|replica| !is_leaving(*replica) && can_replace(table, entry, *replica))
             .map(|replica| MetadataCommand::ReplaceReplica { tp, replica, seed: draws.next() })
             .collect();
     }
     // A voter of which nobody tells may be whole, or have more than all others; one that lost what it had on disk may have
     // been the only one to have what was acknowledged.
+    // In the middle of a change that holds for whoever may be a voter by now, or may be one still.
+    let mut voters: Vec<Place> = electorates.into_iter().flatten().collect();
+    voters.sort_unstable_by_key(|voter| voter.replica);
+    voters.dedup();
+    let lost_voters = lost_of(&voters);
     let end = |replica: ReplicaId| match told.get(&replica)? {
         Told::LostMemory(end) => Some(*end),
         Told::Lost => None,
@@ -159,6 +164,25 @@ mod tests {
         assert!(recovery.reason.contains("3 of 3 voters"), "{}", recovery.reason);
         assert_eq!(recovery.given_up.len(), 3);
         assert_eq!(lost.due(cluster.table(), 2).len(), 0);
+    }
+
+    #[test]
+    fn in_the_middle_of_a_move_the_one_that_leaves_tells_as_well() {
+        let mut cluster = Cluster::of(4);
+        cluster.create_on("t", &[&[1, 2, 3]]);
+        cluster.move_to("t", 0, &[4, 2, 3]).expect("begun");
+        let (tp, entry) = cluster.topic("t").entries().map(|(tp, entry)| (tp, entry.clone())).next().expect("one");
+        let replica = |broker: i32| entry.places().find(|place| place.broker.get() == broker).expect("there").replica;
+        let mut lost = LostReplicas::default();
+        for broker in [1, 2, 3] {
+            lost.tell(tp, replica(broker), Told::LostMemory(end(3, 80 - broker as u64)));
+        }
+        assert_eq!(lost.due(cluster.table(), 1).len(), 0, "the new one may vote by now, and be whole");
+        lost.tell(tp, replica(4), Told::LostMemory(end(2, 99)));
+        let due = lost.due(cluster.table(), 1);
+        cluster.run_all(due);
+        let recovered = cluster.table().partition(tp).expect("there").recovered();
+        assert_eq!(recovered.map(|recovered| recovered.from), Some(replica(1)), "the best log is the leaving one's");
     }
 
     #[test]

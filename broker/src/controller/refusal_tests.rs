@@ -241,7 +241,7 @@ fn lost_replicas() {
     check(c, command, InvalidRequest, "broker 2 is down", "start it first");
     c.try_register(3, 33).expect("another directory");
     let command = recover(c, "t", Some(2), &[], "why");
-    check(c, command, InvalidRequest, "another data directory now", "name another one of brokers 1, 2, 3");
+    check(c, command, InvalidRequest, "another data directory now", "name another one of brokers 1, 2");
     let recovering = |tp| {
         let (known_lost, reason) = (Vec::new(), "why".to_owned());
         let survivor = ReplicaId::new(1);
@@ -256,6 +256,12 @@ fn lost_replicas() {
     check(c, recovering(other), UnknownTopic, "there is no topic", "create it first");
     let command = recover(c, "t", Some(0), &[], "two disks burnt");
     c.run(command).expect("one of three is left");
+
+    let c = &mut world();
+    c.fence(1);
+    c.try_register(1, 11).expect("another directory");
+    let command = recover(c, "single", Some(0), &[], "why");
+    check(c, command, InvalidRequest, "nothing is left of it", "flowstone topic delete single");
 }
 
 #[test]

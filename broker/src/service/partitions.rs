@@ -280,60 +280,14 @@ pub(super) async fn recover_partition(
         return decided(node, "RecoverPartition", request, recover_here).await;
     }
     // There is no controller to decide it: the survivor itself does.
-    match BrokerId::new(request.from_broker_id) {
-        from if from == node.id => recover_metadata_here(Arc::clone(node), request).await,
-        from => handed_on(node, from, "RecoverMetadata", &request).await,
-    }
+    recovery::asked_for(&node.control, request).await
 }
 
-/// The metadata's majority is gone for good: goes on with what this broker has of it.
-pub(super) async fn recover_metadata_here(
-    node: Arc<Node>,
-    request: pb::RecoverPartitionRequest,
-) -> Result<pb::RecoverPartitionResponse, Error> {
-    let refuse = |text: String| Error::new(ErrorCode::InvalidRequest, text).with_topic(METADATA_TOPIC);
-    if let Some(controller) = node.control.controller() {
-        return Err(refuse(format!(
-            "broker {controller} leads the metadata: there is a majority, and nothing to recover; see flowstone cluster \
-             health"
-        )));
-    }
-    let Some(Slot::Open(survivor)) = node.replicas.get(METADATA_PARTITION) else {
-        return Err(refuse(format!("broker {} has no replica of the metadata now; name another one", node.id)));
-    };
-    let status = survivor.replica.status();
-    let others: Vec<ReplicaId> = node.table.with(|table| {
-        let entry = table.partition(METADATA_PARTITION);
-        let voters = entry.map(PartitionEntry::voters).unwrap_or_default();
-        voters.iter().map(|place| place.replica).filter(|replica| *replica != survivor.replica_id).collect()
-    });
-    if !request.validate_only {
-        let survives_as = ReplicaId::new(rand::random::<u64>().max(1));
-        let (done, opened) = oneshot::channel();
-        node.recover_metadata.send(MetadataRecovery { survives_as, done }).await.map_err(|_| super::shutting_down())?;
-        opened.await.map_err(|_| super::shutting_down())?;
-        let led = tokio::time::timeout(RECOVERY_MAX, node.control.metadata().ready()).await;
-        led.map_err(|_| Error::new(ErrorCode::TimedOut, "the survivor does not lead yet; look at the broker's log"))??;
-        let command = RecoverPartition {
-            tp: METADATA_PARTITION,
-            survivor: survivor.replica_id,
-            survives_as: Some(survives_as),
-            known_lost: others,
-            reason: format!("an operator asked to go on with what broker {} has of the metadata", node.id),
-            seed: rand::random(),
-            validate_only: false,
-        };
-        node.control.command(MetadataCommand::RecoverPartition(command)).await?;
-    }
-    Ok(pb::RecoverPartitionResponse {
-        end_offset: status.end_offset.get(),
-        last_epoch: status.leader_epoch().get(),
-        detail: format!(
-            "what broker {} has of the metadata is kept, up to offset {} (exclusive); changes that only other brokers had \
-             are lost, and their replicas of it begin anew",
-            node.id, status.end_offset
-        ),
-    })
+/// Whether a leader hears most of its voters.
+fn confirmed(leader: &ReplicaReport) -> bool {
+    let voters = || leader.members.iter().filter(|member| !member.is_learner);
+    let active = voters().filter(|member| member.is_active || member.replica_id == leader.replica_id).count();
+    active > voters().count() / 2
 }
 
 pub(super) async fn recover_here(
@@ -346,7 +300,21 @@ pub(super) async fn recover_here(
     let in_partition = |error: Error| error.with_topic(topic.name.as_str()).with_partition(tp.partition);
     let survivor = entry.places().find(|place| place.broker == from);
     let survivor = *survivor.ok_or_else(|| in_partition(not_a_replica(&node, from, &entry)))?;
-    let reports = Reports::of(&node, [from], &[topic.id]).await;
+    let alive: Vec<BrokerId> =
+        node.table.with(|table| table.brokers().filter(|broker| !broker.fenced).map(|broker| broker.id).collect());
+    let reports = Reports::of(&node, alive.into_iter().chain([from]), &[topic.id]).await;
+    // In the middle of a change of replicas the metadata does not know whether the group has a majority; a leader does.
+    if let Some((leader, row)) = reports.leaders().get(&tp)
+        && confirmed(row)
+    {
+        return Err(in_partition(Error::new(
+            ErrorCode::InvalidRequest,
+            format!(
+                "broker {leader} leads the partition with a majority of its voters, and recovering would throw away what it \
+                 has acknowledged; see what is wrong with the others: flowstone cluster health"
+            ),
+        )));
+    }
     let row = reports.replicas().find(|(_, of, row)| *of == tp && row.replica_id == survivor.replica.get());
     let Some((_, _, row)) = row else {
         return Err(in_partition(Error::new(

@@ -178,11 +178,20 @@ fn is_gone(table: &MetadataTable, entry: &PartitionEntry, place: &Place) -> bool
 
 /// Whether the group can be without `lost` and still decide that another one takes its place.
 pub(crate) fn can_replace(table: &MetadataTable, entry: &PartitionEntry, lost: ReplicaId) -> bool {
-    let voters = entry.voters();
-    let whole = voters.iter().filter(|voter| voter.replica != lost && !is_gone(table, entry, voter)).count();
+    let is_whole = |voter: &&Place| voter.replica != lost && !is_gone(table, entry, voter);
     // One that has not voted yet counts in no majority.
+    let voters = entry.voters();
     let votes = voters.iter().any(|voter| voter.replica == lost);
-    !votes || whole > voters.len() / 2
+    if !votes || voters.iter().filter(is_whole).count() > voters.len() / 2 {
+        return true;
+    }
+    // The group may be smaller than what is wanted of it: of replicas that were added, only its leader knows which ones
+    // vote by now. Where it has one, that one decides; should it have lost its majority, nothing is done and nothing harmed.
+    let leads = |place: &&Place| {
+        let lives = table.broker(place.broker).is_some_and(|broker| !broker.fenced);
+        lives && entry.leader().is_some_and(|leader| leader.broker == place.broker)
+    };
+    !entry.has_voted(lost) && entry.places().filter(is_whole).any(|place| leads(&place))
 }
 
 pub(super) fn replace(
@@ -245,10 +254,21 @@ pub(super) fn recover(table: &MetadataTable, recover: RecoverPartition, now: Tim
     };
     let host = table.broker(survived.broker).ok_or_else(|| unknown_broker(table, survived.broker))?;
     if host.directory != survived.directory {
+        let others: Vec<String> = entry
+            .places()
+            .filter(|place| !is_gone(table, entry, place))
+            .map(|place| place.broker.to_string())
+            .collect();
+        let remedy = match others.is_empty() {
+            true => format!(
+                "nothing is left of it: delete the topic and create it again: flowstone topic delete {}",
+                topic.name
+            ),
+            false => format!("name another one of brokers {}", others.join(", ")),
+        };
         return refuse(format!(
-            "broker {} has another data directory now, and what that replica had is gone; name another one of brokers {}",
-            host.id,
-            holders()
+            "broker {} has another data directory now, and what that replica had is gone; {remedy}",
+            host.id
         ));
     }
     // It goes on by now: the table has to follow, whatever it said of brokers before.
@@ -261,8 +281,12 @@ pub(super) fn recover(table: &MetadataTable, recover: RecoverPartition, now: Tim
         let lives = table.broker(voter.broker).is_some_and(|broker| !broker.fenced);
         lives && !known_lost.contains(&voter.replica) && !is_gone(table, entry, voter)
     };
+    // In the middle of a change the group may be another one than before it: only a majority of each that it can be is
+    // one for certain.
+    let majority_lives =
+        entry.electorates().iter().all(|voters| voters.iter().filter(alive).count() > voters.len() / 2);
     let alive: Vec<String> = voters.iter().filter(alive).map(|voter| voter.broker.to_string()).collect();
-    if alive.len() > voters.len() / 2 && !is_done {
+    if majority_lives && !is_done {
         return refuse(format!(
             "a majority of topic `{}` partition {} seems to be alive (brokers {}), and recovering would throw away what it \
              has acknowledged; wait until it has a leader, and see what keeps it from that: flowstone cluster health",
