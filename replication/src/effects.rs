@@ -399,6 +399,9 @@ pub struct Pulled {
     pub first: RaftIndex,
     /// One past the last.
     pub next: RaftIndex,
+    /// An entry of this log that was found to be the committed one: what is pulled may go on behind it, though it is not
+    /// known to be committed here.
+    pub compared: Option<(RaftIndex, Term)>,
     /// Back to back, as stored there; not verified yet.
     pub bytes: Bytes,
 }

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use flowstone_protocol::{Error, Offset, RaftIndex};
+use flowstone_protocol::{Error, ErrorCode, Offset, RaftIndex};
 
 use crate::effects::Answer;
 use crate::machine::Machine;
@@ -31,7 +31,15 @@ impl<M: Machine> Waiting<M> {
     fn failed(self, error: Error) -> Answer<M> {
         match self {
             Self::Produce { reply, permit, .. } => Answer::Produce { reply, result: Err(error), permit },
-            Self::Command { reply, .. } => Answer::Command { reply, result: Err(error) },
+            Self::Command { reply, .. } => {
+                let mut error = error;
+                if error.code == ErrorCode::NotLeader {
+                    // Records know their own by producer and sequence, a command does not: asked of the next leader it would
+                    // be done twice, or told that it cannot be.
+                    (error.code, error.kind) = (ErrorCode::TimedOut, ErrorCode::TimedOut.kind());
+                }
+                Answer::Command { reply, result: Err(error) }
+            }
             Self::Trim { reply, .. } => Answer::Trim { reply, result: Err(error) },
             Self::Membership { reply } => Answer::ChangeMembership { reply, result: Err(error) },
         }

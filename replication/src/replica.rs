@@ -539,6 +539,11 @@ impl<M: Machine> Replica<M> {
         self.raft.persisted()
     }
 
+    /// Entries up to here are known to be committed; they may not be persisted here, nor applied.
+    pub fn committed(&self) -> RaftIndex {
+        self.raft.committed()
+    }
+
     /// The last entry that the machine was given.
     pub fn applied(&self) -> RaftIndex {
         self.applied
@@ -1009,10 +1014,16 @@ impl<M: Machine> Replica<M> {
 
     /// Appends what another replica has committed as if the leader had sent it: every leader has it.
     fn pulled(&mut self, pulled: Pulled) -> Result<(), Ended> {
-        let Pulled { first, next, bytes } = pulled;
+        let Pulled { first, next, compared, bytes } = pulled;
         let Some(leader) = self.raft.leader().filter(|&leader| leader != self.config.replica) else { return Ok(()) };
         let previous = RaftIndex::new(first.get() - 1);
         let Some(previous_term) = self.log().term_at(previous) else { return Ok(()) };
+        // The entry before them is taken from this log itself: unless it is the committed one, entries of two histories
+        // would stand behind each other.
+        if previous > self.raft.committed() && compared != Some((previous, previous_term)) {
+            tracing::debug!(tp = %self.config.tp, %first, "pulled entries do not follow what is known to be committed: they are dropped");
+            return Ok(());
+        }
         let at = BatchHeader::parse(&bytes).map(|header| header.base_offset);
         let entries = match (LogEntry::decode_range(bytes, first), at) {
             (Ok(entries), Ok(at)) if previous != self.raft.last_index() || at == self.log().end_offset() => entries,

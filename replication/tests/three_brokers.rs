@@ -6,6 +6,7 @@ mod shell;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -15,7 +16,7 @@ use flowstone_protocol::{
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{
     Acks, FlushMode, GroupMessage, GroupStatus, Health, LogConfig, MembershipChange, PeerTransport, Permit, Produced,
-    PullAnswer, PullRequest, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, ReplicaStatus, Reply,
+    PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, ReplicaStatus, Reply,
     RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
 };
 use flowstone_storage::{DataDir, Disk, RealDisk};
@@ -31,6 +32,10 @@ const PATIENCE: Duration = Duration::from_secs(15);
 struct Network {
     brokers: Mutex<HashMap<BrokerId, Weak<Shards<Ledger>>>>,
     cut: Mutex<HashSet<BrokerId>>,
+    /// So many ranges that are pulled arrive with a flipped bit.
+    spoiled: AtomicU32,
+    /// What each broker was asked for, and by whom.
+    pulls: Mutex<Vec<(BrokerId, BrokerId, PullWhat)>>,
 }
 
 impl Network {
@@ -57,10 +62,29 @@ impl PeerTransport for Link {
     }
 
     fn pull(&self, from: BrokerId, request: PullRequest, reply: Reply<Result<PullAnswer, Error>>) {
+        self.network.pulls.lock().unwrap().push((self.own, from, request.what));
+        let spoil = matches!(request.what, PullWhat::Batches { .. })
+            && self
+                .network
+                .spoiled
+                .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+                .is_ok();
+        let reply = if spoil { Reply::new(move |answer: Result<_, _>| reply.send(answer.map(spoiled))) } else { reply };
         match self.network.reach(self.own, from) {
             Some(shards) => shards.serve_pull(request, reply),
             None => reply.send(Err(Error::new(ErrorCode::TimedOut, "not reached"))),
         }
+    }
+}
+
+fn spoiled(answer: PullAnswer) -> PullAnswer {
+    match answer {
+        PullAnswer::Batches { bytes, next, commit } => {
+            let mut bytes = bytes.to_vec();
+            *bytes.last_mut().unwrap() ^= 1;
+            PullAnswer::Batches { bytes: bytes.into(), next, commit }
+        }
+        answer => answer,
     }
 }
 
@@ -455,6 +479,72 @@ fn a_follower_that_was_away_pulls_what_it_missed() {
     assert!(cluster.metrics(away).pulled_bytes > 400_000, "{:?}", cluster.metrics(away));
     cluster.write();
     cluster.until_equal(&[0, 1, 2]);
+}
+
+impl Cluster {
+    fn cut(&self, at: usize) {
+        self.network.cut.lock().unwrap().insert(broker_id(at));
+    }
+
+    fn join(&self, at: usize) {
+        self.network.cut.lock().unwrap().remove(&broker_id(at));
+    }
+
+    /// Cuts the leader off with so many batches of its own behind what is committed; who that is.
+    fn cut_leader_with_tail(&mut self, count: usize) -> usize {
+        let old = self.leader();
+        self.cut(old);
+        let before = self.status(old).end_offset;
+        let leader = self.handle(old).clone();
+        for _ in 0..count {
+            // Nobody will commit it: it belongs to another producer than what follows.
+            let (bytes, header) = batch(2, self.next_sequence, 1, 10);
+            leader.produce(bytes, header, Acks::None, Permit::unbounded(), Reply::new(drop));
+            self.next_sequence += 1;
+        }
+        self.next_sequence -= count as i32;
+        until("it has appended them", || (self.status(old).end_offset >= before.plus(count as i64)).then_some(()));
+        old
+    }
+}
+
+#[test]
+fn a_tail_that_is_longer_than_what_the_new_leader_committed_is_given_up() {
+    let config = ShardsConfig { checkpoint_entries: 10, offer_after_bytes: 16 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(20);
+    cluster.until_equal(&[0, 1, 2]);
+    let old = cluster.cut_leader_with_tail(400);
+    // Fewer, but larger ones.
+    for _ in 0..60 {
+        cluster.write();
+    }
+    let new = cluster.leader();
+    let third = 3 - old - new;
+    cluster.until_equal(&[new, third]);
+    cluster.kill(third, true);
+    cluster.join(old);
+    // Nothing is committed without it.
+    cluster.until_equal(&[old, new]);
+    cluster.write();
+    cluster.until_equal(&[old, new]);
+}
+
+#[test]
+fn a_range_that_was_not_taken_is_asked_for_again_from_what_is_committed() {
+    let config = ShardsConfig { checkpoint_entries: 10, offer_after_bytes: 16 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(20);
+    cluster.until_equal(&[0, 1, 2]);
+    let old = cluster.cut_leader_with_tail(40);
+    for _ in 0..100 {
+        cluster.write();
+    }
+    // The answer to the comparison, if there is one, and what is to replace the tail.
+    cluster.network.spoiled.store(2, Ordering::Relaxed);
+    cluster.join(old);
+    cluster.until_equal(&[0, 1, 2]);
+    assert_eq!(cluster.network.spoiled.load(Ordering::Relaxed), 0);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex, Term};
 use flowstone_storage::{Install, LogEntry, ReplicaIdentity, StorageError, checkpoint};
 
 use super::{Message, Shard, SlotKey, State};
@@ -44,6 +44,12 @@ pub(super) struct Pull {
     failures: u32,
     /// Which source is asked: one that answers is stayed with, as only it is sure to have what its checkpoint goes with.
     turn: usize,
+    /// What was asked for last was asked of the leader.
+    asks_leader: bool,
+    /// Sources there were then.
+    sources: usize,
+    /// Sources in a row that have trimmed what is wanted.
+    trimmed: usize,
     /// An install waits for room.
     pub(super) is_disk_full: bool,
 }
@@ -58,6 +64,8 @@ enum Goal {
         last_chunk: RaftIndex,
         /// What is beyond the committed prefix is compared first: it may be good.
         compare: bool,
+        /// The entry that was found to be good.
+        compared: Option<(RaftIndex, Term)>,
     },
     Install {
         install: Option<Box<Install>>,
@@ -90,7 +98,17 @@ pub(crate) enum Installed {
 
 impl Pull {
     fn new(goal: Goal) -> Self {
-        Self { goal, step: Step::Ask, number: 0, failures: 0, turn: 0, is_disk_full: false }
+        Self {
+            goal,
+            step: Step::Ask,
+            number: 0,
+            failures: 0,
+            turn: 0,
+            asks_leader: false,
+            sources: 0,
+            trimmed: 0,
+            is_disk_full: false,
+        }
     }
 
     pub(super) fn due(&self) -> Option<std::time::Instant> {
@@ -183,7 +201,8 @@ impl<M: Machine> Shard<M> {
         let State::Running(replica) = &slot.state else { return };
         match &mut slot.pull {
             Some(Pull { goal: Goal::CatchUp { offered: before, .. }, .. }) => {
-                if offered.index >= before.index {
+                // A new leader may offer less than the one before it did; that has nothing more to give.
+                if offered.index >= before.index || offered.leader != before.leader {
                     *before = offered;
                 }
                 return;
@@ -191,10 +210,9 @@ impl<M: Machine> Shard<M> {
             Some(_) => return,
             None => {}
         }
-        let (committed, last) = (replica.log().committed_index(), replica.log().last_index());
-        let goal =
-            Goal::CatchUp { offered, next: committed.next(), last_chunk: RaftIndex::new(0), compare: last > committed };
-        tracing::info!(tp = %slot.spec.tp, from = %committed.next(), to = %offered.index, "a replica is far behind and pulls what is committed");
+        let next = replica.committed().next();
+        let goal = Goal::CatchUp { offered, next, last_chunk: RaftIndex::new(0), compare: true, compared: None };
+        tracing::info!(tp = %slot.spec.tp, from = %next, to = %offered.index, "a replica is far behind and pulls what is committed");
         slot.pull = Some(Pull::new(goal));
         self.note_pull(index);
         self.drive_pull(index);
@@ -257,22 +275,37 @@ impl<M: Machine> Shard<M> {
             return;
         }
         let wanted = match (&mut pull.goal, &slot.state) {
-            (Goal::CatchUp { offered, next, last_chunk, compare }, State::Running(replica)) => {
+            // What came last is not taken yet.
+            (Goal::CatchUp { .. }, State::Running(_))
+                if slot.events.iter().any(|event| matches!(event, Event::Pulled(_))) =>
+            {
+                return;
+            }
+            (Goal::CatchUp { offered, next, last_chunk, compare, compared }, State::Running(replica)) => {
                 let log = replica.log();
+                let (committed, last) = (replica.committed(), log.last_index());
                 let leader = replica.leader().filter(|&leader| leader != slot.spec.replica);
-                if leader.is_none() || *next > offered.index || log.committed_index() >= offered.index {
+                if leader.is_none() || committed >= offered.index {
                     drop(log);
                     slot.pull = None;
                     return;
                 }
-                if *compare {
-                    let last = log.last_index();
-                    PullWhat::Batches { first: last, last, max_bytes: 1 }
-                } else if log.last_index().next() < *next {
-                    // The last chunk was not taken: there was no room, or no leader at that moment.
-                    *next = log.last_index().next();
+                let before = RaftIndex::new(next.get() - 1);
+                let is_compared = compared.is_some() && *compared == log.term_at(before).map(|term| (before, term));
+                if committed < before && !is_compared {
+                    // The last chunk was not taken (there was no room, or no leader at that moment), or what was compared
+                    // is not there any more. What follows the committed prefix may be of another history.
+                    *next = committed.next();
+                    *last_chunk = RaftIndex::new(0);
+                    (*compare, *compared) = (true, None);
                     pull.step = Step::Until(self.now + FULL_PAUSE);
                     return;
+                }
+                *next = (*next).max(committed.next());
+                // At or above what is offered, the log was found to be another one there.
+                *compare = *compare && last >= *next && last < offered.index;
+                if *compare {
+                    PullWhat::Batches { first: last, last, max_bytes: 1 }
                 } else if replica.persisted() < *last_chunk {
                     // Comes again when that is flushed.
                     return;
@@ -329,6 +362,8 @@ impl<M: Machine> Shard<M> {
             return;
         }
         let source = sources[pull.turn % sources.len()];
+        pull.asks_leader = Some(source) == leader;
+        pull.sources = sources.len();
         pull.number += 1;
         pull.step = Step::Answer;
         let (tp, number) = (slot.spec.tp, pull.number);
@@ -348,7 +383,10 @@ impl<M: Machine> Shard<M> {
         };
         pull.step = Step::Ask;
         let answer = match answer {
-            Ok(answer) => answer,
+            Ok(answer) => {
+                pull.trimmed = 0;
+                answer
+            }
             Err(error) => return self.pull_failed(index, &error),
         };
         let (PullAnswer::Checkpoint { bytes, .. } | PullAnswer::Batches { bytes, .. }) = &answer;
@@ -356,15 +394,20 @@ impl<M: Machine> Shard<M> {
         let tp = slot.spec.tp;
         let nonsense = || Error::new(ErrorCode::Internal, "the source answered something else than was asked for");
         match (&mut pull.goal, answer) {
-            (Goal::CatchUp { next, last_chunk, compare, .. }, PullAnswer::Batches { bytes, next: after, .. }) => {
+            (
+                Goal::CatchUp { next, last_chunk, compare, compared, .. },
+                PullAnswer::Batches { bytes, next: after, .. },
+            ) => {
                 let State::Running(replica) = &slot.state else { return };
                 if *compare {
                     *compare = false;
-                    let last = replica.log().last_index();
+                    // Which entry that is: the log may have grown since it was asked for.
+                    let last = RaftIndex::new(after.get().saturating_sub(1));
                     let theirs = LogEntry::decode_range(bytes, last).ok();
                     let theirs = theirs.and_then(|entries| entries.first().map(|entry| entry.term));
-                    if theirs.is_some() && theirs == replica.log().term_at(last) {
+                    if let Some(term) = theirs.filter(|&term| Some(term) == replica.log().term_at(last)) {
                         *next = last.next();
+                        *compared = Some((last, term));
                     }
                     return self.drive_pull(index);
                 }
@@ -375,7 +418,8 @@ impl<M: Machine> Shard<M> {
                 *last_chunk = first;
                 *next = after;
                 pull.failures = 0;
-                self.event(index, Event::Pulled(Pulled { first, next: after, bytes }));
+                let compared = compared.take();
+                self.event(index, Event::Pulled(Pulled { first, next: after, compared, bytes }));
             }
             (Goal::Install { install, unflushed }, PullAnswer::Batches { bytes, .. }) => {
                 let Some(mut install) = install.take() else { return };
@@ -497,17 +541,24 @@ impl<M: Machine> Shard<M> {
         tracing::debug!(%tp, %error, failures = pull.failures, "a range could not be pulled");
         let pause = PAUSE_MIN.saturating_mul(1 << (pull.failures - 1).min(8)).min(PAUSE_MAX);
         pull.step = Step::Until(self.now + pause);
-        if error.code != ErrorCode::OffsetOutOfRange {
-            return;
-        }
-        // The source trimmed what is wanted: that is begun anew, with its newest checkpoint.
+        let is_trimmed = error.code == ErrorCode::OffsetOutOfRange;
+        pull.trimmed = if is_trimmed { pull.trimmed + 1 } else { 0 };
+        let is_final = is_trimmed && (pull.asks_leader || pull.trimmed >= pull.sources);
         match &mut pull.goal {
-            Goal::CatchUp { compare: compare @ true, .. } => {
+            // The leader does not know it to be committed, or has no more of it: then it is not worth keeping.
+            Goal::CatchUp { compare: compare @ true, .. }
+                if is_final || (pull.asks_leader && error.code == ErrorCode::NotLeader) =>
+            {
                 *compare = false;
+                pull.turn -= 1;
                 pull.step = Step::Ask;
                 self.drive_pull(index);
             }
-            Goal::CatchUp { .. } => self.reinstall(index),
+            // One that trimmed what is wanted says nothing of the others.
+            Goal::CatchUp { compare: false, .. } if is_final => self.reinstall(index),
+            Goal::CatchUp { .. } => {}
+            Goal::Install { .. } if !is_trimmed => {}
+            // That is begun anew, with another's newest checkpoint.
             Goal::Install { install, unflushed } => {
                 *install = None;
                 *unflushed = 0;
