@@ -14,7 +14,7 @@ use super::{repeated, shutting_down};
 use crate::controller::change::PartitionEntry;
 use crate::controller::commands::unknown_topic;
 use crate::controller::table::{MetadataTable, Topic};
-use crate::node::{Led, Node};
+use crate::node::Node;
 
 /// Between a watcher's updates.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -146,10 +146,11 @@ fn topic_metadata(node: &Node, view: &View, topic: &Topic) -> pb::TopicMetadata 
     }
 }
 
-/// Who leads, and since which epoch, as far as this broker knows; a dead broker leads nothing.
+/// Who leads, and since which epoch, as far as this broker knows. What only the metadata says of a dead broker does not
+/// count: it is from before its death.
 fn leader(node: &Node, dead: &HashSet<BrokerId>, tp: TopicPartition, entry: &PartitionEntry) -> (i32, i32) {
-    let Led { by, epoch } = node.led(tp, entry.leader());
-    (by.filter(|leader| !dead.contains(leader)).map_or(NO_LEADER, BrokerId::get), epoch.get())
+    let led = node.led(tp, entry.leader());
+    (led.alive(|leader| dead.contains(&leader)).map_or(NO_LEADER, BrokerId::get), led.epoch.get())
 }
 
 /// The updates of one watcher.

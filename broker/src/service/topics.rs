@@ -203,7 +203,8 @@ fn described(node: &Node, topic: &Topic, reports: &Reports) -> pb::TopicDescript
     let leaders = reports.leaders();
     let partitions = topic.entries().map(|(tp, entry)| match leaders.get(&tp) {
         Some((leader, report)) => {
-            let mut description = empty(tp, entry, Led { by: Some(*leader), epoch: epoch_of(report.term) });
+            let mut description =
+                empty(tp, entry, Led { by: Some(*leader), epoch: epoch_of(report.term), is_heard: true });
             description.log_start = report.log_start;
             description.high_watermark = report.high_watermark;
             description.end_offset = report.end_offset;
