@@ -47,8 +47,6 @@ const IN_SYNC_ENTRIES: u64 = 4_096;
 const HEARD_MAX: usize = 64;
 /// Bytes of entries in one message to a follower.
 const MESSAGE_BYTES_MAX: u64 = 1 << 20;
-/// More than an entry takes in the crate's own format beside data and context: three numbers, five tags, two lengths.
-const ENTRY_OVERHEAD_BYTES: usize = 64;
 /// Messages on their way to one follower.
 const MESSAGES_IN_FLIGHT_MAX: usize = 64;
 
@@ -516,28 +514,13 @@ impl RaftAdapter {
         self.call(|node| drop(node.campaign()))
     }
 
-    /// Appends entries as leader, in order; `Ok(false)` when Raft dropped some.
-    ///
-    /// The crate makes one message to each follower of what is proposed at once, and sends what does not fit into that only
-    /// after an answer, a flush later. So no more is proposed at once than one message holds.
+    /// Appends entries as leader, in order; `Ok(false)` when Raft dropped them all.
     pub(crate) fn propose(&mut self, entries: Vec<Entry>) -> Result<bool, Panicked> {
-        let mut entries = entries.into_iter().peekable();
-        while let Some(first) = entries.next() {
-            let mut bytes = proposed_bytes(&first);
-            let mut run = vec![first];
-            while let Some(next) = entries.next_if(|next| bytes + proposed_bytes(next) <= MESSAGE_BYTES_MAX) {
-                bytes += proposed_bytes(&next);
-                run.push(next);
-            }
-            let mut message = Message::default();
-            message.set_msg_type(MessageType::MsgPropose);
-            message.from = self.id;
-            message.set_entries(run.into());
-            if !self.call(|node| node.raft.step(message).is_ok())? {
-                return Ok(false);
-            }
-        }
-        Ok(true)
+        let mut message = Message::default();
+        message.set_msg_type(MessageType::MsgPropose);
+        message.from = self.id;
+        message.set_entries(entries.into());
+        self.call(|node| node.raft.step(message).is_ok())
     }
 
     /// Takes a message of a member of the group.
@@ -701,11 +684,6 @@ fn hear(heard: &mut Vec<(u64, u64)>, id: u64, ticks: u64) {
 /// A leader's entry, ready to be proposed.
 pub(crate) fn proposal(body: EntryBody) -> Entry {
     raft_log::body_to_raft(body)
-}
-
-/// What the crate counts an entry as, at most, when it fills a message.
-fn proposed_bytes(entry: &Entry) -> u64 {
-    (ENTRY_OVERHEAD_BYTES + entry.data.len() + entry.context.len()) as u64
 }
 
 fn caught<T>(f: impl FnOnce() -> T) -> Result<T, Panicked> {
