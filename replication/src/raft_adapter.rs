@@ -29,7 +29,7 @@ use crate::request::MemberStatus;
 /// Ticks between a leader's heartbeats.
 const HEARTBEAT_TICKS: u64 = 3;
 /// Ticks of silence after which a leader is not believed in any more, and in which a leader must hear of a majority.
-const ELECTION_TICKS: usize = 7;
+pub(crate) const ELECTION_TICKS: usize = 7;
 /// The first of the voters stands for election this much later: clocks differ by a tick, and a vote is refused by whoever
 /// still believes in the leader.
 const ELECTION_TICKS_MORE: usize = 1;
@@ -200,6 +200,13 @@ impl RaftAdapter {
     /// Who leads, as far as is known.
     pub(crate) fn leader(&self) -> Option<ReplicaId> {
         (self.node.raft.leader_id != raft::INVALID_ID).then(|| ReplicaId::new(self.node.raft.leader_id))
+    }
+
+    /// Whether a leader was heard of within an election timeout: a voter forgets its leader then, one that does not vote
+    /// never does.
+    pub(crate) fn hears_leader(&self) -> bool {
+        let raft = &self.node.raft;
+        raft.leader_id != raft::INVALID_ID && (raft.promotable() || raft.election_elapsed < ELECTION_TICKS)
     }
 
     /// Entries up to here are persisted as far as Raft was told.

@@ -37,9 +37,9 @@ use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 use crate::membership::{Membership, MembershipChange};
 use crate::parked::{Parked, ParkedReads, Waiting};
 use crate::peer::{PeerBody, PeerMessage};
-use crate::raft_adapter::{self, Panicked, Quick, RaftAdapter, Rest, Ticked};
+use crate::raft_adapter::{self, ELECTION_TICKS, Panicked, Quick, RaftAdapter, Rest, Ticked};
 use crate::raft_log;
-use crate::reply::Reply;
+use crate::reply::{Permit, Reply};
 use crate::request::{
     Acks, FlushMode, FoundOffset, GroupStatus, Health, OffsetQuery, Produce, Produced, ReadAnswer, ReadRequest,
     Reconfigure, ReplicaStatus, Role, TrimTo,
@@ -133,6 +133,8 @@ pub struct Replica<M: Machine> {
     next_offset: Offset,
     parked: Parked<M>,
     reads: ParkedReads,
+    /// Since which tick it hears no leader, while readers wait at it.
+    unheard_since: Option<u64>,
     log_start_proposed: bool,
     /// A change of members is among the proposals.
     change_proposed: bool,
@@ -288,6 +290,7 @@ impl<M: Machine> Replica<M> {
         Ok(Self {
             parked: Parked::default(),
             reads: ParkedReads::new(config.parked_reads_max),
+            unheard_since: None,
             config,
             raft,
             machine,
@@ -398,7 +401,8 @@ impl<M: Machine> Replica<M> {
     /// Passes ticks without a step where nothing comes of them but heartbeats, which are appended to `out`. `None`: it
     /// needs [`Event::Tick`], and nothing was passed; else whether it needs a step, without a tick.
     pub fn quick_ticks(&mut self, ticks: u64, out: &mut Vec<PeerMessage>) -> Option<bool> {
-        if !self.is_idle() {
+        // Whoever waits at one that does not lead is told when nobody else does.
+        if !self.is_idle() || (!self.serving && !self.reads.is_empty()) {
             return None;
         }
         match self.raft.quick_ticks(ticks, out) {
@@ -1265,6 +1269,29 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    /// Readers that wait at a replica which nobody leads, or which takes nothing in, are told: the partition goes on
+    /// elsewhere, and they would not hear of it.
+    fn follow_silence(&mut self, fx: &mut Effects<M>) {
+        if self.serving || self.reads.is_empty() || (self.raft.hears_leader() && self.disk_full.is_none()) {
+            self.unheard_since = None;
+            return;
+        }
+        let ticks = self.raft.ticks();
+        // An election in between is none of their business.
+        let since = *self.unheard_since.get_or_insert(ticks);
+        let never_notices = self.raft.leader().is_some();
+        if never_notices || self.disk_full.is_some() || ticks.saturating_sub(since) >= ELECTION_TICKS as u64 {
+            self.unheard_since = None;
+            let error = Error::new(
+                ErrorCode::NotLeader,
+                "this replica hears of no leader, and what is committed elsewhere does not reach it; ask for the leader and \
+                 try again",
+            )
+            .with_partition(self.config.tp.partition);
+            self.reads.fail_all(&error, &mut fx.answers);
+        }
+    }
+
     /// Where an epoch ends at the latest, as far as this log knows.
     fn epoch_end(&self, epoch: LeaderEpoch) -> Option<Offset> {
         let log = self.log();
@@ -1347,6 +1374,7 @@ impl<M: Machine> Replica<M> {
             }
             self.settle_transfer(fx);
             self.settle_reads(fx)?;
+            self.follow_silence(fx);
             if self.truncation.is_none() && self.raft.has_ready() {
                 continue;
             }

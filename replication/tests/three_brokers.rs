@@ -465,6 +465,21 @@ fn followers_are_read_from_and_never_go_back() {
 }
 
 #[test]
+fn who_waits_at_a_follower_that_is_cut_off_is_sent_elsewhere() {
+    let mut cluster = Cluster::founded(config(), LogConfig::default());
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    let follower = (cluster.leader() + 1) % 3;
+    let end = cluster.status(follower).high_watermark;
+    let (sender, mut receiver) = oneshot::channel();
+    let waiting = ReadRequest { wait: true, any_replica: true, ..ReadRequest::new(end, 1 << 20) };
+    cluster.handle(follower).read(waiting, Reply::from(sender));
+    cluster.cut(follower);
+    let answer = until("the reader is told", || receiver.try_recv().ok());
+    assert_eq!(answer.unwrap_err().code, ErrorCode::NotLeader);
+}
+
+#[test]
 fn a_follower_that_was_away_pulls_what_it_missed() {
     let config = ShardsConfig { checkpoint_entries: 200, offer_after_bytes: 64 << 10, ..config() };
     let mut cluster = Cluster::founded(config, small_segments());
