@@ -152,6 +152,8 @@ impl Calls {
         }
         let known = control.table.with(|table| table.broker(from).cloned());
         let Some(known) = known.filter(|known| known.incarnation == incarnation) else {
+            // Of one that was the controller once, and does not know who registered since, that is no word to end by.
+            control.committed_end().await?;
             return Err(Error::new(
                 ErrorCode::InvalidRequest,
                 format!(
@@ -179,18 +181,26 @@ impl Calls {
             control.command(MetadataCommand::LeadersChanged { broker: from, leaders }).await?;
         }
         let ids = |ids: &[u64]| ids.iter().copied().map(ReplicaId::new).collect::<Vec<_>>();
-        for progress in &request.moves {
-            let Some(tp) = partition(&progress.topic_id, progress.partition) else { continue };
-            let command = MoveProgress {
+        let moves = request.moves.iter().filter_map(|progress| {
+            let tp = partition(&progress.topic_id, progress.partition)?;
+            Some(MetadataCommand::MoveProgress(MoveProgress {
                 tp,
                 may_remove: progress.may_remove,
                 removed: ids(&progress.removed),
                 wanted: ids(&progress.wanted),
                 seed: rand::random(),
-            };
-            control.command(MetadataCommand::MoveProgress(command)).await?;
-        }
+            }))
+        });
+        // One flush for all: whoever tells of many waits no longer than for one.
+        futures::future::try_join_all(moves.map(|command| control.command(command))).await?;
         control.duty.lost(request.lost.iter().filter_map(Lost::of));
+        let metadata_replica =
+            || control.table.with(|table| table.broker(from).map_or(0, |broker| broker.metadata_replica.get()));
+        if metadata_replica() != request.metadata_replica_id {
+            // What is taken for the controller here may not be it any more, and know only an earlier id: the broker would give
+            // up a replica that votes, for one that must never come back.
+            control.committed_end().await?;
+        }
         Ok(control.table.with(|table| BrokerHeartbeatResponse {
             error: None,
             metadata_end: table.applied().get(),

@@ -145,7 +145,13 @@ impl Control {
         if !self.leads() {
             return Err(self.not_controller());
         }
-        command_to(&self.metadata(), command).await
+        let decided = command_to(&self.metadata(), command).await;
+        if decided.as_ref().is_err_and(|error| !error.is_retriable()) {
+            // A refusal writes nothing, so that nobody has confirmed it: this broker may have been the controller once, and not
+            // know of its successor's doings.
+            self.committed_end().await?;
+        }
+        decided
     }
 
     /// Who is, for whoever took this broker for the controller.

@@ -16,9 +16,10 @@ use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
 use super::calls::Calls;
-use super::control::Control;
+use super::control::{Again, Control};
 use super::drive::Led;
 use crate::admin_http::Readiness;
+use crate::controller::change::{Leader, PartitionEntry};
 use crate::partition::{LocalReplicas, OpenPartition, Slot};
 use crate::room::Room;
 
@@ -32,6 +33,9 @@ pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(5);
 const REGISTER_EVERY: Duration = Duration::from_millis(100);
 /// A session that has ended is noted this often.
 const LOG_EVERY: Duration = Duration::from_secs(10);
+/// What the metadata does not say, though it was told, is told again: the controller may have lost it, or not have known
+/// the replica then.
+const TELL_AGAIN_AFTER: Duration = Duration::from_secs(5);
 /// Leaders told with one heartbeat.
 const ROWS_MAX: usize = 10_000;
 
@@ -55,7 +59,7 @@ where
     let mut refused_since: Option<Instant> = None;
     let mut hint = None;
     loop {
-        let mut why = None;
+        let (mut why, mut was_refused) = (None, false);
         for broker in hint.take().into_iter().chain(contacts()) {
             match register(broker, request.clone()).await {
                 Ok(response) => return Ok(response),
@@ -71,7 +75,7 @@ where
                             return Err(error);
                         }
                         tracing::warn!(%broker, %error, "the registration was refused; it is tried again");
-                        why = Some(error);
+                        (why, was_refused) = (Some(error), true);
                         break;
                     }
                     why = Some(error);
@@ -80,6 +84,10 @@ where
                     }
                 }
             }
+        }
+        if !was_refused && hint.is_none() {
+            // Nobody is the controller, or says so: the next refusal is another one's.
+            refused_since = None;
         }
         let why = why.map_or_else(|| "no other broker is known yet".to_owned(), |error| error.message);
         readiness.hold("registration", format!("the cluster has not taken this broker in yet: {why}"));
@@ -90,7 +98,8 @@ where
 /// What the controller was told, and how that went.
 #[derive(Debug, Default)]
 struct Told {
-    leaders: HashMap<TopicPartition, LeaderEpoch>,
+    /// With the time of it.
+    leaders: HashMap<TopicPartition, (LeaderEpoch, Instant)>,
     /// When it was last noted that the controller knows of no session.
     unknown_since: Option<Instant>,
 }
@@ -141,7 +150,8 @@ impl Session {
             return;
         }
         let open = self.open();
-        let leads = Self::leads(&open, &told.leaders);
+        let now = Instant::now();
+        let leads = self.leads(&open, &told.leaders, now);
         let moves = self.led.take_progress().into_iter().map(|(tp, progress)| MoveProgress {
             topic_id: tp.topic.to_bytes().to_vec().into(),
             partition: tp.partition.get(),
@@ -151,6 +161,7 @@ impl Session {
         });
         let request = BrokerHeartbeatRequest {
             caller: None,
+            metadata_replica_id: self.metadata_replica.borrow().get(),
             metadata_applied: self.control.table.with(|table| table.applied().get()),
             leaders: leads.iter().map(|(_, _, row)| row.clone()).collect(),
             moves: moves.collect(),
@@ -162,7 +173,7 @@ impl Session {
         match tell(&self.control, &self.calls, &request).await {
             Ok(answer) => {
                 for (tp, epoch, _) in leads {
-                    told.leaders.insert(tp, epoch);
+                    told.leaders.insert(tp, (epoch, now));
                 }
                 if let id @ 1.. = answer.metadata_replica_id {
                     self.metadata_replica
@@ -185,15 +196,24 @@ impl Session {
         all.filter_map(|(_, slot)| if let Slot::Open(partition) = slot { Some(partition) } else { None }).collect()
     }
 
-    /// Leaderships that the controller was not told of.
+    /// Leaderships that the controller was not told of, or does not know any more.
     fn leads(
+        &self,
         open: &[Arc<OpenPartition>],
-        told: &HashMap<TopicPartition, LeaderEpoch>,
+        told: &HashMap<TopicPartition, (LeaderEpoch, Instant)>,
+        now: Instant,
     ) -> Vec<(TopicPartition, LeaderEpoch, LeaderRow)> {
-        let rows = open.iter().filter_map(|partition| {
+        let led = open.iter().filter_map(|partition| {
             let status = partition.replica.status();
-            let epoch = status.leader_epoch();
-            if !status.is_ready() || told.get(&partition.tp) == Some(&epoch) {
+            status.is_ready().then(|| (partition, status.leader_epoch()))
+        });
+        let led: Vec<_> = led.collect();
+        let known: Vec<Option<Leader>> = self.control.table.with(|table| {
+            led.iter().map(|(partition, _)| table.partition(partition.tp).and_then(PartitionEntry::leader)).collect()
+        });
+        let rows = led.into_iter().zip(known).filter_map(|((partition, epoch), known)| {
+            let leads = Leader { broker: self.control.me, epoch };
+            if !is_news(leads, known, told.get(&partition.tp).copied(), now) {
                 return None;
             }
             let row = LeaderRow {
@@ -205,6 +225,16 @@ impl Session {
             Some((partition.tp, epoch, row))
         });
         rows.take(ROWS_MAX).collect()
+    }
+}
+
+/// Whether the controller is to be told of a leadership: what it last was told and when, and what the metadata here says.
+fn is_news(leads: Leader, known: Option<Leader>, told: Option<(LeaderEpoch, Instant)>, now: Instant) -> bool {
+    match told {
+        Some((epoch, at)) if epoch == leads.epoch => {
+            known != Some(leads) && now.saturating_duration_since(at) >= TELL_AGAIN_AFTER
+        }
+        _ => true,
     }
 }
 
@@ -239,4 +269,27 @@ pub(crate) fn lost(partition: &OpenPartition) -> Option<LostReplica> {
         last_term: last_term.get(),
         last_index: last_index.get(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_leadership_that_the_metadata_forgot_is_told_again() {
+        let (now, me) = (Instant::now(), BrokerId::new(1));
+        let leader = |broker: i32, epoch: i32| Leader { broker: BrokerId::new(broker), epoch: LeaderEpoch::new(epoch) };
+        let leads = leader(1, 7);
+        assert_eq!(leads.broker, me);
+        let told = Some((LeaderEpoch::new(7), now));
+        assert!(is_news(leads, None, None, now));
+        assert!(is_news(leads, Some(leader(1, 6)), Some((LeaderEpoch::new(6), now)), now), "another epoch");
+        assert!(!is_news(leads, None, told, now), "its answer is on the way");
+        assert!(!is_news(leads, Some(leads), told, now + 10 * TELL_AGAIN_AFTER));
+        assert!(is_news(leads, None, told, now + TELL_AGAIN_AFTER));
+        assert!(
+            is_news(leads, Some(leader(2, 5)), told, now + TELL_AGAIN_AFTER),
+            "strangers would be sent to broker 2"
+        );
+    }
 }
