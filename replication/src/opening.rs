@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use flowstone_protocol::control::log_start_of;
 use flowstone_protocol::{BatchHeader, ControlType, RaftIndex, Term, Timestamp};
-use flowstone_storage::checkpoint::CREATION_INDEX;
+use flowstone_storage::checkpoint::{CREATION_INDEX, Checkpoint};
 use flowstone_storage::{
     DataDir, Disk, EntryBody, HardState, Install, Log, OpenError, OpenMode, ReplicaIdentity, StorageError,
 };
@@ -142,6 +142,9 @@ impl OpenJob {
             Ok(log) => log,
             Err(unusable) => return self.unusable(unusable, machine),
         };
+        if matches!(self.spec.start, Start::Recovered { .. }) && self.hard_state.is_none() {
+            self.hard_state = Some(self.recovered_state(&log));
+        }
         if self.lost_memory && self.spec.flush == FlushMode::Relaxed {
             if self.has_peers(&log) && !self.is_new && !self.was_opened_since() {
                 return Opened::Lost(Lost {
@@ -247,8 +250,7 @@ impl OpenJob {
     /// Lets a survivor's log go on under this replica's id, as the only voter of its group: all that is in it counts as
     /// committed from now on.
     fn recover<M: Machine>(&mut self, machine: &mut M) -> Result<(), Unusable> {
-        let before = self.hard_state_before;
-        let flushed = before.map_or(CREATION_INDEX, |state| state.flushed);
+        let flushed = self.hard_state_before.map_or(CREATION_INDEX, |state| state.flushed);
         let Self { disk, spec, .. } = &*self;
         let mut log = Log::open(Arc::clone(disk), &spec.dir, spec.log.clone(), flushed, self.now)?;
         let (first, last) = (log.checkpoint().applied.next(), log.last_index());
@@ -260,14 +262,24 @@ impl OpenJob {
             replay(&mut log, machine, RaftIndex::new(index)).map_err(|error| final_error(error.to_string()))?;
         }
         let membership = Membership::alone(spec.replica);
-        let checkpoint = log.new_checkpoint(last, membership.encode(), machine.checkpoint());
+        let (membership, machine) = (membership.encode(), machine.checkpoint());
+        // Where there is one of the last entry already, that is what is given; it knows the members of before.
+        let checkpoint = log.new_checkpoint(last, membership.clone(), machine.clone());
+        if checkpoint.applied != last {
+            return Err(final_error(format!("entry {last} can not be read")));
+        }
+        let checkpoint = Checkpoint { membership, machine, ..checkpoint };
         let last_term = log.last_term();
-        let flushed = log.close()?;
+        log.close()?;
         Log::reidentify(disk, &spec.dir, self.identity(), &checkpoint)?;
-        let term = before.map_or(last_term, |state| state.term.max(last_term));
         tracing::warn!(tp = %spec.tp, replica = %spec.replica, last_index = %last, %last_term, "a survivor's log goes on as that of the only voter: what it had not been sent is lost");
-        self.hard_state = Some(HardState { term: Term::new(term.get() + RECOVERED_TERMS), vote: None, flushed });
         Ok(())
+    }
+
+    /// What a recovered replica begins with, as often as it does before that is durable.
+    fn recovered_state(&self, log: &Log) -> HardState {
+        let term = self.hard_state_before.map_or(log.last_term(), |state| state.term.max(log.last_term()));
+        HardState { term: Term::new(term.get() + RECOVERED_TERMS), vote: None, flushed: log.checkpoint().applied }
     }
 
     fn opened_file(&self) -> PathBuf {
