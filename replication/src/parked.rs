@@ -54,11 +54,13 @@ pub(crate) struct Parked<M: Machine> {
     committed: VecDeque<(RaftIndex, Waiting<M>)>,
     /// For the leader's own disk alone.
     persisted: VecDeque<(RaftIndex, Waiting<M>)>,
+    /// Room that is taken by entries which are answered already, and not committed.
+    permits: VecDeque<(RaftIndex, Permit)>,
 }
 
 impl<M: Machine> Default for Parked<M> {
     fn default() -> Self {
-        Self { committed: VecDeque::new(), persisted: VecDeque::new() }
+        Self { committed: VecDeque::new(), persisted: VecDeque::new(), permits: VecDeque::new() }
     }
 }
 
@@ -73,6 +75,12 @@ impl<M: Machine> Parked<M> {
         queue.insert(at, (index, waiting));
     }
 
+    /// Keeps the room of an entry until it is committed, whenever it is answered: what is appended and not committed is
+    /// kept in memory.
+    pub(crate) fn keep(&mut self, index: RaftIndex, permit: Permit) {
+        self.permits.push_back((index, permit));
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.committed.len()
     }
@@ -81,6 +89,7 @@ impl<M: Machine> Parked<M> {
         answer(&mut self.committed, applied, log_start, answers);
         // Whatever is committed is good enough for those, too.
         answer(&mut self.persisted, applied, log_start, answers);
+        while self.permits.pop_front_if(|(index, _)| *index <= applied).is_some() {}
     }
 
     pub(crate) fn answer_persisted(&mut self, persisted: RaftIndex, answers: &mut Vec<Answer<M>>) {
@@ -88,6 +97,7 @@ impl<M: Machine> Parked<M> {
     }
 
     pub(crate) fn fail_all(&mut self, error: &Error, answers: &mut Vec<Answer<M>>) {
+        self.permits.clear();
         for queue in [&mut self.committed, &mut self.persisted] {
             answers.extend(queue.drain(..).map(|(_, waiting)| waiting.failed(error.clone())));
         }

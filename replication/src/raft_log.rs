@@ -183,7 +183,9 @@ impl Storage for RaftLog {
         }
         // Only what is to be sent may be late, and only that needs its bytes.
         if !context.can_async() {
-            let high = high.min(low + HOLLOW_ENTRIES_MAX);
+            // Whoever names a limit takes what comes and asks again. Whoever does not counts what is in all of them.
+            let limit = max_size.into().map_or(u64::MAX, |_| HOLLOW_ENTRIES_MAX);
+            let high = high.min(low.saturating_add(limit));
             return (low..high).map(|index| self.hollow(index)).collect();
         }
         self.for_follower(low, high, max_size.into().unwrap_or(u64::MAX), context)

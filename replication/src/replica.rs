@@ -500,6 +500,21 @@ impl<M: Machine> Replica<M> {
         self.raft.into_log()
     }
 
+    /// Closes the active segment if `offset`, which is committed, lies in that and can not be read: it can be repaired then.
+    /// Segments need not be the same on all replicas.
+    ///
+    /// # Errors
+    /// When the log takes no more writes.
+    pub fn seal_at(&mut self, offset: Offset) -> Result<(), StorageError> {
+        let log = self.log();
+        let is_due = offset < log.high_watermark() && log.is_in_active_segment(offset) && self.truncation.is_none();
+        drop(log);
+        if is_due {
+            self.raft.log_mut().seal()?;
+        }
+        Ok(())
+    }
+
     /// Reads from a repaired file from now on; whether nothing else in that is rotten.
     ///
     /// # Errors
@@ -711,8 +726,17 @@ impl<M: Machine> Replica<M> {
                     (header.attributes.timestamp_type() == TimestampType::LogAppendTime).then_some(timestamp);
                 let produced = Produced { base_offset, log_append_time };
                 let Produce { acks, permit, reply, .. } = produce;
-                let answered = acks == Acks::None || index <= self.applied;
-                if answered {
+                if index <= self.applied {
+                    fx.answers.push(Answer::Produce { reply, result: Ok(produced), permit });
+                    return;
+                }
+                let permit = if acks == Acks::Quorum {
+                    permit
+                } else {
+                    self.parked.keep(index, permit);
+                    Permit::unbounded()
+                };
+                if acks == Acks::None {
                     fx.answers.push(Answer::Produce { reply, result: Ok(produced), permit });
                 } else {
                     let waiting = Waiting::Produce { reply, produced, permit };
@@ -950,6 +974,13 @@ impl<M: Machine> Replica<M> {
                 if self.raft.term() == term && self.raft.leader() == Some(leader) {
                     self.offered(Offered { leader, index, index_term }, fx);
                 }
+                return Ok(());
+            }
+            // It would count as having what is not there.
+            &PeerBody::AppendResponse { index, reject: false, .. }
+                if index > self.raft.last_index() && self.raft.is_leader() && message.term == self.raft.term() =>
+            {
+                tracing::error!(tp = %self.config.tp, from = %message.from, %index, last_index = %self.raft.last_index(), "a follower answers for entries that this leader does not have: it is of another history; its answer is dropped");
                 return Ok(());
             }
             PeerBody::Append { entries, .. } if !self.has_room_for(entries) => return Ok(()),

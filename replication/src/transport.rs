@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use bytes::Bytes;
-use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, RaftIndex, TopicPartition};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, RaftIndex, ReplicaId, TopicPartition};
 
 use crate::peer::PeerMessage;
 use crate::reply::Reply;
@@ -34,6 +34,8 @@ pub trait PeerTransport: Debug + Send + Sync + 'static {
 pub struct PullRequest {
     /// Of which partition.
     pub tp: TopicPartition,
+    /// Of which replica there: another of the same partition, of a group that was given up, has another history.
+    pub of: ReplicaId,
     /// What of it.
     pub what: PullWhat,
 }

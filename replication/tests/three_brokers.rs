@@ -6,7 +6,7 @@ mod shell;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -15,9 +15,9 @@ use flowstone_protocol::{
 };
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{
-    Acks, FlushMode, GroupMessage, GroupStatus, Health, LogConfig, MembershipChange, PeerTransport, Permit, Produced,
-    PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, ReplicaStatus, Reply,
-    RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
+    Acks, FlushMode, GroupMessage, GroupStatus, Health, LogConfig, MembershipChange, PeerBody, PeerTransport, Permit,
+    Produced, PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, ReplicaStatus,
+    Reply, RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
 };
 use flowstone_storage::{DataDir, Disk, RealDisk};
 use ledger::{Ledger, batch};
@@ -34,6 +34,8 @@ struct Network {
     cut: Mutex<HashSet<BrokerId>>,
     /// So many ranges that are pulled arrive with a flipped bit.
     spoiled: AtomicU32,
+    /// Followers get heartbeats, and no entries.
+    without_appends: AtomicBool,
     /// What each broker was asked for, and by whom.
     pulls: Mutex<Vec<(BrokerId, BrokerId, PullWhat)>>,
 }
@@ -55,7 +57,10 @@ struct Link {
 }
 
 impl PeerTransport for Link {
-    fn send(&self, to: BrokerId, messages: Vec<GroupMessage>) {
+    fn send(&self, to: BrokerId, mut messages: Vec<GroupMessage>) {
+        if self.network.without_appends.load(Ordering::Relaxed) {
+            messages.retain(|it| !matches!(it.message.body, PeerBody::Append { .. }));
+        }
         if let Some(shards) = self.network.reach(self.own, to) {
             shards.deliver(self.own, messages);
         }
@@ -685,6 +690,58 @@ fn a_survivor_goes_on_alone_when_it_is_told_to() {
 }
 
 #[test]
+fn a_replica_of_a_recovered_group_takes_nothing_from_the_one_that_was_given_up() {
+    let config = ShardsConfig { checkpoint_entries: 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(100);
+    cluster.until_equal(&[0, 1, 2]);
+    cluster.cut(0);
+    until("the others go on", || (!cluster.status(0).is_ready()).then_some(()));
+    cluster.write_many(100);
+    cluster.until_equal(&[1, 2]);
+    let given_up = cluster.status(1).high_watermark;
+    for (at, delete_files) in [(0, false), (2, true)] {
+        let broker = cluster.brokers[at].as_mut().unwrap();
+        broker.handle = None;
+        ask(|closed| broker.shards.close(TP, delete_files, closed));
+    }
+    // The second broker has not heard of it yet: there the old replica runs on.
+    let places = [(replica_id(61), broker_id(1)), (replica_id(50), broker_id(0)), (replica_id(60), broker_id(2))];
+    cluster.join(0);
+    cluster.open(0, 50, Start::Recovered { from: replica_id(11) }, &places);
+    until_or("it leads", || format!("{:?}", cluster.status(0)), || cluster.status(0).is_ready().then_some(()));
+    cluster.open(2, 60, Start::Learner, &places);
+    cluster.write_many(10);
+    cluster.drive(&[50, 60], &[], false);
+    cluster.until_equal(&[0, 2]);
+    assert!(cluster.status(2).high_watermark < given_up);
+    let pulls = cluster.network.pulls.lock().unwrap().clone();
+    assert!(pulls.iter().any(|&(by, from, _)| (by, from) == (broker_id(2), broker_id(1))), "it was asked: {pulls:?}");
+}
+
+#[test]
+fn what_is_appended_and_not_committed_takes_room_however_it_is_answered() {
+    for acks in [Acks::None, Acks::Leader] {
+        let config = ShardsConfig { inbox_bytes_max: 64 << 10, ..config() };
+        let cluster = Cluster::founded(config, LogConfig::default());
+        let leader = cluster.handle(cluster.leader()).clone();
+        cluster.network.without_appends.store(true, Ordering::Relaxed);
+        let before = leader.status().end_offset;
+        let mut taken = 0;
+        while let Some(permit) = leader.try_reserve(1_024) {
+            let (bytes, header) = batch(1, taken, 1, 900);
+            taken += 1;
+            assert!(taken <= 64, "nothing holds it back");
+            let produced = ask(|reply| leader.produce(bytes, header, acks, permit, reply)).unwrap();
+            assert_eq!(produced.base_offset, before.plus(i64::from(taken) - 1));
+        }
+        assert_eq!(taken, 64);
+        cluster.network.without_appends.store(false, Ordering::Relaxed);
+        until("the room is given back", || leader.try_reserve(64 << 10));
+    }
+}
+
+#[test]
 fn an_idle_group_is_not_stepped() {
     let cluster = Cluster::founded(config(), LogConfig::default());
     let leader = cluster.leader();
@@ -755,6 +812,38 @@ fn what_only_memory_held_is_in_doubt_after_the_machine_was_restarted() {
     cluster.open(away, 99, Start::Learner, &places);
     cluster.until_equal(&[0, 1, 2]);
     assert_eq!(cluster.status(away).health, Health::Ok);
+}
+
+#[test]
+fn rot_that_a_read_meets_in_the_active_segment_is_repaired() {
+    let mut cluster = Cluster::founded(config(), LogConfig::default());
+    cluster.write_many(100);
+    cluster.until_equal(&[0, 1, 2]);
+    let victim = (cluster.leader() + 1) % 3;
+    let dir: PathBuf = cluster.brokers[victim].as_ref().unwrap().data_dir.replica_dir(TP);
+    let file = std::fs::read_dir(&dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .find(|path| path.extension().is_some_and(|extension| extension == "log"))
+        .unwrap();
+    let good = std::fs::read(&file).unwrap();
+    {
+        use std::os::unix::fs::FileExt as _;
+        let file = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+        file.write_all_at(&[good[20_000] ^ 0x40], 20_000).unwrap();
+    }
+    // Who reads the bytes finds it.
+    let request = ReadRequest { any_replica: true, ..ReadRequest::new(Offset::new(0), 1 << 20) };
+    let error = cluster.read(victim, request).map(|answer| answer.bytes.verify().unwrap_err());
+    let offset = match error {
+        Ok(flowstone_storage::ReadError::Corrupt { offset, .. }) => offset,
+        other => panic!("{other:?}"),
+    };
+    cluster.handle(victim).found_corrupt(offset);
+    until("it is repaired", || (cluster.metrics(victim).repaired_ranges > 0).then_some(()));
+    assert_eq!(std::fs::read(&file).unwrap()[20_000], good[20_000]);
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
 }
 
 #[test]

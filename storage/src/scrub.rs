@@ -104,6 +104,12 @@ impl Log {
         }
     }
 
+    /// Whether `offset` lies in the active segment, or behind it: what has rotted there can be repaired once that is sealed
+    /// ([`Self::seal`]).
+    pub fn is_in_active_segment(&self, offset: Offset) -> bool {
+        matches!(self.segment_of_offset(offset), Which::Active)
+    }
+
     fn scrub(&self, at: usize, from: From, bytes_max: u64) -> Option<ScrubJob> {
         let segment = self.sealed.get(at).filter(|segment| self.is_scrubbable(segment.end_index))?;
         let behind = self.sealed.get(at + 1).filter(|next| self.is_scrubbable(next.end_index));

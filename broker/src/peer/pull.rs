@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use flowstone_protocol::peer as pb;
 use flowstone_protocol::{
-    BrokerId, Error, ErrorCode, ErrorKind, Offset, PartitionId, RaftIndex, TopicId, TopicPartition,
+    BrokerId, Error, ErrorCode, ErrorKind, Offset, PartitionId, RaftIndex, ReplicaId, TopicId, TopicPartition,
 };
 use flowstone_replication::{PullAnswer, PullRequest, PullWhat, Reply};
 use parking_lot::Mutex;
@@ -190,11 +190,12 @@ impl Rate {
 }
 
 fn to_pb(request: PullRequest) -> pb::PullRequest {
-    let PullRequest { tp, what } = request;
+    let PullRequest { tp, of, what } = request;
     pb::PullRequest {
         caller: None,
         topic_id: Bytes::copy_from_slice(&tp.topic.to_bytes()),
         partition: tp.partition.get(),
+        replica_id: of.get(),
         what: Some(match what {
             PullWhat::Checkpoint => What::Checkpoint(pb::PullCheckpoint {}),
             PullWhat::Batches { first, last, max_bytes } => What::Batches(pb::PullBatches {
@@ -219,7 +220,8 @@ fn request_of(request: &pb::PullRequest) -> Result<PullRequest, Error> {
         },
         None => return Err(invalid("does not say what is wanted")),
     };
-    Ok(PullRequest { tp: TopicPartition::new(topic, PartitionId::new(request.partition)), what })
+    let tp = TopicPartition::new(topic, PartitionId::new(request.partition));
+    Ok(PullRequest { tp, of: ReplicaId::new(request.replica_id), what })
 }
 
 fn from_pb(from: BrokerId, request: PullRequest, response: pb::PullResponse) -> Result<PullAnswer, Error> {
@@ -283,7 +285,7 @@ mod tests {
     #[test]
     fn a_range_that_did_not_come_over_whole_is_pulled_again() {
         let tp = TopicPartition::new(TopicId::new(1), PartitionId::new(2));
-        let request = PullRequest { tp, what: PullWhat::Checkpoint };
+        let request = PullRequest { tp, of: ReplicaId::new(3), what: PullWhat::Checkpoint };
         let bytes = Bytes::from_static(b"checkpoint");
         let good = pb::PullResponse { checksum: checksum(&bytes), checkpoint: bytes, ..Default::default() };
         let cut = pb::PullResponse { checkpoint: good.checkpoint.slice(1..), ..good.clone() };

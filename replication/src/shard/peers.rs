@@ -65,15 +65,18 @@ impl Places {
         there
     }
 
-    /// All brokers that may have a replica, the told ones first.
-    pub(super) fn brokers(&self, but: ReplicaId) -> Vec<BrokerId> {
-        let mut brokers = Vec::new();
-        for &(replica, broker) in self.told.iter().chain(&self.learned) {
-            if replica != but && !brokers.contains(&broker) {
-                brokers.push(broker);
+    /// The other replicas, of which something may be pulled: those of `first` first, then as they were told.
+    pub(super) fn sources(&self, but: ReplicaId, first: Option<BrokerId>) -> Vec<(BrokerId, ReplicaId)> {
+        let mut sources = Vec::new();
+        for &(replica, _) in self.told.iter().chain(&self.learned) {
+            if let Some(broker) = self.broker_of(replica).filter(|_| replica != but)
+                && !sources.contains(&(broker, replica))
+            {
+                sources.push((broker, replica));
             }
         }
-        brokers
+        sources.sort_by_key(|&(broker, _)| Some(broker) != first);
+        sources
     }
 }
 

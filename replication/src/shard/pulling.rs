@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex, Term};
+use flowstone_protocol::{Error, ErrorCode, RaftIndex, Term};
 use flowstone_storage::{Install, LogEntry, ReplicaIdentity, StorageError, checkpoint};
 
 use super::{Message, Shard, SlotKey, State};
@@ -142,6 +142,12 @@ impl<M: Machine> Shard<M> {
             let message = "this broker has no open replica of the partition; ask another".to_owned();
             return reply.send(Err(refuse(ErrorCode::NotLeader, message)));
         };
+        let own = replica.config().replica;
+        if own != request.of {
+            // After a recovery with loss its group may be another one, with another history.
+            let message = format!("this broker has replica {own}, and {} was asked for; ask another", request.of);
+            return reply.send(Err(refuse(ErrorCode::NotLeader, message)));
+        }
         let log = replica.log();
         let committed = log.committed_index();
         let job: Box<dyn FnOnce() -> Result<PullAnswer, flowstone_storage::ReadError> + Send> = match request.what {
@@ -355,13 +361,12 @@ impl<M: Machine> Shard<M> {
             State::Running(replica) => replica.leader().and_then(|leader| slot.places.broker_of(leader)),
             _ => slot.hint,
         };
-        let mut sources: Vec<BrokerId> = leader.into_iter().collect();
-        sources.extend(slot.places.brokers(slot.spec.replica).into_iter().filter(|&broker| Some(broker) != leader));
+        let sources = slot.places.sources(slot.spec.replica, leader);
         if sources.is_empty() {
             pull.step = Step::Until(self.now + PAUSE_MAX.min(PAUSE_MIN * 5));
             return;
         }
-        let source = sources[pull.turn % sources.len()];
+        let (source, of) = sources[pull.turn % sources.len()];
         pull.asks_leader = Some(source) == leader;
         pull.sources = sources.len();
         pull.number += 1;
@@ -372,7 +377,7 @@ impl<M: Machine> Shard<M> {
         let reply = Reply::new(move |answer| {
             drop(port.inbox.report(Message::Pulled { slot: key, number, answer }));
         });
-        self.transport.pull(source, PullRequest { tp, what: wanted }, reply);
+        self.transport.pull(source, PullRequest { tp, of, what: wanted }, reply);
     }
 
     pub(super) fn on_pulled(&mut self, key: SlotKey, number: u64, answer: Result<PullAnswer, Error>) {

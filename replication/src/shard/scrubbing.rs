@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use flowstone_protocol::{BrokerId, Error, Offset};
+use flowstone_protocol::{Error, Offset};
 use flowstone_storage::{ReadError, Repair, RepairDone, Rotten, ScrubJob, ScrubPosition, Scrubbed, StorageError};
 
 use super::{Message, Shard, ShardsConfig, Slot, SlotKey, State};
@@ -195,10 +195,15 @@ impl<M: Machine> Shard<M> {
     /// A read found rot there: it is measured, and repaired.
     pub(super) fn on_corrupt(&mut self, key: SlotKey, offset: Offset) {
         let index = key.index;
-        let Some(slot) = self.slots.get(index as usize).filter(|slot| slot.life == key.life) else { return };
-        let State::Running(replica) = &slot.state else { return };
+        let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.life == key.life) else { return };
+        let State::Running(replica) = &mut slot.state else { return };
         if slot.closing.is_some() || self.stopping.is_some() || slot.repair.is_some() {
             return;
+        }
+        if slot.spec.has_peers()
+            && let Err(error) = replica.seal_at(offset)
+        {
+            tracing::warn!(tp = %slot.spec.tp, %error, "damaged records can not be repaired: the log takes no writes");
         }
         let job = replica.log().scrub_job_at(offset);
         if let Some(job) = job
@@ -272,13 +277,12 @@ impl<M: Machine> Shard<M> {
         let Some(repair) = &repairing.repair else { return };
         let leader = replica.leader().filter(|&leader| leader != slot.spec.replica);
         let leader = leader.and_then(|leader| slot.places.broker_of(leader));
-        let mut sources: Vec<BrokerId> = leader.into_iter().collect();
-        sources.extend(slot.places.brokers(slot.spec.replica).into_iter().filter(|&broker| Some(broker) != leader));
+        let sources = slot.places.sources(slot.spec.replica, leader);
         if sources.is_empty() {
             repairing.step = Step::Until(self.now + PAUSE_MAX);
             return;
         }
-        let source = sources[repairing.failures as usize % sources.len()];
+        let (source, of) = sources[repairing.failures as usize % sources.len()];
         let what = PullWhat::Batches {
             first: repair.next_index(),
             last: repairing.rotten.last_index,
@@ -292,7 +296,7 @@ impl<M: Machine> Shard<M> {
             let outcome = Repaired::Answered { number, answer };
             drop(port.inbox.report(Message::Repaired { slot: key, outcome }));
         });
-        self.transport.pull(source, PullRequest { tp, what }, reply);
+        self.transport.pull(source, PullRequest { tp, of, what }, reply);
     }
 
     fn repair_job(&mut self, index: u32, job: impl FnOnce() -> Repaired + Send + 'static) {

@@ -85,7 +85,7 @@ fn range(request: PullRequest) -> Result<PullAnswer, Error> {
 async fn pull(node: &Node, from: BrokerId, what: PullWhat) -> Result<PullAnswer, Error> {
     let (reply, answer) = oneshot::channel();
     let tp = heartbeat(1).tp;
-    node.network.pull(from, PullRequest { tp, what }, Reply::from(reply));
+    node.network.pull(from, PullRequest { tp, of: ReplicaId::new(7), what }, Reply::from(reply));
     timeout(LONG, answer).await.expect("in time").expect("an answer, whatever happens")
 }
 
@@ -132,7 +132,11 @@ fn a_pull_is_answered_though_the_runtime_ends() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let network = PeerNetwork::start(config(), identity(1), PeerBook::new(), runtime.handle().clone());
     let (reply, answer) = oneshot::channel();
-    network.pull(id(2), PullRequest { tp: heartbeat(1).tp, what: PullWhat::Checkpoint }, Reply::from(reply));
+    network.pull(
+        id(2),
+        PullRequest { tp: heartbeat(1).tp, of: ReplicaId::new(7), what: PullWhat::Checkpoint },
+        Reply::from(reply),
+    );
     drop(runtime);
     let error = answer.blocking_recv().expect("an answer").expect_err("not pulled");
     assert_eq!(error.code, ErrorCode::ShuttingDown);
