@@ -34,6 +34,7 @@ use crate::cluster::control::Control;
 use crate::cluster::drive::{self, Driver, Led};
 use crate::cluster::duty::{self, Duty};
 use crate::cluster::form::{Founder, Founding, Me, founder_of};
+use crate::cluster::recovery::MetadataRecovery;
 use crate::cluster::{book, join, session};
 use crate::config::{Config, ConfigError, split_address};
 use crate::connections::Connections;
@@ -277,6 +278,13 @@ struct Starting {
     life: Life,
 }
 
+/// What a start goes through with.
+struct Around<'a> {
+    calls: &'a Arc<Calls>,
+    network: &'a Arc<PeerNetwork>,
+    recover: mpsc::Sender<MetadataRecovery>,
+}
+
 /// The metadata as a start opened it.
 struct OpenMetadata {
     replica_id: ReplicaId,
@@ -327,16 +335,26 @@ impl Starting {
             peer_address: self.peer_address.clone(),
             cluster: data_dir.cluster(),
         };
-        let calls = Calls::new(me.clone(), self.config.cluster.seeds.clone());
-        let network = self.open_network(&me, peer, &calls);
-        let (data_dir, mut belonging) = self.find_cluster(me, data_dir, &calls, &network).await?;
+        let refused = |reason: String| StartError::DataDir { path: self.config.node.data_dir.clone(), reason };
+        let known = Belonging::load(&data_dir, me.broker, &me.peer_address).map_err(refused)?;
+        let book = PeerBook::new();
+        let calls = Calls::new(me.clone(), self.config.cluster.seeds.clone(), book.clone());
+        if let Some(known) = &known {
+            // Before anybody can ask: one that seems to belong to nothing would let a second cluster be founded.
+            calls.tell_founding(known.founding.clone());
+        }
+        let network = self.open_network(&me, peer, &calls, book);
+        let (data_dir, mut belonging) = self.find_cluster(me, data_dir, known, &calls, &network).await?;
         let cluster = belonging.founding.cluster;
 
         let transport: Arc<dyn PeerTransport> = Arc::<PeerNetwork>::clone(&network);
         let shards = start_shards(&self.config, Arc::clone(&data_dir), transport).await?;
         self.life.shards = Some(Arc::clone(&shards));
         network.attach(Arc::downgrade(&shards));
-        let (metadata, control) = self.enter(&shards, &data_dir, &mut belonging, &calls, &network).await?;
+        let (recover, mut recoveries) = mpsc::channel(1);
+        gate.serve_recovery(&calls);
+        let around = Around { calls: &calls, network: &network, recover };
+        let (metadata, control) = self.enter(&shards, &data_dir, &mut belonging, around, &mut recoveries).await?;
         let table = metadata.table.clone();
 
         readiness.hold("replicas", "local replicas are being recovered");
@@ -348,7 +366,6 @@ impl Starting {
         let led = Arc::new(Led::default());
         let metadata_replica = watch::Sender::new(metadata.replica_id);
         let kept = Kept::new(Arc::clone(&data_dir), belonging);
-        let (recover, recoveries) = mpsc::channel(1);
         let succession = Succession {
             wanted: metadata_replica.subscribe(),
             control: Arc::clone(&control),
@@ -418,7 +435,6 @@ impl Starting {
             room,
             checks: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),
             ready_since: Instant::now(),
-            recover_metadata: recover,
             config: self.config,
         });
         calls.serve_all(&node);
@@ -437,7 +453,7 @@ impl Starting {
     }
 
     /// Answers other brokers from now on.
-    fn open_network(&mut self, me: &Me, listener: TcpListener, calls: &Arc<Calls>) -> Arc<PeerNetwork> {
+    fn open_network(&mut self, me: &Me, listener: TcpListener, calls: &Arc<Calls>, book: PeerBook) -> Arc<PeerNetwork> {
         let identity = PeerIdentity {
             broker: me.broker,
             directory: me.directory,
@@ -445,7 +461,7 @@ impl Starting {
             cluster: me.cluster,
         };
         let config = PeerConfig::new(&self.config.limits);
-        let network = PeerNetwork::start(config, identity, PeerBook::new(), tokio::runtime::Handle::current());
+        let network = PeerNetwork::start(config, identity, book, tokio::runtime::Handle::current());
         self.life.network = Some(Arc::clone(&network));
         let (drains, cuts) = (self.life.drain.subscribe(), self.life.cut.subscribe());
         let (served, calls) = (Arc::clone(&network), Arc::clone(calls));
@@ -460,11 +476,11 @@ impl Starting {
         &self,
         me: Me,
         data_dir: DataDir,
+        known: Option<Belonging>,
         calls: &Arc<Calls>,
         network: &Arc<PeerNetwork>,
     ) -> Result<(Arc<DataDir>, Belonging), StartError> {
         let refused = |reason: String| StartError::DataDir { path: self.config.node.data_dir.clone(), reason };
-        let known = Belonging::load(&data_dir, me.broker, &me.peer_address).map_err(refused)?;
         let (data_dir, belonging) = match known {
             Some(known) if data_dir.cluster().is_some() => {
                 if self.config.has_other_seeds(&me.peer_address) {
@@ -516,9 +532,10 @@ impl Starting {
         shards: &Arc<Shards<PartitionMachine>>,
         data_dir: &Arc<DataDir>,
         belonging: &mut Belonging,
-        calls: &Arc<Calls>,
-        network: &Arc<PeerNetwork>,
+        around: Around<'_>,
+        recoveries: &mut mpsc::Receiver<MetadataRecovery>,
     ) -> Result<(OpenMetadata, Arc<Control>), StartError> {
+        let Around { calls, network, recover } = around;
         self.readiness.hold("metadata", "the cluster metadata is being opened");
         let shards = Arc::downgrade(shards);
         let mut registered = None;
@@ -530,35 +547,59 @@ impl Starting {
             if let Some(response) = &registered {
                 let id = ReplicaId::new(response.metadata_replica_id);
                 if belonging.metadata_replica != Some(id) {
-                    belonging.metadata_replica = Some(id);
+                    (belonging.metadata_replica, belonging.recovered_from) = (Some(id), None);
                     self.save(data_dir, belonging).await?;
                 }
             }
             let others = registered.as_ref().map(metadata_replicas).unwrap_or_default();
-            let opened = self.open_metadata(&shards, data_dir, belonging, &others).await?;
+            let mut opened = self.open_metadata(&shards, data_dir, belonging, &others).await?;
             let duty = Duty::new(self.config.limits.broker_session_timeout);
             let me = self.config.node.id;
-            let control = Control::new(me, opened.replica.clone(), opened.table.clone(), duty, network);
+            let replica = (opened.replica_id, opened.replica.clone());
+            let control = Control::new(me, replica, opened.table.clone(), duty, network, recover.clone());
             // Ends with the loop's turn, where the replica is opened another time.
             let keeper = AbortOnDrop(tokio::spawn(duty::run(Arc::clone(&control), self.incarnation)));
             calls.serve_metadata(&control);
-            let response = match registered.take() {
-                Some(response) => response,
-                None => self.register(network, Some(&control), calls).await?,
+            let response = loop {
+                let entering = async {
+                    let response = match registered.take() {
+                        Some(response) => response,
+                        None => self.register(network, Some(&control), calls).await?,
+                    };
+                    let response = self.exchange(&opened, &control, calls, response).await?;
+                    if ReplicaId::new(response.metadata_replica_id) == opened.replica_id {
+                        self.readiness.hold("metadata", "the cluster metadata is catching up");
+                        self.find_itself(&opened.table, &opened.replica).await?;
+                    }
+                    Ok::<_, StartError>(response)
+                };
+                tokio::select! {
+                    response = entering => break response?,
+                    // Without a majority nobody is ever registered: here an operator gives up what the others had.
+                    Some(recovery) = recoveries.recv() => {
+                        self.recover_metadata(&shards, data_dir, belonging, &mut opened, &control, recovery).await?;
+                    }
+                }
             };
-            let response = self.exchange(&opened, &control, calls, response).await?;
             if ReplicaId::new(response.metadata_replica_id) != opened.replica_id {
+                if opened.replica.status().is_ready() {
+                    // Nobody could give another one but itself: what it has is all that there is.
+                    return Err(StartError::Metadata(Error::new(
+                        flowstone_protocol::ErrorCode::Internal,
+                        "the metadata is led here by a replica that it does not name; start the broker again, and report \
+                         this if it stays so",
+                    )));
+                }
                 tracing::warn!(
                     "the replica of the metadata here was given up while the broker was away: it begins anew"
                 );
                 drop((keeper, control, opened));
                 calls.stop_metadata();
-                close(&shards, METADATA_PARTITION, true).await;
+                // Its files stay until the new one has what takes their place.
+                close(&shards, METADATA_PARTITION, false).await;
                 registered = Some(response);
                 continue;
             }
-            self.readiness.hold("metadata", "the cluster metadata is catching up");
-            self.find_itself(&opened.table, &opened.replica).await?;
             let founded = opened.table.with(|table| table.founding().map(|founding| founding.cluster));
             if founded != Some(belonging.founding.cluster) {
                 return Err(StartError::DataDir {
@@ -603,6 +644,35 @@ impl Starting {
         Ok(response)
     }
 
+    /// Has the metadata go on with what is here, as its only voter under another id. Whoever asked waits until it leads.
+    async fn recover_metadata(
+        &self,
+        shards: &Weak<Shards<PartitionMachine>>,
+        data_dir: &Arc<DataDir>,
+        belonging: &mut Belonging,
+        opened: &mut OpenMetadata,
+        control: &Arc<Control>,
+        recovery: MetadataRecovery,
+    ) -> Result<(), StartError> {
+        let MetadataRecovery { survives_as, done } = recovery;
+        let from = opened.replica_id;
+        tracing::error!(%from, to = %survives_as, "the metadata goes on with what this broker has of it");
+        // First of all: a start that is cut off from here on goes on with it.
+        (belonging.metadata_replica, belonging.recovered_from) = (Some(survives_as), Some(from));
+        self.save(data_dir, belonging).await?;
+        close(shards, METADATA_PARTITION, false).await;
+        let peers: Peers = Arc::from([(survives_as, self.config.node.id)]);
+        let spec = metadata_spec(data_dir, survives_as, Arc::clone(&peers), Start::Recovered { from });
+        let machine = PartitionMachine::metadata_again(&opened.table);
+        let replica = open_handle(shards, spec, machine).await.map_err(StartError::Metadata)?;
+        control.set_metadata(survives_as, replica.clone());
+        *opened = OpenMetadata { replica_id: survives_as, peers, replica, table: opened.table.clone() };
+        if done.send(()).is_err() {
+            tracing::debug!("whoever asked for the metadata's recovery has given up waiting");
+        }
+        Ok(())
+    }
+
     async fn save(&self, data_dir: &Arc<DataDir>, belonging: &Belonging) -> Result<(), StartError> {
         let (data_dir, belonging) = (Arc::clone(data_dir), belonging.clone());
         let saved = tokio::task::spawn_blocking(move || belonging.save(&data_dir)).await;
@@ -631,6 +701,8 @@ impl Starting {
         let founders = &belonging.founding.voters;
         let start = if belonging.is_founder() {
             Start::FirstVoter { voters: founders.iter().map(|founder| founder.replica).collect() }
+        } else if let Some(from) = belonging.recovered_from {
+            Start::Recovered { from }
         } else {
             Start::Learner
         };

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use flowstone_protocol::{BrokerId, ClusterId, Error, ErrorCode, LeaderEpoch, ReplicaId, TopicPartition};
+use flowstone_protocol::{BrokerId, ClusterId, Error, ErrorCode, LeaderEpoch, TopicPartition};
 use flowstone_replication::Role;
-use tokio::sync::{Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{Semaphore, watch};
 
 use crate::cluster::control::Control;
 use crate::config::Config;
@@ -35,16 +35,6 @@ pub(crate) struct Node {
     /// Turns of checks that decompress or compress much.
     pub(crate) checks: Arc<Semaphore>,
     pub(crate) ready_since: Instant,
-    /// Takes the wish that the metadata's replica here go on as the only voter.
-    pub(crate) recover_metadata: mpsc::Sender<MetadataRecovery>,
-}
-
-/// The metadata's majority is gone for good: the replica here is to go on under this id.
-#[derive(Debug)]
-pub(crate) struct MetadataRecovery {
-    pub(crate) survives_as: ReplicaId,
-    /// Told once it is open.
-    pub(crate) done: oneshot::Sender<()>,
 }
 
 /// Who leads a partition, as far as is known here.

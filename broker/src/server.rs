@@ -4,9 +4,9 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
+use flowstone_protocol::FILE_DESCRIPTOR_SET;
 use flowstone_protocol::pb::admin_server::AdminServer;
 use flowstone_protocol::pb::log_server::LogServer;
-use flowstone_protocol::{Error, ErrorCode, FILE_DESCRIPTOR_SET};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -16,12 +16,13 @@ use tonic::service::Routes;
 use tonic::transport::Server;
 
 use crate::admin_http::Readiness;
+use crate::cluster::calls::Calls;
 use crate::config::LimitsConfig;
 use crate::connections::{CallGuard, ConnectionCalls, Connections, Incoming};
 use crate::node::Node;
 use crate::peer::wrong_port::{OnlyOn, Port};
 use crate::receiving::Receiving;
-use crate::service::{AdminService, LogCalls, LogService};
+use crate::service::{AdminService, EarlyAdmin, LogCalls, LogService, RECOVER_PATH, starting};
 
 /// Largest HTTP/2 frame that clients are asked to send: large frames mean fewer of them for a large batch.
 const FRAME_BYTES: u32 = 256 << 10;
@@ -32,12 +33,14 @@ const RESPONSE_BYTES_MAX: usize = 64 << 20;
 #[derive(Debug)]
 pub(crate) struct Gate {
     routes: OnceLock<Routes>,
+    /// The one call that is answered before: without it a cluster that lost the metadata's majority could not be started.
+    early: OnceLock<AdminServer<EarlyAdmin>>,
     readiness: Readiness,
 }
 
 impl Gate {
     pub(crate) fn new(readiness: Readiness) -> Arc<Self> {
-        Arc::new(Self { routes: OnceLock::new(), readiness })
+        Arc::new(Self { routes: OnceLock::new(), early: OnceLock::new(), readiness })
     }
 
     /// Serves from now on. The first call decides.
@@ -45,13 +48,14 @@ impl Gate {
         self.routes.get_or_init(|| routes(node, &node.config.limits));
     }
 
+    /// Takes an operator's wish to recover the metadata from now on.
+    pub(crate) fn serve_recovery(&self, calls: &Arc<Calls>) {
+        let early = EarlyAdmin::new(Arc::clone(calls), self.readiness.clone());
+        self.early.get_or_init(|| AdminServer::new(early));
+    }
+
     fn closed(&self) -> tonic::Status {
-        let reasons = self.readiness.held();
-        Error::new(
-            ErrorCode::LeaderNotReady,
-            format!("this broker is starting ({}); try again in a moment, or ask another one", reasons.join("; ")),
-        )
-        .to_status()
+        starting(&self.readiness).to_status()
     }
 }
 
@@ -146,7 +150,10 @@ impl Service<http::Request<Body>> for GatedCalls {
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         match &mut self.routes {
             Some(routes) => Box::pin(routes.call(request)),
-            None => Box::pin(std::future::ready(Ok(self.gate.closed().into_http()))),
+            None => match self.gate.early.get() {
+                Some(early) if request.uri().path() == RECOVER_PATH => Box::pin(early.clone().call(request)),
+                _ => Box::pin(std::future::ready(Ok(self.gate.closed().into_http()))),
+            },
         }
     }
 }

@@ -17,6 +17,9 @@ pub(crate) struct Belonging {
     pub(crate) founding: Founding,
     /// `None` until this broker is registered for the first time, unless it is one of the founders.
     pub(crate) metadata_replica: Option<ReplicaId>,
+    /// The replica with whose log that one goes on, as the only voter: noted before it does, so that a start in the middle
+    /// of it goes on as well.
+    pub(crate) recovered_from: Option<ReplicaId>,
     /// Brokers as they were registered when this was written: after a start they are believed before the metadata can be
     /// read, and founders may have lost the directories that the founding names.
     pub(crate) brokers: Vec<Founder>,
@@ -62,7 +65,7 @@ impl Belonging {
     /// What `broker` has to know of the cluster that `founding` made.
     pub(crate) fn new(founding: Founding, broker: BrokerId, data_dir: &DataDir) -> Self {
         let metadata_replica = founding.founder(broker, data_dir.id()).map(|founder| founder.replica);
-        Self { founding, metadata_replica, brokers: Vec::new() }
+        Self { founding, metadata_replica, recovered_from: None, brokers: Vec::new() }
     }
 
     /// A cluster of this broker alone, from the start. Nothing of it has to be written but the cluster's id, which is in
@@ -71,7 +74,7 @@ impl Belonging {
         let replica = founding_replica(data_dir);
         let me = Founder { broker, directory: data_dir.id(), replica, peer_address: peer_address.to_owned() };
         let founding = Founding { cluster: data_dir.cluster()?, voters: vec![me] };
-        Some(Self { founding, metadata_replica: Some(replica), brokers: Vec::new() })
+        Some(Self { founding, metadata_replica: Some(replica), recovered_from: None, brokers: Vec::new() })
     }
 
     /// As written; `None` for a directory that belongs to no cluster yet.
@@ -96,7 +99,9 @@ impl Belonging {
             id => Some(ReplicaId::new(id)),
         };
         let brokers = message.brokers.iter().filter_map(founder_of).collect();
-        Ok(Some(Self { founding, metadata_replica, brokers }))
+        let recovered_from =
+            (message.metadata_recovered_from != 0).then(|| ReplicaId::new(message.metadata_recovered_from));
+        Ok(Some(Self { founding, metadata_replica, recovered_from, brokers }))
     }
 
     /// Durable when this returns.
@@ -108,6 +113,7 @@ impl Belonging {
             founding: Some(self.founding.to_message()),
             metadata_replica_id: self.metadata_replica.map_or(0, ReplicaId::get),
             brokers: self.brokers.iter().map(founder_message).collect(),
+            metadata_recovered_from: self.recovered_from.map_or(0, ReplicaId::get),
         };
         data_dir.set_founding(&message.encode_to_vec()).map_err(|error| error.to_string())
     }
@@ -166,6 +172,7 @@ mod tests {
         let mut observer = Belonging::new(founding, other, &data_dir);
         assert_eq!((observer.metadata_replica, observer.is_founder()), (None, false));
         observer.metadata_replica = Some(ReplicaId::new(44));
+        observer.recovered_from = Some(ReplicaId::new(43));
         observer.brokers = vec![voter(1, DirectoryId::new(3))];
         observer.save(&data_dir).expect("written");
         assert_eq!(Belonging::load(&data_dir, other, "d:1"), Ok(Some(observer)));

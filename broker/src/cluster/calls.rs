@@ -9,18 +9,23 @@ use flowstone_protocol::peer::{
     InstructRequest, InstructResponse, KnownBroker, RegisterRequest, RegisterResponse, ReportRequest, ReportResponse,
     instruct_request,
 };
-use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition};
+use flowstone_protocol::{
+    BrokerId, Error, ErrorCode, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition, pb,
+};
+use flowstone_replication::{Health, Role};
 use parking_lot::RwLock;
+use prost::Message;
 
 use super::control::Control;
 use super::drive::transfer;
 use super::duty::Lost;
 use super::form::{Founder, Founding, Me, founder_message};
+use super::recovery::{self, RECOVER_METADATA};
 use crate::controller::commands::{Leadership, MetadataCommand, MetadataReply, MoveProgress, Registration};
 use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, MetadataTable, Place};
 use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
-use crate::peer::{PeerCalls, PeerIdentity};
+use crate::peer::{PeerBook, PeerCalls, PeerIdentity};
 use crate::service;
 
 /// This broker, as others ask for it.
@@ -28,6 +33,7 @@ use crate::service;
 pub(crate) struct Calls {
     me: Me,
     seeds: Vec<String>,
+    book: PeerBook,
     /// Set once it is known, and never changed; readers clone it out.
     founding: RwLock<Option<Founding>>,
     /// Set while the metadata's replica is open.
@@ -36,8 +42,15 @@ pub(crate) struct Calls {
 }
 
 impl Calls {
-    pub(crate) fn new(me: Me, seeds: Vec<String>) -> Arc<Self> {
-        Arc::new(Self { me, seeds, founding: RwLock::new(None), control: RwLock::new(None), node: OnceLock::new() })
+    pub(crate) fn new(me: Me, seeds: Vec<String>, book: PeerBook) -> Arc<Self> {
+        Arc::new(Self {
+            me,
+            seeds,
+            book,
+            founding: RwLock::new(None),
+            control: RwLock::new(None),
+            node: OnceLock::new(),
+        })
     }
 
     /// From now on it can be told to others; it is durable here.
@@ -70,7 +83,11 @@ impl Calls {
         }
     }
 
-    fn control(&self) -> Result<Arc<Control>, Error> {
+    /// Its hold on the metadata.
+    ///
+    /// # Errors
+    /// `LEADER_NOT_READY` while that is not open.
+    pub(crate) fn control(&self) -> Result<Arc<Control>, Error> {
         self.control.read().clone().ok_or_else(|| self.starting())
     }
 
@@ -111,6 +128,7 @@ impl Calls {
             return Err(control.not_controller());
         }
         self.found(&control).await?;
+        recovery::adopt(&control).await?;
         let registration = Registration {
             id: from.broker,
             directory: from.directory,
@@ -119,6 +137,7 @@ impl Calls {
             rack: request.rack,
             version: request.version,
             incarnation: from.incarnation,
+            feature_level: request.feature_level,
             seed: rand::random(),
         };
         let reply = control.command(MetadataCommand::RegisterBroker(registration)).await?;
@@ -246,14 +265,27 @@ pub(crate) fn partition(topic_id: &[u8], partition: i32) -> Option<TopicPartitio
     Some(TopicPartition { topic: TopicId::from_slice(topic_id)?, partition: PartitionId::new(partition) })
 }
 
+/// This broker's replica of the metadata, where it can vote.
+fn voter(control: &Control) -> Option<ReplicaId> {
+    let (id, status) = (control.metadata_id(), control.metadata().status());
+    let is_well = matches!(status.health, Health::Ok | Health::DiskFull);
+    (is_well && status.is_voter && !matches!(status.role, Role::Opening | Role::Pulling)).then_some(id)
+}
+
 fn malformed() -> Error {
     Error::new(ErrorCode::InvalidRequest, "topic_id needs 16 bytes; this is a defect of the broker that asked")
 }
 
 #[tonic::async_trait]
 impl PeerCalls for Calls {
-    async fn hello(&self, _from: PeerIdentity, _request: HelloRequest) -> Result<HelloResponse, Error> {
+    async fn hello(&self, from: PeerIdentity, request: HelloRequest) -> Result<HelloResponse, Error> {
         let founding = self.founding.read().clone();
+        // One that came back at another address cannot register before the metadata's leader reaches it there.
+        let is_member = founding.as_ref().map(|founding| founding.cluster) == from.cluster && from.cluster.is_some();
+        let is_known = || self.book.get(from.broker).is_some_and(|known| known.directory == Some(from.directory));
+        if is_member && !request.peer_address.is_empty() && is_known() {
+            self.book.set_address(from.broker, &request.peer_address);
+        }
         let control = self.control.read().clone();
         let brokers = match &control {
             Some(control) => control.table.with(|table| {
@@ -276,6 +308,7 @@ impl PeerCalls for Calls {
             founding: founding.map(|founding| founding.to_message()),
             controller_id: control.as_ref().and_then(|control| control.controller()).map_or(-1, BrokerId::get),
             brokers: brokers.collect(),
+            metadata_voter_id: control.as_ref().and_then(|control| voter(control)).map_or(0, ReplicaId::get),
         })
     }
 
@@ -292,7 +325,15 @@ impl PeerCalls for Calls {
     }
 
     async fn forward(&self, _from: PeerIdentity, request: ForwardRequest) -> Result<ForwardResponse, Error> {
-        let response = service::forwarded(self.node()?, &request.method, request.request).await?;
+        if request.method == RECOVER_METADATA {
+            // While it starts as well: without a majority it would start for ever.
+            let asked = pb::RecoverPartitionRequest::decode(request.request).map_err(|error| {
+                Error::new(ErrorCode::InvalidRequest, format!("what was handed on is malformed: {error}"))
+            })?;
+            let response = recovery::recover(&self.control()?, asked).await?.encode_to_vec().into();
+            return Ok(ForwardResponse { error: None, response });
+        }
+        let response = service::forwarded(self.node()?, request).await?;
         Ok(ForwardResponse { error: None, response })
     }
 

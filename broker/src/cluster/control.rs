@@ -4,15 +4,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use flowstone_protocol::peer::ForwardRequest;
-use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId};
 use flowstone_replication::Reply;
 use futures::future::BoxFuture;
 use parking_lot::RwLock;
-use tokio::sync::oneshot;
+use tokio::sync::{mpsc, oneshot};
 
 use super::duty::Duty;
+use super::recovery::MetadataRecovery;
 use crate::controller::commands::{MetadataCommand, MetadataReply};
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
@@ -28,13 +28,22 @@ pub(crate) const METADATA_END: &str = "MetadataEnd";
 /// Between two looks where nothing tells of a change.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
+/// Whether a call may be sent to the controller once more when its answer was lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Again {
+    /// It changes nothing a second time, or is known by its id.
+    Harmless,
+    /// The second answer would say that it cannot be done, as it is done.
+    Harmful,
+}
+
 /// This broker's hold on the metadata.
 #[derive(Debug)]
 pub(crate) struct Control {
     pub(crate) me: BrokerId,
     /// Its replica of the metadata: takes commands while it leads. Replaced where the controller gives this broker another
     /// one; readers clone it out.
-    metadata: RwLock<Replica>,
+    metadata: RwLock<(ReplicaId, Replica)>,
     /// The committed metadata.
     pub(crate) table: Published<MetadataTable>,
     /// What the controller keeps in memory, in use while the metadata is led here.
@@ -42,7 +51,11 @@ pub(crate) struct Control {
     /// Calls other brokers.
     pub(crate) peers: PeerClient,
     /// Brokers that may know who the controller is.
-    book: PeerBook,
+    pub(crate) book: PeerBook,
+    /// Takes the wish that the metadata's replica here go on as the only voter.
+    pub(crate) recover: mpsc::Sender<MetadataRecovery>,
+    /// Held while the metadata is recovered: that takes several steps.
+    pub(crate) recovering: tokio::sync::Mutex<()>,
     /// Whom to ask next where nobody is known to be it.
     asked: AtomicUsize,
 }
@@ -50,10 +63,11 @@ pub(crate) struct Control {
 impl Control {
     pub(crate) fn new(
         me: BrokerId,
-        metadata: Replica,
+        metadata: (ReplicaId, Replica),
         table: Published<MetadataTable>,
         duty: Duty,
         network: &PeerNetwork,
+        recover: mpsc::Sender<MetadataRecovery>,
     ) -> Arc<Self> {
         Arc::new(Self {
             me,
@@ -62,18 +76,25 @@ impl Control {
             duty,
             peers: network.client(),
             book: network.book().clone(),
+            recover,
+            recovering: tokio::sync::Mutex::new(()),
             asked: AtomicUsize::new(0),
         })
     }
 
     /// This broker's replica of the metadata.
     pub(crate) fn metadata(&self) -> Replica {
-        self.metadata.read().clone()
+        self.metadata.read().1.clone()
+    }
+
+    /// That replica's id.
+    pub(crate) fn metadata_id(&self) -> ReplicaId {
+        self.metadata.read().0
     }
 
     /// It has another one from now on.
-    pub(crate) fn set_metadata(&self, replica: Replica) {
-        *self.metadata.write() = replica;
+    pub(crate) fn set_metadata(&self, id: ReplicaId, replica: Replica) {
+        *self.metadata.write() = (id, replica);
     }
 
     /// Somebody who may know, where this broker does not: a replica that was removed from its group hears nothing more.
@@ -103,13 +124,12 @@ impl Control {
     /// The controller cannot be asked.
     pub(crate) async fn caught_up(&self) -> Result<(), Error> {
         let end = self
-            .at_controller(|to| {
+            .at_controller(Again::Harmless, |to| {
                 Box::pin(async move {
                     if to == self.me {
                         return self.committed_end().await;
                     }
-                    let request =
-                        ForwardRequest { caller: None, method: METADATA_END.to_owned(), request: Bytes::new() };
+                    let request = ForwardRequest { method: METADATA_END.to_owned(), ..ForwardRequest::default() };
                     let response = self.peers.forward(to, request, ANSWER_MAX).await?.response;
                     let end = <[u8; 8]>::try_from(&response[..]).map_err(|_| {
                         let what = "the controller answered something else; run one version of Flowstone on all";
@@ -174,11 +194,12 @@ impl Control {
         }
     }
 
-    /// Has `call` speak to the controller, whoever that is, as often as it says that it was not, or not yet.
+    /// Has `call` speak to the controller, whoever that is, as often as it says that it was not, or not yet. Where its
+    /// answer was lost, it may have been done: then `again` says whether it is sent once more.
     ///
     /// # Errors
     /// What the controller said, or that there is none.
-    pub(crate) async fn at_controller<'a, T, C>(&self, call: C) -> Result<T, Error>
+    pub(crate) async fn at_controller<'a, T, C>(&self, again: Again, call: C) -> Result<T, Error>
     where
         C: Fn(BrokerId) -> BoxFuture<'a, Result<T, Error>>,
     {
@@ -197,7 +218,8 @@ impl Control {
             };
             // Nothing was done where nobody was the controller.
             let is_elsewhere =
-                matches!(error.code, ErrorCode::NotLeader | ErrorCode::NoLeader | ErrorCode::LeaderNotReady);
+                matches!(error.code, ErrorCode::NotLeader | ErrorCode::NoLeader | ErrorCode::LeaderNotReady)
+                    || (error.code == ErrorCode::TimedOut && again == Again::Harmless);
             if !is_elsewhere || began.elapsed() > LOOK_FOR_CONTROLLER_MAX {
                 return Err(error);
             }

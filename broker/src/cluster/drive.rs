@@ -14,6 +14,7 @@ use flowstone_replication::{GroupStatus, MembershipChange, Reply};
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
+use tokio::task::{self, JoinSet};
 use tokio::time::MissedTickBehavior;
 
 use super::control::Control;
@@ -29,6 +30,10 @@ const SURVEY_EVERY: Duration = Duration::from_secs(2);
 const STEP_MAX: Duration = Duration::from_secs(5);
 /// Groups that are looked at side by side.
 const AT_ONCE: usize = 64;
+/// Groups of which a step is under way at a time. One that is stuck keeps its place for [`STEPS_MAX`] steps at the most.
+const STEPPING_MAX: usize = 256;
+/// How a group is, is asked for this long by a survey: what it does not hear of this time it hears of the next.
+const VIEW_MAX: Duration = Duration::from_secs(1);
 /// Steps of one group at one go.
 const STEPS_MAX: usize = 8;
 /// The replica that was meant to lead must have been in sync for so long before it is given the lead: one that comes and
@@ -115,6 +120,11 @@ impl Goal {
 
     /// The next step, observers included.
     fn next(&self, view: &GroupStatus) -> PlanStep {
+        // It went on under an id that the table does not name yet: what that wants is of another group.
+        let is_named = [&self.wanted, &self.leaving, &self.observers].iter().any(|ids| ids.contains(&view.replica));
+        if !is_named {
+            return PlanStep::Nothing;
+        }
         // To the plan a learner is one that shall vote, or go.
         let mut voting = view.clone();
         voting.membership.learners.retain(|replica| !self.observers.contains(replica));
@@ -164,11 +174,26 @@ pub(crate) struct Driver {
     in_sync_since: HashMap<TopicPartition, Instant>,
     /// Groups at rest whose members are not as wanted, as of the last survey.
     odd: HashSet<TopicPartition>,
+    steps: JoinSet<()>,
+    /// Groups of which a step is under way.
+    stepping: HashMap<TopicPartition, task::Id>,
+    /// Leaderships that are being given back.
+    giving_back: JoinSet<()>,
 }
 
 impl Driver {
     pub(crate) fn new(control: Arc<Control>, replicas: LocalReplicas, led: Arc<Led>, gives_back: bool) -> Self {
-        Self { control, replicas, led, gives_back, in_sync_since: HashMap::new(), odd: HashSet::new() }
+        Self {
+            control,
+            replicas,
+            led,
+            gives_back,
+            in_sync_since: HashMap::new(),
+            odd: HashSet::new(),
+            steps: JoinSet::new(),
+            stepping: HashMap::new(),
+            giving_back: JoinSet::new(),
+        }
     }
 
     /// Until aborted.
@@ -178,7 +203,7 @@ impl Driver {
         let mut surveyed = Instant::now();
         loop {
             ticks.tick().await;
-            self.step_all().await;
+            self.step_all();
             if surveyed.elapsed() >= SURVEY_EVERY {
                 self.survey().await;
                 surveyed = Instant::now();
@@ -194,7 +219,12 @@ impl Driver {
         }
     }
 
-    async fn step_all(&self) {
+    /// Begins a step of every group that wants one and has none under way: one that is slow holds up nobody else.
+    fn step_all(&mut self) {
+        while let Some(ended) = self.steps.try_join_next_with_id() {
+            let ended = ended.map_or_else(|error| error.id(), |(id, ())| id);
+            self.stepping.retain(|_, step| *step != ended);
+        }
         let goals: Vec<(Replica, Goal)> = self.control.table.with(|table| {
             let changing = table.changing().map(|(tp, _)| tp);
             let mut tps: HashSet<TopicPartition> = changing.chain(self.odd.iter().copied()).collect();
@@ -202,37 +232,39 @@ impl Driver {
                 tps.insert(METADATA_PARTITION);
             }
             let goal = |tp: TopicPartition| Some((self.leader(tp)?, Goal::of(table, tp, table.partition(tp)?)));
-            tps.into_iter().filter_map(goal).collect()
+            tps.into_iter().filter(|tp| !self.stepping.contains_key(tp)).filter_map(goal).collect()
         });
-        let led = &self.led;
-        stream::iter(goals)
-            .for_each_concurrent(AT_ONCE, |(replica, goal)| async move {
-                let tp = replica.tp();
-                if let Err(error) = step(&replica, &goal, led).await {
+        for (replica, goal) in goals.into_iter().take(STEPPING_MAX.saturating_sub(self.stepping.len())) {
+            let (tp, led) = (replica.tp(), Arc::clone(&self.led));
+            let begun = self.steps.spawn(async move {
+                if let Err(error) = step(&replica, &goal, &led).await {
                     // It leads no more, or a change is under way: the next look tells.
                     tracing::debug!(%tp, %error, "a step of a change of members was refused");
                 }
-            })
-            .await;
+            });
+            self.stepping.insert(tp, begun.id());
+        }
     }
 
     /// All groups led here.
     async fn survey(&mut self) {
+        // Asked before: while the table is looked at, the replica that applies the metadata waits.
+        let open = self.replicas.all().into_iter().filter_map(|(tp, slot)| match slot {
+            Slot::Open(partition) if partition.replica.status().is_ready() => Some((tp, partition.replica.clone())),
+            _ => None,
+        });
+        let open: Vec<(TopicPartition, Replica)> = open.collect();
         let goals: Vec<(Replica, Goal)> = self.control.table.with(|table| {
-            let open = self.replicas.all().into_iter().filter_map(|(tp, slot)| match slot {
-                Slot::Open(partition) if partition.replica.status().is_ready() => Some((tp, partition.replica.clone())),
-                _ => None,
-            });
             let goal = |(tp, replica): (TopicPartition, Replica)| {
                 let goal = Goal::of(table, tp, table.partition(tp)?);
                 // One that is alone, as it should be, has nothing to be looked at.
                 (goal.wanted.len() > 1 || goal.is_changing).then_some((replica, goal))
             };
-            open.filter_map(goal).collect()
+            open.into_iter().filter_map(goal).collect()
         });
         let views: Vec<(Replica, Goal, GroupStatus)> = stream::iter(goals)
             .map(|(replica, goal)| async move {
-                let view = group(&replica).await.ok()?;
+                let view = tokio::time::timeout(VIEW_MAX, group(&replica)).await.ok()?.ok()?;
                 Some((replica, goal, view))
             })
             .buffer_unordered(AT_ONCE)
@@ -247,12 +279,12 @@ impl Driver {
             .map(|(replica, _, _)| replica.tp())
             .collect();
         if self.gives_back {
-            self.give_back(&views).await;
+            self.give_back(&views);
         }
     }
 
     /// Leaderships go back to the replicas that were meant to lead, once these have caught up.
-    async fn give_back(&mut self, views: &[(Replica, Goal, GroupStatus)]) {
+    fn give_back(&mut self, views: &[(Replica, Goal, GroupStatus)]) {
         let now = Instant::now();
         let mut due = Vec::new();
         let mut waiting = HashMap::new();
@@ -271,12 +303,16 @@ impl Driver {
             }
         }
         self.in_sync_since = waiting;
-        for (replica, broker, preferred) in due.into_iter().take(TRANSFERS_MAX) {
+        while self.giving_back.try_join_next().is_some() {}
+        for (replica, broker, preferred) in due.into_iter().take(TRANSFERS_MAX - self.giving_back.len()) {
             self.in_sync_since.remove(&replica.tp());
-            match transfer(replica, Some(preferred)).await {
-                Ok(()) => tracing::debug!(tp = %replica.tp(), %broker, "leadership went back"),
-                Err(error) => tracing::debug!(tp = %replica.tp(), %broker, %error, "leadership did not go back"),
-            }
+            let replica = Replica::clone(replica);
+            self.giving_back.spawn(async move {
+                match transfer(&replica, Some(preferred)).await {
+                    Ok(()) => tracing::debug!(tp = %replica.tp(), %broker, "leadership went back"),
+                    Err(error) => tracing::debug!(tp = %replica.tp(), %broker, %error, "leadership did not go back"),
+                }
+            });
         }
     }
 }

@@ -12,6 +12,7 @@ use parking_lot::Mutex;
 
 use super::calls::partition;
 use super::control::Control;
+use super::recovery;
 use crate::controller::commands::MetadataCommand;
 use crate::controller::liveness::Liveness;
 use crate::controller::lost::{LogEnd, LostReplicas, Told};
@@ -109,6 +110,15 @@ impl Duty {
         (silence, state.disks.get(&broker).copied().unwrap_or_default())
     }
 
+    /// It rested between two looks. Where that took far too long this whole process stood still, perhaps with all others:
+    /// what it did not hear meanwhile says nothing of them.
+    fn woke(&self, rested: Instant, now: Instant) {
+        if now.saturating_duration_since(rested) > self.session_timeout / 2 {
+            tracing::warn!("this process stood still; all brokers are given a new session");
+            self.state.lock().liveness = Some(Liveness::new(self.session_timeout, now));
+        }
+    }
+
     /// Another broker is the controller.
     fn resign(&self) {
         *self.state.lock() = State::default();
@@ -142,11 +152,17 @@ pub(crate) async fn run(control: Arc<Control>, incarnation: u64) {
             continue;
         }
         look(&control, incarnation).await;
+        let rested = Instant::now();
         ticks.tick().await;
+        control.duty.woke(rested, Instant::now());
     }
 }
 
 async fn look(control: &Arc<Control>, incarnation: u64) {
+    if let Err(error) = recovery::adopt(control).await {
+        tracing::debug!(%error, "the metadata's recovery could not be written down; it is tried again");
+        return;
+    }
     let now = Instant::now();
     if control.table.with(|table| table.brokers().count() <= 1) {
         // Nobody else is there to tell of, and this broker lives as long as it runs.
@@ -170,5 +186,28 @@ async fn carry_out(control: &Arc<Control>, command: MetadataCommand) {
     }
     if let Err(error) = control.command(command).await {
         tracing::debug!(%error, "what the controller began was refused; it looks again");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_controller_that_stood_still_does_not_blame_the_others() {
+        let (start, timeout) = (Instant::now(), Duration::from_secs(6));
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let broker = BrokerId::new(2);
+        let is_dead = |duty: &Duty, now: Instant| {
+            duty.state.lock().liveness.as_ref().is_some_and(|liveness| liveness.is_dead(broker, now))
+        };
+        let duty = Duty::new(timeout);
+        duty.heard(broker, 1, start, None);
+        duty.woke(at(6), at(7));
+        assert!(is_dead(&duty, at(7)), "it was awake, and heard nothing");
+        duty.heard(broker, 1, at(7), None);
+        duty.woke(at(8), at(60));
+        assert!(!is_dead(&duty, at(60)));
+        assert!(is_dead(&duty, at(67)));
     }
 }

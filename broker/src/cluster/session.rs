@@ -252,7 +252,7 @@ pub(crate) async fn tell(
             control.peers.broker_heartbeat(to, request.clone(), ANSWER_MAX).await
         })
     };
-    control.at_controller(call).await
+    control.at_controller(Again::Harmless, call).await
 }
 
 /// A replica that can never vote again under its id.

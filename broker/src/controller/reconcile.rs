@@ -17,15 +17,18 @@ use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
 use super::change::{PartitionEntry, Place, Recovered};
 use super::table::{METADATA_PARTITION, METADATA_TOPIC_ID, MetadataTable, Topic};
-use crate::cluster::belonging::Kept;
+use crate::cluster::belonging::{Belonging, Kept};
 use crate::cluster::control::Control;
+use crate::cluster::recovery::MetadataRecovery;
 use crate::coordinator::Published;
-use crate::node::MetadataRecovery;
 use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Peers, Replica, Slot};
 use crate::topic_config::{FlushPolicy, TopicConfig, TopicOverrides};
 
 /// Time that all openings of a start are given before the broker serves without those that are left.
 const START_OPENINGS_MAX: Duration = Duration::from_secs(120);
+
+/// Between two tries to replace the metadata's own replica.
+const SUCCESSION_EVERY: Duration = Duration::from_secs(1);
 
 /// Largest batch of metadata records: a topic of very many partitions is one record.
 const METADATA_BATCH_BYTES_MAX: usize = 64 << 20;
@@ -56,6 +59,8 @@ pub(crate) struct Reconciler {
     watched: HashMap<TopicPartition, AbortHandle>,
     /// How the metadata's replica is replaced; `None` where there is nothing to be looked after.
     succession: Option<Succession>,
+    /// The controller gave yet another replica while one was being opened.
+    succeeds_again: bool,
     recoveries: Option<mpsc::Receiver<MetadataRecovery>>,
 }
 
@@ -81,23 +86,35 @@ impl Succession {
         shards: Weak<Shards<PartitionMachine>>,
     ) -> (TopicPartition, Slot) {
         // First of all: a start that is cut off from here on goes on with the new one.
-        let noted = self.kept.change(move |belonging| belonging.metadata_replica = Some(next)).await;
-        if let Err(error) = noted {
-            tracing::error!(error, "cannot note the new replica of the metadata; it is tried again at the next start");
-            return (METADATA_PARTITION, Slot::Open(earlier));
+        let recovered_from = if let Start::Recovered { from } = start { Some(from) } else { None };
+        let note = move |belonging: &mut Belonging| {
+            (belonging.metadata_replica, belonging.recovered_from) = (Some(next), recovered_from);
+        };
+        // Without it this broker follows no metadata: nothing else is worth doing here before that.
+        while let Err(error) = self.kept.change(note).await {
+            tracing::error!(error, "cannot note the new replica of the metadata; it is tried again");
+            tokio::time::sleep(SUCCESSION_EVERY).await;
         }
-        close(&shards, METADATA_PARTITION, false).await;
-        let spec = metadata_spec(&self.data_dir, next, Arc::clone(&peers), start);
-        let machine = PartitionMachine::metadata_again(&self.control.table);
-        match open_handle(&shards, spec, machine).await {
-            Ok(replica) => {
-                self.control.set_metadata(replica.clone());
-                let config = TopicConfig::clone(&earlier.config());
-                let partition =
-                    OpenPartition::new((METADATA_PARTITION, next), &earlier.topic, true, replica, peers, config);
-                (METADATA_PARTITION, Slot::Open(Arc::new(partition)))
+        loop {
+            close(&shards, METADATA_PARTITION, false).await;
+            let spec = metadata_spec(&self.data_dir, next, Arc::clone(&peers), start.clone());
+            let machine = PartitionMachine::metadata_again(&self.control.table);
+            match open_handle(&shards, spec, machine).await {
+                Ok(replica) => {
+                    self.control.set_metadata(next, replica.clone());
+                    let config = TopicConfig::clone(&earlier.config());
+                    let partition =
+                        OpenPartition::new((METADATA_PARTITION, next), &earlier.topic, true, replica, peers, config);
+                    return (METADATA_PARTITION, Slot::Open(Arc::new(partition)));
+                }
+                Err(error) if error.code == ErrorCode::ShuttingDown => {
+                    return (METADATA_PARTITION, Slot::Failed(error));
+                }
+                Err(error) => {
+                    tracing::error!(%error, "cannot open the new replica of the metadata; it is tried again");
+                    tokio::time::sleep(SUCCESSION_EVERY).await;
+                }
             }
-            Err(error) => (METADATA_PARTITION, Slot::Failed(error)),
         }
     }
 }
@@ -188,6 +205,7 @@ impl Reconciler {
             watches: JoinSet::new(),
             watched: HashMap::new(),
             succession: None,
+            succeeds_again: false,
             recoveries: None,
         }
     }
@@ -260,6 +278,10 @@ impl Reconciler {
         let Slot::Open(partition) = slot else { return };
         self.watch(&partition);
         if tp == METADATA_PARTITION {
+            // It may be to give way to yet another one by now. Never because of an older wish: what was recovered goes on.
+            if std::mem::take(&mut self.succeeds_again) {
+                self.succeed();
+            }
             return;
         }
         let Some(shards) = self.shards.upgrade() else { return };
@@ -309,9 +331,16 @@ impl Reconciler {
         let start = Start::Recovered { from };
         let peers: Peers = Arc::from([(recovery.survives_as, succession.control.me)]);
         let (succession, shards) = (succession.clone(), self.shards.clone());
+        // It takes the place of whatever was being tried, and must not be closed by that.
+        self.succeeds_again = false;
+        if let Some(earlier) = self.opening.remove(&METADATA_PARTITION) {
+            earlier.abort();
+        }
         let opening = self.openings.spawn(async move {
             let slot = succession.take(recovery.survives_as, earlier, start, peers, shards).await;
-            if recovery.done.send(()).is_err() {
+            let is_done = matches!(&slot.1, Slot::Open(partition) if partition.replica_id == recovery.survives_as);
+            // Whoever waits is told of the failure by the sender's end.
+            if is_done && recovery.done.send(()).is_err() {
                 tracing::debug!("whoever asked for the metadata's recovery has given up waiting");
             }
             slot
@@ -322,6 +351,11 @@ impl Reconciler {
     /// The metadata's replica here was removed from its group, or lost: another one takes its place.
     fn succeed(&mut self) {
         let Some(succession) = &self.succession else { return };
+        if self.opening.contains_key(&METADATA_PARTITION) {
+            // Looked at again when that ends: two at once would close each other's.
+            self.succeeds_again = true;
+            return;
+        }
         let next = *succession.wanted.borrow();
         let Some(Slot::Open(earlier)) = self.replicas.get(METADATA_PARTITION) else { return };
         if earlier.replica_id == next {
@@ -691,6 +725,7 @@ mod tests {
                 rack: String::new(),
                 version: String::new(),
                 incarnation: 1,
+                feature_level: crate::controller::table::FEATURE_LEVEL,
                 seed: 1,
             };
             let found = MetadataCommand::Found { cluster: ClusterId::new(3), voters: vec![voter] };

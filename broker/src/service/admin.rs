@@ -6,12 +6,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use flowstone_protocol::pb::admin_server::Admin;
 use flowstone_protocol::peer::ForwardRequest;
-use flowstone_protocol::{Error, ErrorCode, TopicName, TopicNameError, pb};
+use flowstone_protocol::{Error, ErrorCode, TopicId, TopicName, TopicNameError, pb};
+use futures::future::BoxFuture;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
 use super::{brokers, counted, partitions, repeated, topics};
-use crate::cluster::control::METADATA_END;
+use crate::cluster::control::{Again, METADATA_END};
 use crate::metrics::Api;
 use crate::node::Node;
 
@@ -42,18 +43,34 @@ where
     R: Message + Default,
     F: Future<Output = Result<R, Error>> + Send,
 {
-    node.control
-        .at_controller(|to| {
-            let request = request.clone();
-            let here = &here;
-            Box::pin(async move {
-                if to == node.id {
-                    return here(Arc::clone(node), request).await;
-                }
-                handed_on(node, to, method, &request).await
-            })
+    decided_as(node, method, &[], Again::Harmful, request, here).await
+}
+
+/// As [`decided`], for a call that may reach the controller twice: `request_id` tells it that it is the same.
+pub(super) async fn decided_as<Q, R, F>(
+    node: &Arc<Node>,
+    method: &'static str,
+    request_id: &[u8],
+    again: Again,
+    request: Q,
+    here: impl Fn(Arc<Node>, Q) -> F + Send + Sync,
+) -> Result<R, Error>
+where
+    Q: Message + Clone,
+    R: Message + Default,
+    F: Future<Output = Result<R, Error>> + Send,
+{
+    let call = |to| -> BoxFuture<'_, Result<R, Error>> {
+        let request = request.clone();
+        let here = &here;
+        Box::pin(async move {
+            if to == node.id {
+                return here(Arc::clone(node), request).await;
+            }
+            handed_on(node, to, method, &request, request_id).await
         })
-        .await
+    };
+    node.control.at_controller(again, call).await
 }
 
 /// Has another broker do the call of this name.
@@ -62,8 +79,14 @@ pub(super) async fn handed_on<Q: Message, R: Message + Default>(
     to: flowstone_protocol::BrokerId,
     method: &str,
     request: &Q,
+    request_id: &[u8],
 ) -> Result<R, Error> {
-    let request = ForwardRequest { caller: None, method: method.to_owned(), request: request.encode_to_vec().into() };
+    let request = ForwardRequest {
+        caller: None,
+        method: method.to_owned(),
+        request: request.encode_to_vec().into(),
+        request_id: Bytes::copy_from_slice(request_id),
+    };
     let answer = node.control.peers.forward(to, request, FORWARD_MAX).await?;
     R::decode(answer.response).map_err(|error| {
         Error::new(
@@ -74,13 +97,17 @@ pub(super) async fn handed_on<Q: Message, R: Message + Default>(
 }
 
 /// Does what another broker was asked for and handed on.
-pub(crate) async fn forwarded(node: &Arc<Node>, method: &str, request: Bytes) -> Result<Bytes, Error> {
-    match method {
+pub(crate) async fn forwarded(node: &Arc<Node>, forwarded: ForwardRequest) -> Result<Bytes, Error> {
+    let ForwardRequest { method, request, request_id, .. } = forwarded;
+    match method.as_str() {
         METADATA_END => {
             let end = node.control.committed_end().await?;
             Ok(Bytes::copy_from_slice(&end.get().to_be_bytes()))
         }
-        "CreateTopic" => run(node, request, topics::create_here).await,
+        "CreateTopic" => {
+            let id = TopicId::from_slice(&request_id).unwrap_or_else(topics::fresh_id);
+            run(node, request, |node, request| topics::create_here(node, request, id)).await
+        }
         "AlterTopic" => run(node, request, topics::alter_here).await,
         "DeleteTopic" => run(node, request, topics::delete_here).await,
         "TrimPartition" => run(node, request, topics::trim_here).await,
@@ -91,7 +118,6 @@ pub(crate) async fn forwarded(node: &Arc<Node>, method: &str, request: Bytes) ->
         "MovePartition" => run(node, request, partitions::move_here).await,
         "CancelMove" => run(node, request, partitions::cancel_here).await,
         "Rebalance" => run(node, request, partitions::rebalance_here).await,
-        "RecoverMetadata" => run(node, request, partitions::recover_metadata_here).await,
         "RecoverPartition" => run(node, request, partitions::recover_here).await,
         other => Err(Error::new(
             ErrorCode::Unsupported,

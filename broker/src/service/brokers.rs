@@ -6,17 +6,20 @@ use std::time::Instant;
 
 use flowstone_protocol::{BrokerId, Error, ErrorCode, TopicPartition, pb};
 
-use super::admin::{decided, odd_answer};
+use super::admin::{decided, decided_as, odd_answer};
 use super::metadata::{brokers, controller};
 use super::topics::in_sync;
+use crate::cluster::control::Again;
 use crate::cluster::report::Reports;
 use crate::controller::change::PartitionEntry;
-use crate::controller::commands::{MetadataCommand, MetadataReply, PlannedMove, ReplaceBroker};
+use crate::controller::commands::{MetadataCommand, MetadataReply, PlannedMove, ReplaceBroker, can_replace};
 use crate::controller::table::{BrokerEntry, MetadataTable, Topic};
 use crate::node::Node;
 
 /// Partitions that one answer about the cluster's health names.
 const UNHEALTHY_MAX: usize = 1000;
+/// Partitions that an error names.
+const NAMED_MAX: usize = 10;
 
 pub(super) async fn describe(
     node: &Arc<Node>,
@@ -39,7 +42,7 @@ pub(super) async fn health(
     node: &Arc<Node>,
     request: pb::ClusterHealthRequest,
 ) -> Result<pb::ClusterHealthResponse, Error> {
-    decided(node, "ClusterHealth", request, health_here).await
+    decided_as(node, "ClusterHealth", &[], Again::Harmless, request, health_here).await
 }
 
 /// By the controller, which knows of whom it has heard; the rest is asked of all brokers that are alive.
@@ -67,9 +70,10 @@ pub(super) async fn health_here(
         leaderless: 0,
         controller_id: node.id.get(),
     };
+    let rows: Rows<'_> = reports.replicas().map(|(broker, tp, row)| ((broker, tp, row.replica_id), row)).collect();
     for (topic, tp, entry) in table.entries() {
         response.partitions_total += 1;
-        let Some(unhealthy) = partition_health(&table, &reports, topic, tp, entry, leaders.get(&tp).copied()) else {
+        let Some(unhealthy) = partition_health(&table, &rows, topic, tp, entry, leaders.get(&tp).copied()) else {
             continue;
         };
         match unhealthy.problem() {
@@ -114,10 +118,13 @@ fn broker_health(
     }
 }
 
+/// What was reported, by broker, partition and replica: there are very many.
+type Rows<'a> = HashMap<(BrokerId, TopicPartition, u64), &'a flowstone_protocol::peer::ReplicaReport>;
+
 /// What a partition lacks; `None` for nothing.
 fn partition_health(
     table: &MetadataTable,
-    reports: &Reports,
+    rows: &Rows<'_>,
     topic: &Topic,
     tp: TopicPartition,
     entry: &PartitionEntry,
@@ -135,9 +142,7 @@ fn partition_health(
     };
     let lacking = entry.replicas().iter().filter(|place| !in_sync.contains(&place.broker.get())).map(|place| {
         let broker = place.broker;
-        let said = reports
-            .replicas()
-            .find(|(from, of, row)| *from == broker && *of == tp && row.replica_id == place.replica.get());
+        let said = rows.get(&(broker, tp, place.replica.get()));
         match (table.broker(broker), said) {
             (None, _) => format!("broker {broker} is not part of the cluster any more"),
             (Some(known), _) if known.fenced => format!("broker {broker} is down"),
@@ -145,7 +150,7 @@ fn partition_health(
                 format!("broker {broker} came back with another data directory")
             }
             (Some(_), None) => format!("broker {broker} says nothing of it"),
-            (Some(_), Some((_, _, row))) => match &row.error {
+            (Some(_), Some(row)) => match &row.error {
                 Some(error) => format!("broker {broker}: {}", error.message),
                 None => format!("broker {broker} is {}", row.role),
             },
@@ -228,7 +233,36 @@ pub(super) async fn replace_here(
             break;
         }
     }
+    let left = if request.validate_only { Vec::new() } else { stuck(&node, BrokerId::new(request.old_broker_id)) };
+    if let Some(first) = left.first() {
+        let named: Vec<String> =
+            left.iter().take(NAMED_MAX).map(|(topic, tp)| format!("{topic} {}", tp.partition)).collect();
+        return Err(Error::new(
+            ErrorCode::InvalidRequest,
+            format!(
+                "{} partition(s) are given new replicas; {} have no majority without broker {} and are left as they are \
+                 ({}{}); bring it back, or go on with what is left of each, if anything is: flowstone partition recover {} {}",
+                planned.len(),
+                left.len(),
+                request.old_broker_id,
+                named.join(", "),
+                if left.len() > NAMED_MAX { ", ..." } else { "" },
+                first.0,
+                first.1.partition
+            ),
+        ));
+    }
     Ok(pb::ReplaceBrokerResponse { moves: show_moves(&node, &planned).await })
+}
+
+/// Partitions with a replica on a broker that is gone, whose groups cannot decide on another one.
+fn stuck(node: &Node, gone: BrokerId) -> Vec<(String, TopicPartition)> {
+    let table = node.table.with(MetadataTable::clone);
+    let stuck = table.entries().filter_map(|(topic, tp, entry)| {
+        let lost = entry.replicas().iter().find(|place| place.broker == gone)?;
+        (!can_replace(&table, entry, lost.replica)).then(|| (topic.name.clone(), tp))
+    });
+    stuck.collect()
 }
 
 /// Moves as they are told, with the bytes that each copies at most.

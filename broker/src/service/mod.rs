@@ -2,6 +2,7 @@
 
 mod admin;
 mod brokers;
+mod early;
 mod fetch;
 mod fetch_body;
 mod metadata;
@@ -30,6 +31,7 @@ use crate::partition::{OpenPartition, Slot};
 use crate::receiving::Held;
 
 pub(crate) use admin::{AdminService, forwarded};
+pub(crate) use early::{EarlyAdmin, RECOVER_PATH, starting};
 pub(crate) use produce::REQUEST_BYTES_MIN;
 
 /// `flowstone.v1.Log`.

@@ -6,20 +6,20 @@ use std::time::Duration;
 use flowstone_protocol::peer::{InstructRequest, ReplicaReport, instruct_request};
 use flowstone_protocol::{BrokerId, Error, ErrorCode, PartitionId, ReplicaId, TopicPartition, pb};
 use futures::{StreamExt, stream};
-use tokio::sync::oneshot;
 
-use super::admin::{decided, handed_on, odd_answer};
+use super::admin::{decided, odd_answer};
 use super::brokers::{bytes_by_partition, not_a_replica, show_moves};
 use super::topics::named;
 use crate::cluster::drive;
+use crate::cluster::recovery;
 use crate::cluster::report::Reports;
 use crate::controller::balance;
 use crate::controller::change::PartitionEntry;
 use crate::controller::commands::{
     MetadataCommand, MetadataReply, MovePartition, PlannedMove, RecoverPartition, unknown_partition,
 };
-use crate::controller::table::{METADATA_PARTITION, METADATA_TOPIC, MetadataTable, Topic};
-use crate::node::{MetadataRecovery, Node};
+use crate::controller::table::{METADATA_TOPIC, MetadataTable, Topic};
+use crate::node::Node;
 use crate::partition::Slot;
 
 /// A leader takes at most this long to hand over, its group's health permitting.
@@ -30,8 +30,6 @@ const FOLLOW_UP_MAX: Duration = Duration::from_secs(2);
 const HOPS_MAX: usize = 4;
 /// Moves of data that one rebalancing begins; called again it goes on.
 const MOVES_MAX: usize = 100;
-/// A survivor that leads alone does so at once, its log recovered.
-const RECOVERY_MAX: Duration = Duration::from_secs(30);
 /// Leaderships that are handed over side by side.
 const TRANSFERS_AT_ONCE: usize = 16;
 

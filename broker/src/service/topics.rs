@@ -8,8 +8,9 @@ use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, PartitionId, Replic
 use flowstone_replication::{Reply, TrimTo};
 use tokio::sync::oneshot;
 
-use super::admin::{decided, handed_on, odd_answer, well_named};
+use super::admin::{decided, decided_as, handed_on, odd_answer, well_named};
 use super::find;
+use crate::cluster::control::Again;
 use crate::cluster::report::{Reports, sickness};
 use crate::controller::change::PartitionEntry;
 use crate::controller::commands::{
@@ -35,21 +36,31 @@ pub(super) async fn create(
 ) -> Result<pb::CreateTopicResponse, Error> {
     well_named(&request.name)?;
     let validate_only = request.validate_only;
-    let response: pb::CreateTopicResponse = decided(node, "CreateTopic", request, create_here).await?;
+    // Drawn here, once: a controller that is asked a second time, since the first answer was lost, knows the topic by it.
+    let id = fresh_id();
+    let here = |node, request| create_here(node, request, id);
+    let response: pb::CreateTopicResponse =
+        decided_as(node, "CreateTopic", &id.to_bytes(), Again::Harmless, request, here).await?;
     let topic = followed(node, response.topic, validate_only).await;
     Ok(pb::CreateTopicResponse { topic })
+}
+
+/// The id of a topic to come.
+pub(super) fn fresh_id() -> TopicId {
+    TopicId::new(uuid::Uuid::new_v4().as_u128())
 }
 
 pub(super) async fn create_here(
     node: Arc<Node>,
     request: pb::CreateTopicRequest,
+    topic_id: TopicId,
 ) -> Result<pb::CreateTopicResponse, Error> {
     let command = CreateTopic {
         name: request.name,
         partitions: request.partitions,
         replication_factor: request.replication_factor,
         configs: entries(request.configs),
-        topic_id: TopicId::new(uuid::Uuid::new_v4().as_u128()),
+        topic_id,
         seed: rand::random(),
         validate_only: request.validate_only,
     };
@@ -298,7 +309,7 @@ pub(super) async fn trim(
     for _ in 0..HOPS_MAX {
         let trimmed = match to {
             None => trim_here(Arc::clone(node), request.clone()).await,
-            Some(leader) => handed_on(node, leader, "TrimPartition", &request).await,
+            Some(leader) => handed_on(node, leader, "TrimPartition", &request, &[]).await,
         };
         match trimmed {
             Err(Error { code: ErrorCode::NotLeader, leader_hint: Some((leader, _)), .. }) => {

@@ -3,5 +3,6 @@
 
 mod forming;
 mod operations;
+mod recovering;
 mod surviving;
 mod world;
