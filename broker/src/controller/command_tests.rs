@@ -425,3 +425,20 @@ fn what_a_group_can_be_in_the_middle_of_a_move_decides_on_its_recovery() {
     let recover = recovery(&mut cluster, tp, survivor, Vec::new());
     cluster.run(MetadataCommand::RecoverPartition(recover)).expect("needed");
 }
+
+#[test]
+fn a_creation_whose_answer_was_lost_is_the_same_one_when_it_comes_again() {
+    let mut cluster = Cluster::of(3);
+    let creation = cluster.creation("orders", 2, 3);
+    cluster.run(MetadataCommand::CreateTopic(creation.clone())).expect("created");
+    let written = cluster.log.len();
+    let MetadataReply::Topic(topic) =
+        cluster.run(MetadataCommand::CreateTopic(creation.clone())).expect("it is its own")
+    else {
+        panic!("another answer");
+    };
+    assert_eq!((topic.id, cluster.log.len()), (creation.topic_id, written), "nothing new");
+    let other = cluster.creation("orders", 2, 3);
+    let error = cluster.run(MetadataCommand::CreateTopic(other)).expect_err("somebody else's");
+    assert_eq!(error.code, flowstone_protocol::ErrorCode::TopicAlreadyExists);
+}

@@ -183,7 +183,8 @@ async fn answered_at<T>(
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(error_of(whom, &status)),
         Err(_) => {
-            let why = format!("{whom} did not answer within {deadline:?}; try again");
+            let why =
+                format!("{whom} did not answer within {deadline:?}: what was asked of it may have been done; look");
             Err(Error::new(ErrorCode::TimedOut, why))
         }
     }
@@ -205,10 +206,18 @@ fn error_of(whom: &str, status: &Status) -> Error {
         ),
         _ => {
             let mut why = status.message().to_owned();
+            let mut was_sent = true;
             let mut source = std::error::Error::source(status);
             while let Some(error) = source {
                 why = format!("{why}: {error}");
+                was_sent &= !error.is::<tonic::ConnectError>();
                 source = error.source();
+            }
+            if was_sent {
+                let text = format!(
+                    "{whom} broke off before it answered ({why}): what was asked of it may have been done; look"
+                );
+                return Error::new(ErrorCode::TimedOut, text);
             }
             Error::new(ErrorCode::NoLeader, format!("{whom} cannot be reached ({why}); try again"))
         }

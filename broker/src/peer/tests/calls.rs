@@ -44,6 +44,20 @@ async fn calls_have_deadlines_and_say_whom_they_did_not_reach() {
     nodes[0].network.book().set_address(id(7), &nowhere.to_string());
     let down = client.report(id(7), pb::ReportRequest::default(), LONG).await.expect_err("nobody there");
     assert!(down.is_retriable() && down.message.contains("broker 7 cannot be reached"), "{down}");
+    assert_eq!(down.code, ErrorCode::NoLeader, "certainly not sent: it may be asked elsewhere");
+    // It takes what is sent, and dies.
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound").to_string();
+    let dying = tokio::spawn(async move {
+        while let Ok((mut connection, _)) = listener.accept().await {
+            let mut some = [0; 64];
+            drop(tokio::io::AsyncReadExt::read(&mut connection, &mut some).await);
+        }
+    });
+    nodes[0].network.book().set_address(id(7), &address);
+    let broken = client.forward(id(7), pb::ForwardRequest::default(), LONG).await.expect_err("no answer");
+    assert_eq!(broken.code, ErrorCode::TimedOut, "it may have been done: {broken}");
+    dying.abort();
     let odd = client.hello("no address at all", pb::HelloRequest::default(), LONG).await.expect_err("no address");
     assert_eq!(odd.code, ErrorCode::InvalidConfig, "{odd}");
 }
