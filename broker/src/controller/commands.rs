@@ -69,6 +69,8 @@ pub(crate) struct Registration {
     /// Random at each start of the broker.
     pub(crate) incarnation: u64,
     /// Its replica of the metadata is drawn from this where it has none.
+    /// The newest feature level that its release knows.
+    pub(crate) feature_level: i32,
     pub(crate) seed: u64,
 }
 

@@ -278,3 +278,23 @@ fn limits() {
     }
     check(c, create("n", 1, 1, &[]), InvalidRequest, "100 topics, its limit", "or raise limits.topics");
 }
+
+#[test]
+fn releases_that_do_not_know_what_the_cluster_writes() {
+    let c = &mut world();
+    let registration = super::commands::Registration { feature_level: 0, ..registration(9, 9, "", 1) };
+    let register = MetadataCommand::RegisterBroker(registration);
+    check(c, register, ErrorCode::InvalidRequest, "knows up to 0", "start it with a newer release");
+}
+
+#[test]
+fn a_replacement_leaves_out_what_has_no_majority_without_the_dead_broker() {
+    let mut c = world();
+    c.register(6);
+    c.fence(1);
+    let (moves, more) = c.moves(replace(1, 6));
+    let topics: Vec<&str> = moves.iter().map(|planned| planned.topic.as_str()).collect();
+    assert!(topics.contains(&"t") && !topics.contains(&"pair") && !topics.contains(&"single"), "{topics:?}");
+    assert!(!more);
+    assert!(c.topic("single").entries().all(|(_, entry)| !entry.is_changing()));
+}

@@ -12,7 +12,7 @@ use super::commands::{
     Registration,
 };
 use super::placement::Draws;
-use super::table::{MetadataTable, Place, Topic};
+use super::table::{FEATURE_LEVEL, MetadataTable, Place, Topic};
 use crate::coordinator::StateMachine;
 
 /// A controller's table, with the records that led to it.
@@ -42,6 +42,7 @@ pub(super) fn registration(id: i32, directory: u128, rack: &str, incarnation: u6
         rack: rack.to_owned(),
         version: "0".to_owned(),
         incarnation,
+        feature_level: FEATURE_LEVEL,
         seed: incarnation,
     }
 }

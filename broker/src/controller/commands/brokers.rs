@@ -9,7 +9,7 @@ use super::super::change::Assignment;
 use super::super::placement::{Draws, Placement};
 use super::super::records::{show_broker, show_draining, show_fenced, show_place, show_reassigned, show_removed};
 use super::super::table::{BrokerEntry, FEATURE_LEVEL, METADATA_PARTITION, MetadataTable, Place};
-use super::partitions::{fresh_place, planned};
+use super::partitions::{can_replace, fresh_place, planned};
 use super::{Decided, MetadataReply, Registration, ReplaceBroker, unknown_broker};
 
 /// Partitions that one command gives new replicas, and that one answer names: what it writes is one batch.
@@ -28,10 +28,18 @@ pub(super) fn found(table: &MetadataTable, cluster: ClusterId, voters: &[Place])
 }
 
 pub(super) fn register(table: &MetadataTable, registration: Registration) -> Result<Decided, Error> {
-    let Registration { id, directory, client_address, peer_address, rack, version, incarnation, seed } = registration;
+    let Registration { id, directory, client_address, peer_address, rack, version, incarnation, seed, feature_level } =
+        registration;
     let invalid = |text: String| Error::new(ErrorCode::InvalidRequest, text);
     if id.get() < 0 {
         return Err(invalid(format!("node.id {id} is below 0; give this broker one of 0 and above")));
+    }
+    let needed = table.founding().map_or(FEATURE_LEVEL, |founding| founding.feature_level);
+    if feature_level < needed {
+        return Err(invalid(format!(
+            "the cluster's feature level is {needed}, and this broker's release knows up to {feature_level}: it could not \
+             read the metadata; start it with a newer release"
+        )));
     }
     if let Some(removed) = table.removed(directory) {
         return Err(invalid(format!(
@@ -181,7 +189,8 @@ pub(super) fn replace(table: &MetadataTable, replace: &ReplaceBroker) -> Result<
     let mut moves = Vec::new();
     let held = table.entries().filter_map(|(topic, tp, entry)| {
         let lost = entry.replicas().iter().find(|place| place.broker == old)?;
-        Some((topic, tp, entry, *lost))
+        // Nobody could add the new one: its records would only be in the way of a recovery.
+        can_replace(table, entry, lost.replica).then_some((topic, tp, entry, *lost))
     });
     let mut held = held.peekable();
     while moves.len() < PARTITIONS_MAX
