@@ -14,7 +14,9 @@ use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
 
 /// A broker that does not report within this is left out.
-const ANSWER_MAX: Duration = Duration::from_secs(1);
+const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// A replica that does not tell of its group within this is reported without: one sick disk is not all of a broker.
+const GROUP_MAX: Duration = Duration::from_millis(200);
 /// Groups that are asked side by side.
 const AT_ONCE: usize = 64;
 
@@ -65,7 +67,7 @@ async fn of_replica(partition: &OpenPartition) -> ReplicaReport {
         return report;
     }
     // It may have ended since: then there is nothing more to tell.
-    if let Ok(view) = group(&partition.replica).await {
+    if let Ok(Ok(view)) = tokio::time::timeout(GROUP_MAX, group(&partition.replica)).await {
         report.members = view
             .members
             .iter()
