@@ -288,6 +288,24 @@ fn confirmed(leader: &ReplicaReport) -> bool {
     active > voters().count() / 2
 }
 
+/// Why a replica that only learns is not to be gone on with: there is one that has more, or it has nothing.
+fn better_than<'a>(
+    survivor: &ReplicaReport,
+    on: BrokerId,
+    all: impl Iterator<Item = (BrokerId, TopicPartition, &'a ReplicaReport)>,
+) -> Option<String> {
+    let best = all.filter(|(broker, ..)| *broker != on).max_by_key(|(_, _, row)| (row.term, row.end_offset));
+    match (survivor.role.as_str(), best) {
+        ("learner" | "pulling", Some((broker, _, row))) if row.end_offset > survivor.end_offset => {
+            Some(format!("broker {broker} has more, up to offset {}; name that one", row.end_offset))
+        }
+        ("pulling", _) => Some(
+            "it is being copied, and what it copies from may come back; bring back a broker that had it".to_owned(),
+        ),
+        _ => None,
+    }
+}
+
 pub(super) async fn recover_here(
     node: Arc<Node>,
     request: pb::RecoverPartitionRequest,
@@ -320,6 +338,12 @@ pub(super) async fn recover_here(
             format!("broker {from} does not tell how its replica is; see that it runs, and try again"),
         )));
     };
+    if let Some(better) = better_than(row, from, reports.replicas().filter(|(_, of, _)| *of == tp)) {
+        return Err(in_partition(Error::new(
+            ErrorCode::InvalidRequest,
+            format!("broker {from} has not got all of the partition yet: {better}"),
+        )));
+    }
     let command = RecoverPartition {
         tp,
         survivor: survivor.replica,
@@ -343,4 +367,25 @@ pub(super) async fn recover_here(
             given_up.join(", ")
         ),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_learner_does_not_go_on_where_another_one_has_more() {
+        let row =
+            |role: &str, end_offset| ReplicaReport { role: role.to_owned(), end_offset, ..ReplicaReport::default() };
+        let tp = TopicPartition { topic: flowstone_protocol::TopicId::new(1), partition: PartitionId::new(0) };
+        let (me, other) = (BrokerId::new(1), BrokerId::new(2));
+        let better = |mine: &ReplicaReport, others: &[ReplicaReport]| {
+            better_than(mine, me, others.iter().chain([mine]).zip([other, me]).map(|(row, broker)| (broker, tp, row)))
+        };
+        let more = [row("candidate", 9)];
+        assert!(better(&row("learner", 3), &more).is_some_and(|why| why.contains("broker 2 has more")));
+        assert_eq!(better(&row("learner", 9), &more), None);
+        assert_eq!(better(&row("candidate", 3), &more), None, "that is for the operator to decide");
+        assert!(better_than(&row("pulling", 0), me, std::iter::empty()).is_some());
+    }
 }
