@@ -190,6 +190,15 @@ impl OpenJob {
         let Self { disk, spec, .. } = &*self;
         // One that is whole takes the replica's place now; one that is not goes on.
         match Install::resume(disk, &spec.dir, spec.log.clone())? {
+            // Begun in place of a log that reaches further: whether it covers what the replica answers for is not known
+            // any more. The log is there still, and will be offered the same.
+            Some(install)
+                if install.identity().replica == spec.replica
+                    && self.hard_state.is_some_and(|state| state.flushed > install.target().applied) =>
+            {
+                drop(install);
+                Install::abandon(disk, &spec.dir)?;
+            }
             Some(install) if install.identity().replica == spec.replica => {
                 return Ok(Begun::Pull(Some(Box::new(install))));
             }

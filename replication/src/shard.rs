@@ -35,7 +35,7 @@ use flowstone_storage::{
 
 use self::peers::{NEVER, Places, Quiet};
 pub(crate) use self::pulling::Installed;
-use self::pulling::Pull;
+use self::pulling::{LOWER_MARK, Pull};
 pub(crate) use self::scrubbing::Repaired;
 use self::scrubbing::{Repairing, Scrubbing};
 use crate::effects::{Answer, Effects, Ended, Event, FetchOrder, Fetched, FlushOrder, LookupOrder, ReadOrder};
@@ -1383,6 +1383,7 @@ impl<M: Machine> Shard<M> {
         };
         slot.events.clear();
         slot.pull = None;
+        slot.repair = None;
         let tp = slot.spec.tp;
         for message in replica.farewell() {
             self.send(index, tp, message);
@@ -1621,7 +1622,9 @@ impl<M: Machine> Shard<M> {
             let Some(slot) = self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life) else {
                 continue;
             };
-            if matches!(slot.state, State::Running(_)) {
+            if number == LOWER_MARK {
+                self.mark_lowered(key.index, true);
+            } else if matches!(slot.state, State::Running(_)) {
                 slot.events.push(Event::HardStateFlushed(number));
                 self.touch(key.index);
             }
@@ -1646,6 +1649,8 @@ impl<M: Machine> Shard<M> {
                 let mut late = replica.step(events, Timestamp::NONE);
                 fx.answers.append(&mut late.answers);
                 self.perform(index, fx);
+            } else {
+                self.mark_lowered(index, false);
             }
         }
         self.send_answers();

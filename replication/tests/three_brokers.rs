@@ -551,6 +551,30 @@ fn a_tail_that_is_longer_than_what_the_new_leader_committed_is_given_up() {
 }
 
 #[test]
+fn a_tail_that_was_given_up_is_not_missed_where_the_log_is_copied_as_a_whole() {
+    let config = ShardsConfig { checkpoint_entries: 10, offer_after_bytes: 16 << 10, ..config() };
+    let log = LogConfig { segment_bytes: 8 << 10, zero_ahead_bytes: 4 << 10, ..LogConfig::default() };
+    let mut cluster = Cluster::founded(config, log);
+    cluster.write_many(20);
+    cluster.until_equal(&[0, 1, 2]);
+    let old = cluster.cut_leader_with_tail(400);
+    for _ in 0..60 {
+        cluster.write();
+    }
+    let new = cluster.leader();
+    let third = 3 - old - new;
+    let (end, size) = (cluster.status(new).high_watermark, cluster.status(new).size_bytes);
+    ask(|reply| cluster.handle(new).trim(TrimTo::Offset(Offset::new(end.get() - 5)), reply)).unwrap();
+    until("the trimmed files are gone", || (cluster.status(new).size_bytes < size / 2).then_some(()));
+    cluster.until_equal(&[new, third]);
+    cluster.kill(third, true);
+    cluster.join(old);
+    cluster.until_equal(&[old, new]);
+    assert_eq!(cluster.status(old).health, Health::Ok);
+    cluster.write();
+}
+
+#[test]
 fn a_range_that_was_not_taken_is_asked_for_again_from_what_is_committed() {
     let config = ShardsConfig { checkpoint_entries: 10, offer_after_bytes: 16 << 10, ..config() };
     let mut cluster = Cluster::founded(config, small_segments());

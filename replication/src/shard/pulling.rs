@@ -13,10 +13,10 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use flowstone_protocol::{Error, ErrorCode, RaftIndex, Term};
-use flowstone_storage::{Install, LogEntry, ReplicaIdentity, StorageError, checkpoint};
+use flowstone_storage::{HardState, Install, LogEntry, ReplicaIdentity, StorageError, checkpoint};
 
 use super::{Message, Shard, SlotKey, State};
-use crate::effects::{Event, Offered, Pulled};
+use crate::effects::{Event, HardStateNumber, Offered, Pulled};
 use crate::machine::Machine;
 use crate::replica::read_error;
 use crate::reply::Reply;
@@ -30,6 +30,8 @@ const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// The pause while the disk is full.
 const FULL_PAUSE: Duration = Duration::from_secs(1);
+/// Numbers the hard state that an install waits for: none of a replica's.
+pub(super) const LOWER_MARK: HardStateNumber = HardStateNumber(u64::MAX);
 /// What is installed is made durable after so many bytes: a crash does not begin anew.
 const INSTALL_FLUSH_BYTES: u64 = 32 << 20;
 
@@ -70,6 +72,9 @@ enum Goal {
     Install {
         install: Option<Box<Install>>,
         unflushed: u64,
+        /// It takes the place of a log that reaches further and diverged before this entry: a checkpoint from there on
+        /// covers all that the replica still answers for.
+        at_least: Option<RaftIndex>,
     },
 }
 
@@ -81,6 +86,8 @@ enum Step {
     Answer,
     /// A job.
     Job,
+    /// A lower mark to be durable.
+    Mark,
     /// This moment.
     Until(std::time::Instant),
 }
@@ -114,7 +121,7 @@ impl Pull {
     pub(super) fn due(&self) -> Option<std::time::Instant> {
         match self.step {
             Step::Until(at) => Some(at),
-            Step::Ask | Step::Answer | Step::Job => None,
+            Step::Ask | Step::Answer | Step::Job | Step::Mark => None,
         }
     }
 
@@ -232,7 +239,7 @@ impl<M: Machine> Shard<M> {
 
     /// It has no log to go on with, or one that is not complete.
     pub(super) fn begin_install(&mut self, index: u32, install: Option<Box<Install>>) {
-        self.slots[index as usize].pull = Some(Pull::new(Goal::Install { install, unflushed: 0 }));
+        self.slots[index as usize].pull = Some(Pull::new(Goal::Install { install, unflushed: 0, at_least: None }));
         self.note_pull(index);
         self.drive_pull(index);
     }
@@ -320,8 +327,27 @@ impl<M: Machine> Shard<M> {
                 }
             }
             (Goal::Install { install: None, .. }, State::Pulling { .. }) => PullWhat::Checkpoint,
-            (Goal::Install { install, .. }, State::Pulling { .. }) => match install {
+            (Goal::Install { install, at_least, .. }, State::Pulling { .. }) => match install {
                 Some(it) if it.has_all() => {
+                    let (applied, replica) = (it.target().applied, slot.spec.replica);
+                    // What diverged is not answered for any more, and that is durable before it goes.
+                    if at_least.is_some_and(|at_least| at_least <= applied)
+                        && let Some(stripe) = self.stripes.get_mut(&self.data_dir.stripe_of(slot.spec.tp))
+                    {
+                        if stripe.failed().is_some()
+                            && (stripe.has_flush_in_flight()
+                                || stripe.reopen(&self.disk, &self.hard_state_dir).is_err())
+                        {
+                            pull.step = Step::Until(self.now + FULL_PAUSE);
+                            return;
+                        }
+                        if let Some(state) = stripe.state(replica).filter(|state| state.flushed > applied) {
+                            pull.step = Step::Mark;
+                            let key = SlotKey { index, life: slot.life };
+                            stripe.put(key, LOWER_MARK, replica, HardState { flushed: applied, ..state });
+                            return;
+                        }
+                    }
                     // Nothing of the life before may be written any more: whatever is in flight comes home first.
                     if slot.jobs == 0
                         && let Some(install) = install.take()
@@ -426,7 +452,7 @@ impl<M: Machine> Shard<M> {
                 let compared = compared.take();
                 self.event(index, Event::Pulled(Pulled { first, next: after, compared, bytes }));
             }
-            (Goal::Install { install, unflushed }, PullAnswer::Batches { bytes, .. }) => {
+            (Goal::Install { install, unflushed, .. }, PullAnswer::Batches { bytes, .. }) => {
                 let Some(mut install) = install.take() else { return };
                 *unflushed += bytes.len() as u64;
                 let flush = *unflushed >= INSTALL_FLUSH_BYTES;
@@ -445,7 +471,17 @@ impl<M: Machine> Shard<M> {
                     }
                 });
             }
-            (Goal::Install { install: None, .. }, PullAnswer::Checkpoint { bytes, first_index, first_offset }) => {
+            (
+                Goal::Install { install: None, at_least, .. },
+                PullAnswer::Checkpoint { bytes, first_index, first_offset },
+            ) => {
+                if let Some(at_least) = *at_least
+                    && checkpoint::Checkpoint::decode(&bytes).is_ok_and(|checkpoint| checkpoint.applied < at_least)
+                {
+                    let message =
+                        format!("its newest checkpoint lies before entry {at_least}; another may have a newer one");
+                    return self.pull_failed(index, &Error::new(ErrorCode::NotLeader, message));
+                }
                 pull.step = Step::Job;
                 let (disk, dir, log) = (Arc::clone(&self.disk), slot.spec.dir.clone(), slot.spec.log.clone());
                 let identity = ReplicaIdentity {
@@ -461,6 +497,15 @@ impl<M: Machine> Shard<M> {
                 });
             }
             _ => self.pull_failed(index, &nonsense()),
+        }
+    }
+
+    /// The lower mark is durable, or its file failed and it is tried again.
+    pub(super) fn mark_lowered(&mut self, index: u32, is_durable: bool) {
+        let now = self.now;
+        if let Some(pull) = self.slots[index as usize].pull.as_mut().filter(|pull| pull.step == Step::Mark) {
+            pull.step = if is_durable { Step::Ask } else { Step::Until(now + FULL_PAUSE) };
+            self.drive_pull(index);
         }
     }
 
@@ -564,7 +609,7 @@ impl<M: Machine> Shard<M> {
             Goal::CatchUp { .. } => {}
             Goal::Install { .. } if !is_trimmed => {}
             // That is begun anew, with another's newest checkpoint.
-            Goal::Install { install, unflushed } => {
+            Goal::Install { install, unflushed, .. } => {
                 *install = None;
                 *unflushed = 0;
             }
@@ -579,6 +624,11 @@ impl<M: Machine> Shard<M> {
         slot.hint = slot.shown.leader_broker;
         self.quiet[index as usize] = None;
         let slot = &mut self.slots[index as usize];
+        let at_least = match &slot.pull {
+            Some(Pull { goal: Goal::CatchUp { offered, .. }, .. }) => Some(offered.index),
+            _ => None,
+        };
+        slot.repair = None;
         let State::Running(mut replica) = std::mem::replace(&mut slot.state, State::Ending) else { return };
         let error = super::gone().with_partition(slot.spec.tp.partition);
         let mut fx = replica.close(&error);
@@ -586,7 +636,7 @@ impl<M: Machine> Shard<M> {
         let late = std::mem::take(&mut slot.events);
         self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
         slot.state = State::Pulling { machine: replica.into_machine() };
-        slot.pull = Some(Pull::new(Goal::Install { install: None, unflushed: 0 }));
+        slot.pull = Some(Pull::new(Goal::Install { install: None, unflushed: 0, at_least }));
         self.wakes[index as usize] = super::NEVER;
         self.note_pull(index);
         self.show(index);
