@@ -538,8 +538,10 @@ impl Reconciler {
     }
 
     /// Folders of replicas that the metadata does not give to this directory: left by a crash in the middle of a
-    /// deletion, or taken away while this broker was down.
+    /// deletion, or taken away while this broker was down. Where the metadata once went on with a loss, it may have lost
+    /// the topic or the place rather than taken it away: then they are set aside.
     async fn remove_strangers(&self) {
+        let is_sure = !self.table.with(MetadataTable::was_recovered);
         let mut known: HashSet<TopicPartition> = self.table.with(|table| {
             let is_here = |entry: &PartitionEntry| entry.places().any(|place| place.directory == self.directory);
             table.entries().filter(|(_, _, entry)| is_here(entry)).map(|(_, tp, _)| tp).collect()
@@ -548,8 +550,12 @@ impl Reconciler {
         let data_dir = Arc::clone(&self.data_dir);
         let removed = tokio::task::spawn_blocking(move || {
             for tp in data_dir.replicas()?.into_iter().filter(|tp| !known.contains(tp)) {
-                tracing::info!(%tp, "removing the folder of a replica that was deleted");
-                data_dir.remove_replica(tp)?;
+                if is_sure {
+                    tracing::info!(%tp, "removing the folder of a replica that was deleted");
+                    data_dir.remove_replica(tp)?;
+                } else if let Err(error) = set_aside(&data_dir, tp) {
+                    tracing::warn!(%tp, %error, "cannot set the folder of an unknown replica aside; it stays where it is");
+                }
             }
             Ok::<(), flowstone_storage::DataDirError>(())
         });
@@ -557,6 +563,29 @@ impl Reconciler {
             tracing::warn!(%error, "cannot remove the folders of deleted replicas; the next start tries again");
         }
     }
+}
+
+/// Where folders go that the metadata does not know after it went on with a loss; nothing reads them any more.
+const SET_ASIDE: &str = "set-aside";
+
+fn set_aside(data_dir: &DataDir, tp: TopicPartition) -> std::io::Result<()> {
+    let (disk, from) = (data_dir.disk(), data_dir.replica_dir(tp));
+    if !disk.exists(&from)? {
+        // An install alone: others have what it pulled.
+        return Ok(());
+    }
+    let aside = data_dir.path().join(SET_ASIDE);
+    disk.create_dir_all(&aside)?;
+    // One that was set aside before stays as well.
+    let to = aside.join(format!("{}-{}-{:016x}", tp.topic, tp.partition, rand::random::<u64>()));
+    tracing::error!(
+        %tp, to = %to.display(),
+        "the metadata, which was recovered with a possible loss, does not know this replica: its folder is set aside; \
+         delete it once nobody misses its records"
+    );
+    disk.rename(&from, &to)?;
+    disk.sync_dir(&aside)?;
+    disk.sync_dir(from.parent().unwrap_or(data_dir.path()))
 }
 
 /// Every replica of the metadata: those that vote or leave, and those that only follow.

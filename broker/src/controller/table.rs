@@ -263,6 +263,11 @@ impl MetadataTable {
         self.recoveries.iter()
     }
 
+    /// Whether the metadata itself went on with a possible loss once: then there may be what it does not know of.
+    pub(crate) fn was_recovered(&self) -> bool {
+        self.recoveries.iter().any(|recovery| recovery.tp == METADATA_PARTITION)
+    }
+
     /// Topics that are not the cluster's own.
     pub(crate) fn topic_count(&self) -> usize {
         self.topics.values().filter(|topic| !topic.internal).count()

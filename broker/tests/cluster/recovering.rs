@@ -74,6 +74,22 @@ async fn a_recovery_that_was_cut_off_is_gone_on_with_at_the_next_start() {
     goes_on(world, topic).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_recovered_metadata_does_not_know_is_set_aside_rather_than_deleted() {
+    let (mut world, _topic) = only_the_third_disk_is_left().await;
+    begin_recovery(&world.places[&3].dir);
+    // A topic that only the metadata that burnt knew of.
+    let dir = world.places[&3].dir.clone();
+    let unknown = dir.join("topics/00000000-0000-0000-0000-00000000002a/0");
+    std::fs::create_dir_all(&unknown).expect("a folder");
+    std::fs::write(unknown.join("some.log"), b"acknowledged").expect("written");
+    world.start(3).await;
+    assert!(!unknown.exists(), "it is not in the way of another one");
+    let aside: Vec<_> = std::fs::read_dir(dir.join("set-aside")).expect("there").flatten().collect();
+    assert_eq!(aside.len(), 1, "{aside:?}");
+    assert_eq!(std::fs::read(aside[0].path().join("some.log")).expect("kept"), b"acknowledged");
+}
+
 fn begin_recovery(dir: &Path) {
     let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
     let data_dir = DataDir::open_or_create(disk, dir, DirectoryId::new(1), 1).expect("a data directory");
