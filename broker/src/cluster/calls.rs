@@ -10,7 +10,7 @@ use flowstone_protocol::peer::{
     instruct_request,
 };
 use flowstone_protocol::{
-    BrokerId, Error, ErrorCode, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition, pb,
+    BrokerId, Error, ErrorCode, ErrorKind, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition, pb,
 };
 use flowstone_replication::{Health, Role};
 use parking_lot::RwLock;
@@ -129,6 +129,7 @@ impl Calls {
         }
         self.found(&control).await?;
         recovery::adopt(&control).await?;
+        not_a_copy(&control, &from, &request)?;
         let registration = Registration {
             id: from.broker,
             directory: from.directory,
@@ -263,6 +264,32 @@ pub(crate) fn metadata_replicas(table: &MetadataTable) -> Vec<Founder> {
 
 pub(crate) fn partition(topic_id: &[u8], partition: i32) -> Option<TopicPartition> {
     Some(TopicPartition { topic: TopicId::from_slice(topic_id)?, partition: PartitionId::new(partition) })
+}
+
+/// Whether a broker that registers with a known directory is not a second one beside the first: on a copy of it both would
+/// vote, and acknowledge, under the same names. One that was killed and came back elsewhere waits until its session ends.
+fn not_a_copy(control: &Control, from: &PeerIdentity, request: &RegisterRequest) -> Result<(), Error> {
+    let known = control.table.with(|table| table.broker(from.broker).cloned());
+    let Some(known) = known.filter(|known| {
+        known.directory == from.directory
+            && known.incarnation != from.incarnation
+            && known.peer_address != request.peer_address
+            && !known.fenced
+            && from.broker != control.me
+    }) else {
+        return Ok(());
+    };
+    let mut error = Error::new(
+        ErrorCode::InvalidRequest,
+        format!(
+            "broker {} runs at {} with this very data directory, or did a moment ago, and this one is at {}: if its directory \
+             is a copy, start it with an empty one; else wait until the session of its earlier start ends \
+             (limits.broker_session_timeout)",
+            from.broker, known.peer_address, request.peer_address
+        ),
+    );
+    error.kind = ErrorKind::Retriable;
+    Err(error)
 }
 
 /// This broker's replica of the metadata, where it can vote.
