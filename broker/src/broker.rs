@@ -35,6 +35,7 @@ use crate::cluster::drive::{self, Driver, Led};
 use crate::cluster::duty::{self, Duty};
 use crate::cluster::form::{Founder, Founding, Me, founder_of};
 use crate::cluster::recovery::MetadataRecovery;
+use crate::cluster::session::Door;
 use crate::cluster::{book, join, session};
 use crate::config::{Config, ConfigError, split_address};
 use crate::connections::Connections;
@@ -372,6 +373,7 @@ impl Starting {
             data_dir: Arc::clone(&data_dir),
             kept: Arc::clone(&kept),
         };
+        let ends = watch::Sender::new(false);
         let session = session::Session {
             control: Arc::clone(&control),
             calls: Arc::clone(&calls),
@@ -380,7 +382,14 @@ impl Starting {
             room: room.clone(),
             stopping: self.life.stopping.subscribe(),
             metadata_replica,
+            door: Door { gate: Arc::clone(&gate), readiness: readiness.clone(), ends: ends.clone() },
         };
+        let (mut drains, ended) = (self.life.drain.subscribe(), ends.clone());
+        self.life.background.push(tokio::spawn(async move {
+            // An error means that the broker is gone altogether.
+            drop(drains.wait_for(|drains| *drains).await);
+            ended.send_replace(true);
+        }));
         // From here on the controller hears of this broker: opening many replicas may take longer than a session lives.
         self.life.background.push(tokio::spawn(session.run()));
         self.life.background.push(tokio::spawn(book::follow(
@@ -430,7 +439,7 @@ impl Starting {
             table,
             control,
             replicas: replicas.clone(),
-            drain: self.life.drain.subscribe(),
+            drain: ends.subscribe(),
             metrics,
             room,
             checks: Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from))),

@@ -4,10 +4,11 @@ use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 
-use flowstone_protocol::FILE_DESCRIPTOR_SET;
 use flowstone_protocol::pb::admin_server::AdminServer;
 use flowstone_protocol::pb::log_server::LogServer;
+use flowstone_protocol::{Error, FILE_DESCRIPTOR_SET};
 use http_body::{Body as HttpBody, Frame, SizeHint};
+use parking_lot::RwLock;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tonic::body::Body;
@@ -35,12 +36,14 @@ pub(crate) struct Gate {
     routes: OnceLock<Routes>,
     /// The one call that is answered before: without it a cluster that lost the metadata's majority could not be started.
     early: OnceLock<AdminServer<EarlyAdmin>>,
+    /// What every call is told once the cluster does not know this broker any more. Held for a look or a change.
+    shut: RwLock<Option<Error>>,
     readiness: Readiness,
 }
 
 impl Gate {
     pub(crate) fn new(readiness: Readiness) -> Arc<Self> {
-        Arc::new(Self { routes: OnceLock::new(), early: OnceLock::new(), readiness })
+        Arc::new(Self { routes: OnceLock::new(), early: OnceLock::new(), shut: RwLock::new(None), readiness })
     }
 
     /// Serves from now on. The first call decides.
@@ -52,6 +55,11 @@ impl Gate {
     pub(crate) fn serve_recovery(&self, calls: &Arc<Calls>) {
         let early = EarlyAdmin::new(Arc::clone(calls), self.readiness.clone());
         self.early.get_or_init(|| AdminServer::new(early));
+    }
+
+    /// Refuses every call from now on, for `reason`; `None`: serves again.
+    pub(crate) fn shut(&self, reason: Option<Error>) {
+        *self.shut.write() = reason;
     }
 
     fn closed(&self) -> tonic::Status {
@@ -148,6 +156,9 @@ impl Service<http::Request<Body>> for GatedCalls {
     }
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        if let Some(error) = &*self.gate.shut.read() {
+            return Box::pin(std::future::ready(Ok(error.to_status().into_http())));
+        }
         match &mut self.routes {
             Some(routes) => Box::pin(routes.call(request)),
             None => match self.gate.early.get() {

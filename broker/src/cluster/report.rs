@@ -123,7 +123,11 @@ pub(crate) struct Reports {
 impl Reports {
     /// Asks these brokers, side by side; who does not answer is not in it.
     pub(crate) async fn of(node: &Node, brokers: impl IntoIterator<Item = BrokerId>, topics: &[TopicId]) -> Self {
-        let brokers: HashSet<BrokerId> = brokers.into_iter().collect();
+        // Those that are down say nothing, and asking them would only take time.
+        let is_up =
+            |broker: &BrokerId| node.table.with(|table| table.broker(*broker).is_some_and(|known| !known.fenced));
+        let brokers: HashSet<BrokerId> =
+            brokers.into_iter().filter(|broker| *broker == node.id || is_up(broker)).collect();
         let asked = brokers.into_iter().map(|broker| async move {
             if broker == node.id {
                 return Some((broker, of_this_broker(node, topics).await));

@@ -22,6 +22,7 @@ use crate::admin_http::Readiness;
 use crate::controller::change::{Leader, PartitionEntry};
 use crate::partition::{LocalReplicas, OpenPartition, Slot};
 use crate::room::Room;
+use crate::server::Gate;
 
 /// Between two heartbeats where there is nothing to tell.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
@@ -116,6 +117,32 @@ pub(crate) struct Session {
     pub(crate) stopping: watch::Receiver<bool>,
     /// The replica of the metadata that this broker is to have.
     pub(crate) metadata_replica: watch::Sender<ReplicaId>,
+    pub(crate) door: Door,
+}
+
+/// What is closed to clients while the cluster does not know this broker.
+#[derive(Debug)]
+pub(crate) struct Door {
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) readiness: Readiness,
+    /// Ends streams.
+    pub(crate) ends: watch::Sender<bool>,
+}
+
+impl Door {
+    /// What this broker has of the metadata and of logs it shares changes no more: nobody is to take it for the newest.
+    fn close(&self, why: &Error) {
+        self.readiness.hold("registration", format!("the session with the cluster is over: {why}"));
+        let text = format!("this broker has no session with its cluster any more, ask another one ({})", why.message);
+        self.gate.shut(Some(Error::new(ErrorCode::ShuttingDown, text)));
+        self.ends.send_replace(true);
+    }
+
+    fn open(&self) {
+        self.readiness.release("registration");
+        self.gate.shut(None);
+        self.ends.send_replace(false);
+    }
 }
 
 impl Session {
@@ -172,6 +199,9 @@ impl Session {
         };
         match tell(&self.control, &self.calls, &request).await {
             Ok(answer) => {
+                if told.unknown_since.take().is_some() {
+                    self.door.open();
+                }
                 for (tp, epoch, _) in leads {
                     told.leaders.insert(tp, (epoch, now));
                 }
@@ -185,6 +215,7 @@ impl Session {
                 if told.unknown_since.is_none_or(|logged| logged.elapsed() > LOG_EVERY) {
                     tracing::error!(%error, "the controller does not know this broker's session");
                     told.unknown_since = Some(Instant::now());
+                    self.door.close(&error);
                 }
             }
             Err(error) => tracing::debug!(%error, "a heartbeat was not taken"),

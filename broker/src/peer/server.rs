@@ -178,7 +178,8 @@ impl Peer for PeerService {
         &self,
         request: Request<pb::BrokerHeartbeatRequest>,
     ) -> Result<Response<pb::BrokerHeartbeatResponse>, Status> {
-        handed_on!(self, request, Trust::Registered, broker_heartbeat)
+        // One that is not registered any more has to be told so; by its start it is known, or not.
+        handed_on!(self, request, Trust::SameCluster, broker_heartbeat)
     }
 
     async fn forward(&self, request: Request<pb::ForwardRequest>) -> Result<Response<pb::ForwardResponse>, Status> {

@@ -183,3 +183,51 @@ async fn a_broker_that_missed_nothing_while_it_was_away_counts_again() {
         world.healthy().await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_a_running_brokers_directory_is_refused() {
+    let mut world = World::of(3).await;
+    world.add_place(4).await;
+    world.start(4).await;
+    world.add_place(5).await;
+    world.set(5, "node.id", "4");
+    copy(&world.places[&4].dir, &world.places[&5].dir);
+    let error = soon("refusal", world.starting(5)).await.expect_err("the first one runs");
+    assert!(error.to_string().contains("very data directory"), "{error}");
+    // The first one did not mind.
+    let health = world.client(4).health().await.expect("it serves");
+    assert!(health.brokers.iter().any(|broker| broker.broker_id == 4 && broker.state() == pb::BrokerState::Alive));
+}
+
+fn copy(from: &std::path::Path, to: &std::path::Path) {
+    std::fs::create_dir_all(to).expect("a folder");
+    for entry in std::fs::read_dir(from).expect("read") {
+        let entry = entry.expect("read");
+        let to = to.join(entry.file_name());
+        if entry.file_type().expect("known").is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            std::fs::copy(entry.path(), to).expect("copied");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_was_decommissioned_serves_nobody_any_more() {
+    let mut world = World::of(3).await;
+    world.add_place(4).await;
+    world.start(4).await;
+    world.client(4).cluster().await.expect("it is one of them");
+    until("broker 4 is decommissioned", async || {
+        let request = pb::DecommissionBrokerRequest { broker_id: 4 };
+        let answered = soon("decommission", world.client(1).admin.decommission_broker(request)).await;
+        answered.map(|_| ()).map_err(|status| super::world::error_of(status).to_string())
+    })
+    .await;
+    until("its clients are sent elsewhere", async || match world.client(4).cluster().await {
+        Err(error) if error.code == ErrorCode::ShuttingDown && error.message.contains("decommissioned") => Ok(()),
+        answered => Err(format!("{answered:?}")),
+    })
+    .await;
+    world.client(1).cluster().await.expect("the others serve");
+}
