@@ -76,6 +76,8 @@ pub(crate) async fn look_around<H, A>(
 pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: BrokerId, kept: Arc<Kept>) {
     let mut changes = table.changes();
     let mut seen: Option<Offset> = None;
+    // What the metadata said last: only what it says anew counts, as a broker may have told a newer address since.
+    let mut said: HashMap<BrokerId, PeerEntry> = HashMap::new();
     loop {
         changes.borrow_and_update();
         let changed = table.with(|table| {
@@ -93,7 +95,7 @@ pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: 
             Some((at, entries))
         });
         if let Some((at, entries)) = changed {
-            for (broker, entry) in &entries {
+            for (broker, entry) in entries.iter().filter(|(broker, entry)| said.get(broker) != Some(entry)) {
                 book.set(*broker, entry.clone());
             }
             // Only who was registered and is not any more is forgotten: a founder may still be on its way to register.
@@ -102,6 +104,7 @@ pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: 
                     book.remove(broker);
                 }
             }
+            said = entries;
             seen = Some(at);
             // After a start in which nobody can read the metadata yet, they must still know each other.
             let brokers = table.with(registered);
