@@ -128,7 +128,9 @@ fn delete(name: &str) -> MetadataCommand {
 fn commands_in_flight_see_each_other_and_readers_see_what_is_committed() {
     let mut controller = Controller::founded();
     controller.append(create("a", 1)).expect("created");
-    let again = controller.append(create("a", 1)).expect_err("the first is in flight");
+    let MetadataCommand::CreateTopic(other) = create("a", 1) else { unreachable!("it creates") };
+    let other = MetadataCommand::CreateTopic(CreateTopic { topic_id: TopicId::new(2), ..other });
+    let again = controller.append(other).expect_err("the first is in flight");
     assert_eq!(again.code, ErrorCode::TopicAlreadyExists);
     controller.append(delete("a")).expect("the first is in flight");
     controller.append(create("b", 2)).expect("created");
