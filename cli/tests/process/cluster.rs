@@ -195,7 +195,7 @@ fn commands_that_look_after_a_cluster() {
     cluster.run(&["partition", "move", "t", "7", "--to", "1"]).fails(3, &["partition"]);
     cluster.run(&["partition", "move", "nowhere", "0", "--to", "1"]).fails(3, &["nowhere"]);
     cluster.run(&["partition", "cancel-move", "t", "0"]).fails(1, &["not being moved"]);
-    cluster.run(&["partition", "recover", "t", "0", "--from", "1"]).fails(1, &["alive"]);
+    cluster.run(&["partition", "recover", "t", "0", "--from", "1"]).fails(1, &["majority", "cluster health"]);
     cluster.run(&["topic", "create", "u", "-r", "4"]).fails(2, &["4"]);
     // Any broker answers for all; each alone knows where the others are.
     for broker in &cluster.brokers {
