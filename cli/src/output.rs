@@ -104,7 +104,7 @@ fn aligned(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// Prints a line beside what [`print`] printed.
+/// Prints a line beside what [`print()`] printed.
 pub(crate) fn print_line(line: &str) -> Outcome {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}").and_then(|()| out.flush()).map_err(Failure::from_stdout)
