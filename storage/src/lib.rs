@@ -57,7 +57,7 @@ pub use install::Install;
 pub use log::{Appended, EntryBody, EntryMeta, FlushDone, FlushJob, Log, LogConfig, LogEntry};
 pub use range::{Range, RangeTicket};
 pub use read::{FoundRecord, Lookup, LookupTicket, Read, ReadBytes, ReadTicket};
-pub use repair::{Repair, RepairDone, RepairJob};
+pub use repair::{Repair, RepairDone};
 pub use retention::RetentionConfig;
 pub use scrub::{Rotten, ScrubJob, ScrubPosition, Scrubbed};
 pub use sim_disk::SimDisk;

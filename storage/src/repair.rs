@@ -49,13 +49,6 @@ pub struct Repair {
     epoch: Option<LeaderEpoch>,
 }
 
-/// A repair whose batches are all there; run it on a pool.
-#[derive(Debug)]
-pub struct RepairJob {
-    repair: Repair,
-    batches: Bytes,
-}
-
 /// How a repair ended; give it to [`Log::repaired`].
 #[derive(Debug)]
 pub struct RepairDone {
@@ -99,11 +92,6 @@ impl Log {
         })
     }
 
-    /// The same where all of the pulled batches are in memory.
-    pub fn repair_job(&self, rotten: &Rotten, batches: Bytes) -> Result<RepairJob, StorageError> {
-        Ok(RepairJob { repair: self.repair(rotten)?, batches })
-    }
-
     /// Reads from the repaired file from now on. Returns whether the segment is wholly right now; where it is not, more of
     /// it is rotten than was repaired: scrub it again.
     ///
@@ -119,16 +107,6 @@ impl Log {
         segment.files = files;
         segment.map = None;
         Ok(is_whole)
-    }
-}
-
-impl RepairJob {
-    /// Writes, checks, flushes, renames.
-    pub fn run(mut self) -> RepairDone {
-        match self.repair.append(self.batches) {
-            Ok(()) => self.repair.finish(),
-            Err(error) => RepairDone { segment: self.repair.rotten.segment, repaired: Err(error) },
-        }
     }
 }
 

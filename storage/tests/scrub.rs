@@ -129,8 +129,9 @@ fn every_flipped_bit_is_found_where_it_is_and_repaired() {
         assert_eq!(run.first_index, run.last_index, "{at}: one batch");
         assert!(read_at(&mut log, run.first_index).is_err(), "{at}");
         let found = range(&peer, run.first_index, run.last_index, 1 << 20).expect("the peer has it");
-        let job = log.repair_job(run, found.bytes).expect("to be repaired");
-        assert!(log.repaired(job.run()).expect("repaired"), "{at}: whole again");
+        let mut repair = log.repair(run).expect("to be repaired");
+        repair.append(found.bytes).expect("as it was");
+        assert!(log.repaired(repair.finish()).expect("repaired"), "{at}: whole again");
         assert_eq!(sim.bytes(&path).expect("there"), right, "{at}");
         read_at(&mut log, run.first_index).expect("readable again");
     }
@@ -383,16 +384,17 @@ fn a_segment_that_is_deleted_meanwhile_does_not_come_back() {
     sim.flip_bit(&path, 300, 1);
     let run = scrub(&log, 1 << 20).1.remove(0);
     let found = range(&peer, run.first_index, run.last_index, 1 << 20).expect("the peer has it");
-    let job = log.repair_job(&run, found.bytes.clone()).expect("to be repaired");
+    let mut repair = log.repair(&run).expect("to be repaired");
     let scrubbing = log.scrub_job(ScrubPosition::START, 1 << 20).expect("sealed");
     let middle = log.entry_meta(RaftIndex::new(60)).expect("held").base_offset;
     trim(&mut log, middle);
     assert!(!sim.shared().exists(&path).expect("asked"));
-    let done = job.run();
+    repair.append(found.bytes).expect("as it was");
+    let done = repair.finish();
     log.repaired(done).expect("nothing to do any more");
     assert!(!sim.shared().exists(&path).expect("asked"), "deleted is deleted");
     assert!(segments(&sim, ".new").is_empty());
-    match log.repair_job(&run, found.bytes) {
+    match log.repair(&run) {
         Err(StorageError::NoEntry { .. }) => {}
         other => panic!("{other:?}"),
     }

@@ -131,7 +131,6 @@ impl Goal {
         voting.members.retain(|member| !self.observers.contains(&member.replica));
         let step = next_step(&voting, &self.wanted, &self.leaving, self.may_remove);
         match step {
-            PlanStep::Nothing if self.is_grown(view) => PlanStep::ReportMayRemove,
             PlanStep::Nothing => {
                 let is_member = |replica: &ReplicaId| {
                     view.membership.voters.contains(replica) || view.membership.learners.contains(replica)
@@ -143,14 +142,6 @@ impl Goal {
             }
             step => step,
         }
-    }
-
-    /// A change that only adds is over once all vote.
-    fn is_grown(&self, view: &GroupStatus) -> bool {
-        self.is_changing
-            && !self.may_remove
-            && self.leaving.is_empty()
-            && self.wanted.iter().all(|replica| view.membership.voters.contains(replica))
     }
 
     fn in_sync(&self, view: &GroupStatus) -> usize {

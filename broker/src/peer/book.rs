@@ -80,15 +80,6 @@ impl PeerBook {
         self.change(|entries| entries.remove(&broker).is_some());
     }
 
-    /// Takes `entries` for all there are.
-    pub fn replace(&self, new: HashMap<BrokerId, PeerEntry>) {
-        self.change(|entries| {
-            let is_new = *entries != new;
-            *entries = new;
-            is_new
-        });
-    }
-
     /// What is known of a broker.
     pub fn get(&self, broker: BrokerId) -> Option<PeerEntry> {
         self.inner.entries.lock().get(&broker).cloned()
@@ -132,10 +123,9 @@ mod tests {
         book.set(BrokerId::new(1), entry.clone());
         assert!(watch.has_changed().expect("open"));
         watch.mark_unchanged();
-        book.set(BrokerId::new(1), entry.clone());
+        book.set(BrokerId::new(1), entry);
         book.set_address(BrokerId::new(1), "a:1");
         book.remove(BrokerId::new(2));
-        book.replace(HashMap::from([(BrokerId::new(1), entry)]));
         assert!(!watch.has_changed().expect("open"));
         book.introduce(BrokerId::new(1), "a:1", DirectoryId::new(8));
         assert!(!watch.has_changed().expect("open"), "the directory that is registered counts");
