@@ -6,8 +6,20 @@ use prost::Message;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo::rerun-if-changed=proto");
-    let public = ["flowstone/v1/error.proto", "flowstone/v1/log.proto", "flowstone/v1/admin.proto"];
-    let internal = ["flowstone/internal/v1/metadata.proto", "flowstone/internal/v1/producers.proto"];
+    let public = [
+        "flowstone/v1/error.proto",
+        "flowstone/v1/log.proto",
+        "flowstone/v1/admin.proto",
+        "flowstone/v1/coordinator.proto",
+        "flowstone/v1/groups.proto",
+        "flowstone/v1/transactions.proto",
+    ];
+    let internal = [
+        "flowstone/internal/v1/metadata.proto",
+        "flowstone/internal/v1/producers.proto",
+        "flowstone/internal/v1/groups.proto",
+        "flowstone/internal/v1/transactions.proto",
+    ];
     let peer = ["flowstone/peer/v1/peer.proto"];
     let out = PathBuf::from(std::env::var("OUT_DIR")?);
     let descriptors = protox::compile(public, ["proto"])?;

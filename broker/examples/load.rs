@@ -84,7 +84,9 @@ fn many(dir: &std::path::Path, fill: Option<i32>) -> Result<(), Box<dyn std::err
                 for partition in 0..partitions {
                     let (topic_id, batch) = (topic.topic_id.clone(), batch.clone());
                     let request_id = partition as u64;
-                    sender.send(pb::ProduceRequest { request_id, topic_id, partition, acks: 0, batch }).await?;
+                    sender
+                        .send(pb::ProduceRequest { request_id, topic_id, partition, batch, ..Default::default() })
+                        .await?;
                 }
                 while answered < partitions as usize * round {
                     answered += answers.message().await?.ok_or("the stream ended")?.results.len();
@@ -133,8 +135,8 @@ async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Er
         request_id: request_id as u64,
         topic_id: topic.clone(),
         partition: partition as i32,
-        acks: 0,
         batch: batch.clone(),
+        ..Default::default()
     };
 
     for round in 0..3 {
@@ -173,6 +175,7 @@ async fn run(address: std::net::SocketAddr) -> Result<(), Box<dyn std::error::Er
                 last_epoch: -1,
                 from_any_replica: false,
                 known_high_watermark: -1,
+                ..Default::default()
             })
             .collect();
         let credit = 8 << 20;

@@ -39,7 +39,7 @@ async fn no_descriptors_left_sheds_load_and_recovers() {
     let batch = batch.build();
     let mut produce = async |request_id| {
         let (topic_id, batch) = (topic.topic_id.clone(), batch.clone());
-        let request = pb::ProduceRequest { request_id, topic_id, partition: 0, acks: 0, batch };
+        let request = pb::ProduceRequest { request_id, topic_id, partition: 0, batch, ..Default::default() };
         requests.send(request).await.expect("the stream is open");
         let answer = tokio::time::timeout(PATIENCE, answers.message()).await.expect("in time");
         let result = answer.expect("the stream goes on").expect("an answer").results.remove(0);

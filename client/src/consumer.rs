@@ -760,6 +760,7 @@ impl Consumer {
                 last_epoch: partition.last_epoch,
                 from_any_replica: !self.settings.rack.is_empty(),
                 known_high_watermark: partition.high_watermark.unwrap_or(-1),
+                isolation: 0,
             });
         }
         for (broker, set) in sets {

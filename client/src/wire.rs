@@ -271,7 +271,14 @@ mod tests {
 
     fn produce(batch: Bytes) -> pb::ProduceRequest {
         let topic_id = Bytes::from_static(&[7; 16]);
-        pb::ProduceRequest { request_id: 300, topic_id, partition: 5, acks: pb::Acks::Leader.into(), batch }
+        pb::ProduceRequest {
+            request_id: 300,
+            topic_id,
+            partition: 5,
+            acks: pb::Acks::Leader.into(),
+            batch,
+            ..Default::default()
+        }
     }
 
     #[test]
@@ -292,7 +299,7 @@ mod tests {
 
     fn fetched(bytes: usize) -> pb::FetchResponse {
         let batches = (0..bytes).map(|byte| byte as u8).collect::<Vec<_>>().into();
-        pb::FetchResponse { fetch_id: 3, session: 1, batches, high_watermark: 9, log_start: 0, error: None }
+        pb::FetchResponse { fetch_id: 3, session: 1, batches, high_watermark: 9, log_start: 0, ..Default::default() }
     }
 
     #[test]

@@ -26,7 +26,7 @@ const _: () =
 pub enum ErrorKind {
     /// The same request may succeed later, here or at the leader that the error names.
     Retriable,
-    /// The transaction is lost: abort it and begin again.
+    /// What was begun is lost, the caller is not: abort the transaction, or join the group again, and begin anew.
     Abortable,
     /// The request can never succeed as it is.
     Fatal,
@@ -69,7 +69,13 @@ impl ErrorCode {
             | Self::ShuttingDown
             | Self::Overloaded
             | Self::DiskFull
-            | Self::StorageFailed => ErrorKind::Retriable,
+            | Self::StorageFailed
+            | Self::NotCoordinator
+            | Self::UnstableOffsets
+            | Self::ConcurrentTransactions => ErrorKind::Retriable,
+            Self::TransactionAborted | Self::StaleMemberEpoch | Self::UnknownMember | Self::NotAssigned => {
+                ErrorKind::Abortable
+            }
             // Nothing that a caller could change is wrong with the request, and the broker is not the one to promise
             // that a second try goes better: an internal error must be seen, not retried until a timeout hides it.
             Self::Unspecified
@@ -98,7 +104,18 @@ impl ErrorCode {
             | Self::OutOfOrderSequence
             | Self::UnknownProducer
             | Self::ProducerFenced
-            | Self::DuplicateSequence => ErrorKind::Fatal,
+            | Self::DuplicateSequence
+            | Self::UnknownGroup
+            | Self::InvalidGroup
+            | Self::FencedInstance
+            | Self::GroupNotEmpty
+            | Self::GroupFull
+            | Self::InvalidPattern
+            | Self::OffsetMetadataTooLarge
+            | Self::InvalidTransactionState
+            | Self::InvalidTransactionalId
+            | Self::InvalidTransactionTimeout
+            | Self::UnknownTransaction => ErrorKind::Fatal,
         }
     }
 
@@ -111,7 +128,11 @@ impl ErrorCode {
     /// The gRPC status code that fits best.
     pub const fn status_code(self) -> Code {
         match self {
-            Self::UnknownTopic | Self::UnknownPartition => Code::NotFound,
+            Self::UnknownTopic
+            | Self::UnknownPartition
+            | Self::UnknownGroup
+            | Self::UnknownMember
+            | Self::UnknownTransaction => Code::NotFound,
             Self::TopicAlreadyExists | Self::DuplicateSequence => Code::AlreadyExists,
             Self::PermissionDenied | Self::InternalTopic => Code::PermissionDenied,
             Self::Unsupported => Code::Unimplemented,
@@ -125,16 +146,33 @@ impl ErrorCode {
             | Self::BatchTooLarge
             | Self::InvalidTimestamp
             | Self::MessageTooLarge
-            | Self::UnsupportedCompression => Code::InvalidArgument,
+            | Self::UnsupportedCompression
+            | Self::InvalidGroup
+            | Self::InvalidPattern
+            | Self::OffsetMetadataTooLarge
+            | Self::InvalidTransactionalId
+            | Self::InvalidTransactionTimeout => Code::InvalidArgument,
             Self::OffsetOutOfRange => Code::OutOfRange,
             Self::LogDiverged | Self::CorruptLog | Self::Quarantined => Code::DataLoss,
-            Self::NotLeader | Self::LeaderNotReady | Self::NoLeader | Self::ShuttingDown | Self::StorageFailed => {
-                Code::Unavailable
-            }
+            Self::NotLeader
+            | Self::LeaderNotReady
+            | Self::NoLeader
+            | Self::ShuttingDown
+            | Self::StorageFailed
+            | Self::NotCoordinator
+            | Self::UnstableOffsets => Code::Unavailable,
             Self::TimedOut => Code::DeadlineExceeded,
-            Self::Overloaded | Self::DiskFull => Code::ResourceExhausted,
-            Self::OutOfOrderSequence | Self::UnknownProducer => Code::FailedPrecondition,
-            Self::ProducerFenced => Code::Aborted,
+            Self::Overloaded | Self::DiskFull | Self::GroupFull => Code::ResourceExhausted,
+            Self::OutOfOrderSequence
+            | Self::UnknownProducer
+            | Self::GroupNotEmpty
+            | Self::NotAssigned
+            | Self::InvalidTransactionState => Code::FailedPrecondition,
+            Self::ProducerFenced
+            | Self::StaleMemberEpoch
+            | Self::FencedInstance
+            | Self::ConcurrentTransactions
+            | Self::TransactionAborted => Code::Aborted,
             Self::Unspecified | Self::Internal => Code::Internal,
         }
     }

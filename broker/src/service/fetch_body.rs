@@ -91,7 +91,15 @@ impl HttpBody for FetchBody {
 /// The head of a response; its pieces go behind `frames`.
 fn encode(fetched: Fetched, frames: &mut VecDeque<Bytes>) -> Bytes {
     let Fetched { fetch_id, session, chunks, bytes, high_watermark, log_start, error } = fetched;
-    let fields = pb::FetchResponse { fetch_id, session, batches: Bytes::new(), high_watermark, log_start, error };
+    let fields = pb::FetchResponse {
+        fetch_id,
+        session,
+        batches: Bytes::new(),
+        high_watermark,
+        log_start,
+        error,
+        ..Default::default()
+    };
     let mut key = BytesMut::with_capacity(16);
     if bytes > 0 {
         encode_key(BATCHES_FIELD, WireType::LengthDelimited, &mut key);
@@ -135,8 +143,15 @@ mod tests {
         assert_eq!(wire[0], 0);
         assert_eq!(u32::from_be_bytes([wire[1], wire[2], wire[3], wire[4]]) as usize, wire.len() - 5);
         let read = pb::FetchResponse::decode(&wire[5..]).expect("a message");
-        let wanted =
-            pb::FetchResponse { fetch_id: 3, session: 0, batches, high_watermark: -1, log_start: i64::MAX, error };
+        let wanted = pb::FetchResponse {
+            fetch_id: 3,
+            session: 0,
+            batches,
+            high_watermark: -1,
+            log_start: i64::MAX,
+            error,
+            ..Default::default()
+        };
         assert_eq!(read, wanted);
     }
 

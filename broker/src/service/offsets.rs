@@ -40,6 +40,7 @@ pub(super) async fn list_offsets(
             high_watermark: -1,
             records: 0,
             error: Some(error.to_detail()),
+            last_stable_offset: -1,
         })
     });
     Ok(pb::ListOffsetsResponse { answers: answers.collect() })
@@ -94,5 +95,6 @@ async fn one(node: &Arc<Node>, query: pb::OffsetQuery, linearizable: bool) -> Re
         high_watermark: status.high_watermark.get(),
         records: status.records,
         error: None,
+        last_stable_offset: status.high_watermark.get(),
     })
 }

@@ -323,6 +323,7 @@ impl Client {
             partition,
             acks: pb::Acks::Quorum.into(),
             batch,
+            ..Default::default()
         };
         requests.send(request).await.expect("room");
         let answers = soon("produce", self.log.produce(ReceiverStream::new(receiver))).await.map_err(error_of)?;
@@ -372,6 +373,7 @@ impl Client {
             last_epoch: -1,
             from_any_replica: any,
             known_high_watermark: end,
+            ..Default::default()
         };
         let request = pb::FetchRequest { set: vec![set], remove: Vec::new(), credit_bytes: 64 << 20 };
         requests.send(request).await.expect("room");

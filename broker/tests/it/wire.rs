@@ -93,7 +93,7 @@ fn framed(message: &impl Message) -> BytesMut {
 
 fn produce(topic: &Topic, request_id: u64, values: &[&str]) -> BytesMut {
     let batch = batch(values);
-    framed(&pb::ProduceRequest { request_id, topic_id: topic.id.clone(), partition: 0, acks: 0, batch })
+    framed(&pb::ProduceRequest { request_id, topic_id: topic.id.clone(), batch, ..Default::default() })
 }
 
 const PRODUCE: &str = "/flowstone.v1.Log/Produce";

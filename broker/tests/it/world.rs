@@ -231,15 +231,21 @@ impl Producer {
     pub(crate) async fn send_acks(&mut self, topic: &Topic, partition: i32, batch: Bytes, acks: pb::Acks) -> u64 {
         let request_id = self.next_id;
         self.next_id += 1;
-        let request =
-            pb::ProduceRequest { request_id, topic_id: topic.id.clone(), partition, acks: acks.into(), batch };
+        let request = pb::ProduceRequest {
+            request_id,
+            topic_id: topic.id.clone(),
+            partition,
+            acks: acks.into(),
+            batch,
+            ..Default::default()
+        };
         soon("room to send", self.requests.send(request)).await.expect("the stream is open");
         request_id
     }
 
     pub(crate) fn try_send(&mut self, topic: &Topic, partition: i32, batch: Bytes) -> bool {
         let topic_id = topic.id.clone();
-        let request = pb::ProduceRequest { request_id: self.next_id, topic_id, partition, acks: 0, batch };
+        let request = pb::ProduceRequest { request_id: self.next_id, topic_id, partition, batch, ..Default::default() };
         self.next_id += 1;
         self.requests.try_send(request).is_ok()
     }
@@ -312,6 +318,7 @@ pub(crate) fn position(fetch_id: u32, topic: &Topic, partition: i32, offset: i64
         last_epoch: -1,
         from_any_replica: false,
         known_high_watermark: -1,
+        ..Default::default()
     }
 }
 

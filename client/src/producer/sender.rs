@@ -736,6 +736,7 @@ impl Link {
             partition: queue.partition,
             acks: acks.into(),
             batch: Bytes::new(),
+            transactional_id: String::new(),
         };
         // A stream whose other end is gone is about to be reported by its task, which sends all this again.
         let _ = outbound.send(Outbound { request, batch, unanswered });

@@ -270,6 +270,7 @@ fn pingpong(folder: &Path, round_trips: u64, size: usize, flush: bool) -> Result
                 partition: 0,
                 acks: pb::Acks::Quorum.into(),
                 batch: batch.clone(),
+                ..Default::default()
             };
             let sent = Instant::now();
             requests.send(request).await?;
