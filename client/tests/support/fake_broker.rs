@@ -483,6 +483,7 @@ impl State {
             controller_id: self.controller,
             topics,
             metadata_offset: offset,
+            metadata_recovery: 0,
         }
     }
 }
@@ -747,6 +748,7 @@ impl Log for Service {
                 high_watermark: part.next,
                 records: (part.next - part.log_start) as u64,
                 error: None,
+                last_stable_offset: high_watermark,
             }
         });
         Ok(Response::new(pb::ListOffsetsResponse { answers: answers.collect() }))
