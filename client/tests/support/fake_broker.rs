@@ -748,7 +748,7 @@ impl Log for Service {
                 high_watermark: part.next,
                 records: (part.next - part.log_start) as u64,
                 error: None,
-                last_stable_offset: high_watermark,
+                last_stable_offset: part.next,
             }
         });
         Ok(Response::new(pb::ListOffsetsResponse { answers: answers.collect() }))
