@@ -40,7 +40,7 @@ use crate::cluster::{book, join, session};
 use crate::config::{Config, ConfigError, split_address};
 use crate::connections::Connections;
 use crate::controller::commands::MetadataRules;
-use crate::controller::reconcile::{Reconciler, Succession, close, metadata_spec, open_handle, settled};
+use crate::controller::reconcile::{Reconciler, SET_ASIDE, Succession, close, metadata_spec, open_handle, settled};
 use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, METADATA_TOPIC, MetadataTable};
 use crate::coordinator::Published;
 use crate::metrics::{BrokerCollector, Metrics};
@@ -422,6 +422,7 @@ impl Starting {
             replicas: replicas.clone(),
             table: table.clone(),
             room: room.clone(),
+            set_aside: self.config.node.data_dir.join(SET_ASIDE),
             partitions_max: self.config.limits.metrics_partitions,
             started: self.started,
         });

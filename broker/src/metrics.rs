@@ -2,6 +2,7 @@
 //! with few values. Series per partition are made when asked for, and only for so many partitions.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -80,6 +81,18 @@ pub(crate) struct Metrics {
     pub(crate) connections_timed_out: Counter,
     /// Accepts that failed, as for want of file descriptors.
     pub(crate) accept_errors: Counter,
+    /// Reads that wait in a shard for something to be written.
+    reads_parked: Gauge,
+}
+
+/// One read that waits in a shard: counted for as long as this is kept with it.
+#[derive(Debug)]
+pub(crate) struct ParkedRead(Gauge);
+
+impl Drop for ParkedRead {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 /// One metric per call, in the order of [`Api::ALL`], looked up without a lock.
@@ -103,9 +116,14 @@ impl Metrics {
             per_api(|api| family.get_or_create_owned(&ApiLabels { api }))
         };
         let requests = counters(&mut registry, "requests", "Requests received, by call", None);
-        let received_bytes =
-            counters(&mut registry, "received", "Bytes of records received, by call", Some(Unit::Bytes));
-        let sent_bytes = counters(&mut registry, "sent", "Bytes of records sent, by call", Some(Unit::Bytes));
+        let received_bytes = counters(
+            &mut registry,
+            "received",
+            "Bytes of requests, by call; of Produce, of their batches",
+            Some(Unit::Bytes),
+        );
+        let sent_bytes =
+            counters(&mut registry, "sent", "Bytes of answers, by call; of Fetch, of their batches", Some(Unit::Bytes));
         let latency =
             Family::<ApiLabels, Histogram, fn() -> Histogram>::new_with_constructor(|| Histogram::new(LATENCY_BUCKETS));
         registry.register_with_unit(
@@ -128,6 +146,12 @@ impl Metrics {
         let accept_errors = counter("accept_errors", "Connections that the system could not accept");
         let connections = Gauge::default();
         registry.register("connections", "Client connections open now", connections.clone());
+        let reads_parked = Gauge::default();
+        registry.register(
+            "reads_parked",
+            "Reads at the end of a partition that wait for something to be written",
+            reads_parked.clone(),
+        );
         Self {
             registry: RwLock::new(registry),
             requests,
@@ -140,6 +164,7 @@ impl Metrics {
             connections_refused,
             connections_timed_out,
             accept_errors,
+            reads_parked,
         }
     }
 
@@ -166,6 +191,17 @@ impl Metrics {
         if let Some(since) = since {
             self.latency[api as usize].observe(since.elapsed().as_secs_f64());
         }
+    }
+
+    /// `bytes` of an answer whose latency is told by [`Metrics::answered`].
+    pub(crate) fn sent_bytes(&self, api: Api, bytes: usize) {
+        self.sent_bytes[api as usize].inc_by(bytes as u64);
+    }
+
+    /// A read is given to a shard, to wait there.
+    pub(crate) fn read_parks(&self) -> ParkedRead {
+        self.reads_parked.inc();
+        ParkedRead(self.reads_parked.clone())
     }
 
     pub(crate) fn refused(&self, api: Api, error: &Error) {
@@ -202,6 +238,8 @@ pub(crate) struct BrokerCollector {
     pub(crate) replicas: LocalReplicas,
     pub(crate) table: Published<MetadataTable>,
     pub(crate) room: Room,
+    /// Where folders of replicas go that the metadata does not know any more.
+    pub(crate) set_aside: PathBuf,
     /// Partitions with series of their own.
     pub(crate) partitions_max: usize,
     pub(crate) started: Instant,
@@ -254,7 +292,8 @@ impl Collector for BrokerCollector {
         });
         let peers = self.network.upgrade().map(|network| network.figures()).unwrap_or_default();
         let process = ProcessFigures::read();
-        let gauges: [(&str, &str, Option<Unit>, i64); 17] = [
+        let set_aside = std::fs::read_dir(&self.set_aside).map_or(0, |entries| entries.count() as i64);
+        let gauges: [(&str, &str, Option<Unit>, i64); 28] = [
             ("topics", "Topics of the cluster, its own aside", None, topics as i64),
             ("metadata_offset", "Last metadata record taken in", None, metadata_offset.get()),
             ("replicas", "Replicas of this broker", None, replicas.len() as i64),
@@ -270,8 +309,34 @@ impl Collector for BrokerCollector {
             ("brokers_fenced", "Brokers that the controller has not heard of for too long", None, fenced),
             ("controller", "1 where this broker is the controller", None, i64::from(self.control.leads())),
             ("peers_connected", "Other brokers that both streams to are open", None, peers.brokers_connected as i64),
+            ("peer_connections", "Connections of other brokers open now", None, peers.connections as i64),
+            (
+                "peer_messages_waiting",
+                "Messages that wait to be sent to other brokers",
+                None,
+                peers.messages_waiting as i64,
+            ),
+            ("peer_waiting", "Bytes of messages that wait to be sent", Some(Unit::Bytes), peers.bytes_waiting as i64),
             ("partitions_read_only", "Partitions that refuse writes for want of room", None, totals.full),
             ("partitions_failed", "Partitions whose log failed or is quarantined", None, totals.failed),
+            (
+                "partitions_quarantined",
+                "Those of the failed partitions that only an operator can bring back",
+                None,
+                totals.quarantined,
+            ),
+            (
+                "replicas_lost",
+                "Those of the failed partitions whose replica here is to be replaced by another one",
+                None,
+                totals.lost,
+            ),
+            (
+                "replicas_set_aside",
+                "Folders of replicas that a recovered metadata does not know; nothing reads them",
+                None,
+                set_aside,
+            ),
             ("log", "Bytes of all segments on this broker", Some(Unit::Bytes), totals.bytes),
             (
                 "disk_free",
@@ -279,9 +344,29 @@ impl Collector for BrokerCollector {
                 Some(Unit::Bytes),
                 i64::try_from(self.room.free_bytes()).unwrap_or(i64::MAX),
             ),
+            (
+                "disk",
+                "Bytes of the data directory's file system",
+                Some(Unit::Bytes),
+                i64::try_from(self.room.total_bytes()).unwrap_or(i64::MAX),
+            ),
             ("uptime", "Time since start", Some(Unit::Seconds), self.started.elapsed().as_secs() as i64),
             ("process_resident", "Memory of the process", Some(Unit::Bytes), process.resident_bytes),
+            (
+                "process_virtual",
+                "Address space of the process, maps included",
+                Some(Unit::Bytes),
+                process.virtual_bytes,
+            ),
             ("process_open_files", "Open file descriptors of the process", None, process.open_files),
+            ("process_open_files_max", "File descriptors that the process may open", None, process.open_files_max),
+            ("process_threads", "Threads of the process", None, process.threads),
+            (
+                "process_start_time",
+                "When the process started, from 1970-01-01 UTC on",
+                Some(Unit::Seconds),
+                process.started_seconds,
+            ),
         ];
         for (name, help, unit, value) in gauges {
             let gauge = ConstGauge::new(value);
@@ -296,7 +381,7 @@ impl Collector for BrokerCollector {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
         }
-        let counters: [(&str, &str, Option<Unit>, f64); 14] = [
+        let counters: [(&str, &str, Option<Unit>, f64); 17] = [
             ("process_cpu", "Processor time of the process", Some(Unit::Seconds), process.cpu_seconds),
             ("replica_steps", "Steps of replicas", None, shards.steps as f64),
             ("flushes_inline", "Flushes that a shard ran itself", None, shards.flushes_inline as f64),
@@ -311,6 +396,9 @@ impl Collector for BrokerCollector {
                 shards.messages_dropped as f64 + peers.messages_dropped as f64,
             ),
             ("peer_sent", "Bytes of messages to other brokers", Some(Unit::Bytes), peers.bytes_sent as f64),
+            ("peer_received", "Bytes of messages of other brokers", Some(Unit::Bytes), peers.bytes_received as f64),
+            ("peer_streams_opened", "Streams to other brokers that were opened", None, peers.streams_opened as f64),
+            ("peers_refused", "Streams and calls of other brokers that were refused", None, peers.refused as f64),
             ("pulled", "Bytes pulled from other brokers", Some(Unit::Bytes), shards.pulled_bytes as f64),
             (
                 "pulls_served",
@@ -394,7 +482,10 @@ struct Totals {
     leading: i64,
     leaderless: i64,
     full: i64,
+    /// Of any of the kinds below, and those that are opened anew by themselves.
     failed: i64,
+    quarantined: i64,
+    lost: i64,
     bytes: i64,
     unavailable: i64,
 }
@@ -408,6 +499,8 @@ impl Totals {
             status.health,
             Health::Failed { .. } | Health::Quarantined { .. } | Health::Lost { .. }
         ));
+        self.quarantined += i64::from(matches!(status.health, Health::Quarantined { .. }));
+        self.lost += i64::from(matches!(status.health, Health::Lost { .. }));
         self.bytes += status.size_bytes as i64;
     }
 
@@ -420,24 +513,39 @@ impl Totals {
 #[derive(Default)]
 struct ProcessFigures {
     resident_bytes: i64,
+    virtual_bytes: i64,
     open_files: i64,
+    open_files_max: i64,
+    threads: i64,
+    /// Since 1970.
+    started_seconds: i64,
     cpu_seconds: f64,
 }
 
 impl ProcessFigures {
     fn read() -> Self {
-        let page = rustix::param::page_size() as i64;
         let ticks = rustix::param::clock_ticks_per_second() as f64;
-        let resident_pages = std::fs::read_to_string("/proc/self/statm")
-            .ok()
-            .and_then(|text| text.split(' ').nth(1)?.parse::<i64>().ok())
-            .unwrap_or(0);
-        let open_files = std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as i64);
-        // The name, second field, may hold spaces; what counts begins behind its bracket.
-        let cpu_ticks = std::fs::read_to_string("/proc/self/stat").ok().and_then(|text| {
-            let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
-            Some(fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?)
-        });
-        Self { resident_bytes: resident_pages * page, open_files, cpu_seconds: cpu_ticks.unwrap_or(0) as f64 / ticks }
+        let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+        let pages = |text: &str, field: usize| {
+            let pages = text.split(' ').nth(field).and_then(|pages| pages.parse::<i64>().ok());
+            pages.unwrap_or(0) * rustix::param::page_size() as i64
+        };
+        let statm = read("/proc/self/statm");
+        let stat = read("/proc/self/stat");
+        // The name, second field, may hold spaces; what counts begins behind its bracket, with the third.
+        let fields: Vec<&str> = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_whitespace().collect();
+        let field = |number: usize| fields.get(number - 3).and_then(|text| text.parse::<i64>().ok()).unwrap_or(0);
+        let (user, system, threads, started) = (field(14), field(15), field(20), field(22));
+        let booted = read("/proc/stat").lines().find_map(|line| line.strip_prefix("btime ")?.parse::<i64>().ok());
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        Self {
+            resident_bytes: pages(&statm, 1),
+            virtual_bytes: pages(&statm, 0),
+            open_files: std::fs::read_dir("/proc/self/fd").map_or(0, |entries| entries.count() as i64),
+            open_files_max: limit.map_or(i64::MAX, |limit| i64::try_from(limit).unwrap_or(i64::MAX)),
+            threads,
+            started_seconds: booted.map_or(0, |booted| booted + (started as f64 / ticks) as i64),
+            cpu_seconds: (user + system) as f64 / ticks,
+        }
     }
 }

@@ -96,6 +96,11 @@ impl Link {
         self.connected.load(Ordering::Relaxed)
     }
 
+    /// Messages that wait to be sent, and their bytes.
+    pub(crate) fn waiting(&self) -> (usize, usize) {
+        self.queue.waiting()
+    }
+
     /// Does not wait any longer before the next attempt, or then.
     pub(crate) fn retry_now(&self) {
         self.retry.notify_one();

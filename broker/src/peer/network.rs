@@ -100,6 +100,10 @@ pub struct PeerFigures {
     pub brokers_connected: u64,
     /// Connections of others open now.
     pub connections: u64,
+    /// Messages that wait to be sent now.
+    pub messages_waiting: u64,
+    /// Bytes of them.
+    pub bytes_waiting: u64,
 }
 
 impl PeerNetwork {
@@ -311,6 +315,14 @@ impl Shared {
         let connected = |peer: &&Arc<Peer>| peer.votes.is_connected() && peer.appends.is_connected();
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let counters = &self.counters;
+        let (mut messages_waiting, mut bytes_waiting) = (0, 0);
+        for peer in self.peers.read().values() {
+            for link in [&peer.votes, &peer.appends] {
+                let (messages, bytes) = link.waiting();
+                messages_waiting += messages as u64;
+                bytes_waiting += bytes as u64;
+            }
+        }
         PeerFigures {
             messages_sent: read(&counters.messages_sent),
             bytes_sent: read(&counters.bytes_sent),
@@ -323,6 +335,8 @@ impl Shared {
             served_bytes: read(&counters.served_bytes),
             brokers_connected: self.peers.read().values().filter(connected).count() as u64,
             connections: u64::try_from(counters.connections.open.get()).unwrap_or(0),
+            messages_waiting,
+            bytes_waiting,
         }
     }
 }

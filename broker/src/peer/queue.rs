@@ -83,6 +83,12 @@ impl Queue {
         if waiting.messages.is_empty() && !waiting.overflowed { Poll::Pending } else { Poll::Ready(()) }
     }
 
+    /// Messages that wait, and their bytes.
+    pub(crate) fn waiting(&self) -> (usize, usize) {
+        let waiting = self.waiting.lock();
+        (waiting.messages.len(), waiting.bytes)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.waiting.lock().messages.is_empty()
     }

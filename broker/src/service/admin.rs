@@ -158,7 +158,9 @@ macro_rules! calls {
                 &self,
                 request: Request<pb::$request>,
             ) -> Result<Response<pb::$response>, Status> {
-                counted(&self.node, Api::Admin, $call(&self.node, request.into_inner())).await
+                let request = request.into_inner();
+                let bytes = request.encoded_len();
+                counted(&self.node, Api::Admin, bytes, $call(&self.node, request)).await
             })*
         }
     };

@@ -410,7 +410,9 @@ impl FetchSession {
                 known_high_watermark: position.known_high_watermark,
             };
             let arrivals = Arc::downgrade(&self.arrivals);
+            let parked = parks.then(|| self.node.metrics.read_parks());
             let reply = Reply::while_alive(&position.alive, move |read| {
+                drop(parked);
                 if let Some(arrivals) = arrivals.upgrade() {
                     arrivals.queue.lock().push(Arrival { fetch_id, number, read });
                     arrivals.session.wake();

@@ -43,6 +43,10 @@ async fn probes_and_metrics() {
         "flowstone_disk_free_bytes ",
         "flowstone_process_resident_bytes ",
         "flowstone_process_cpu_seconds_total ",
+        "flowstone_partitions_quarantined 0",
+        "flowstone_replicas_set_aside 0",
+        "flowstone_peer_messages_waiting 0",
+        "flowstone_reads_parked 0",
     ] {
         assert!(text.contains(line), "wanted `{line}` in:\n{text}");
     }
@@ -51,6 +55,18 @@ async fn probes_and_metrics() {
         get(admin, "/metrics").await.1.contains("flowstone_in_flight_bytes 0\n").then_some(())
     })
     .await;
+    let value = |name: &str| {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' ')).expect(name);
+        line.parse::<f64>().expect("a number")
+    };
+    assert!(value("flowstone_process_threads") > 1.0);
+    assert!(value("flowstone_process_open_files") < value("flowstone_process_open_files_max"));
+    assert!(value("flowstone_disk_free_bytes") <= value("flowstone_disk_bytes"));
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970").as_secs_f64();
+    let started = value("flowstone_process_start_time_seconds");
+    assert!(now - started > -5.0 && now - started < 86_400.0, "started {started}, now {now}");
+    assert!(value("flowstone_received_bytes_total{api=\"Admin\"}") > 0.0);
+    assert!(value("flowstone_sent_bytes_total{api=\"Admin\"}") > 0.0);
     // Two partitions have series of their own, whatever the number of partitions.
     assert_eq!(text.matches("flowstone_partition_high_watermark{").count(), 2, "{text}");
     assert!(text.ends_with("# EOF\n"));
@@ -58,5 +74,31 @@ async fn probes_and_metrics() {
     let families: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE")).collect();
     let distinct: std::collections::HashSet<&&str> = families.iter().collect();
     assert_eq!(families.len(), distinct.len(), "{families:?}");
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_reader_at_the_end_is_counted_until_it_leaves() {
+    let mut world = World::new().await;
+    let topic = world.create("orders", 1).await;
+    let admin = world.broker.admin_addr;
+    let parked = async |count: &str| {
+        let line = format!("flowstone_reads_parked {count}\n");
+        get(admin, "/metrics").await.1.contains(&line).then_some(())
+    };
+    let mut fetcher = world.fetcher().await;
+    fetcher.set(1, &topic, 0, 0, 1 << 20).await;
+    until("a reader that waits", async || parked("1").await).await;
+    // It is given what comes, and waits again.
+    world.produce(&topic, 0, batch(&["x"])).await.expect("stored");
+    fetcher.response().await.expect("pushed");
+    until("it waits again", async || parked("1").await).await;
+    drop(fetcher);
+    // Whoever left is forgotten when the partition is looked at next.
+    until("nobody waits", async || {
+        world.produce(&topic, 0, batch(&["y"])).await.expect("stored");
+        parked("0").await
+    })
+    .await;
     world.stop().await;
 }
