@@ -20,6 +20,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use flowstone_protocol::pb::log_server::{Log, LogServer};
 use flowstone_protocol::{Error, ErrorCode, PartitionId, Timestamp, TopicId, TopicName, TopicPartition, pb};
 use futures::stream;
+use prost::Message;
 use tonic::body::Body;
 use tonic::codegen::{BoxFuture, Service};
 use tonic::server::NamedService;
@@ -69,7 +70,8 @@ impl Log for LogService {
     }
 
     async fn metadata(&self, request: Request<pb::MetadataRequest>) -> Result<Response<pb::MetadataResponse>, Status> {
-        counted(&self.node, Api::Metadata, metadata::metadata(&self.node, request.get_ref())).await
+        let request = request.get_ref();
+        counted(&self.node, Api::Metadata, request.encoded_len(), metadata::metadata(&self.node, request)).await
     }
 
     async fn watch_metadata(
@@ -83,7 +85,9 @@ impl Log for LogService {
         &self,
         request: Request<pb::ListOffsetsRequest>,
     ) -> Result<Response<pb::ListOffsetsResponse>, Status> {
-        counted(&self.node, Api::ListOffsets, offsets::list_offsets(&self.node, request.into_inner())).await
+        let request = request.into_inner();
+        let bytes = request.encoded_len();
+        counted(&self.node, Api::ListOffsets, bytes, offsets::list_offsets(&self.node, request)).await
     }
 
     async fn init_producer(
@@ -135,15 +139,17 @@ impl Service<http::Request<Body>> for LogCalls {
 }
 
 /// Answers a call, and counts it.
-async fn counted<T>(
+async fn counted<T: Message>(
     node: &Node,
     api: Api,
+    request_bytes: usize,
     call: impl Future<Output = Result<T, Error>>,
 ) -> Result<Response<T>, Status> {
     let received = Instant::now();
-    node.metrics.received(api, 0);
+    node.metrics.received(api, request_bytes);
     let result = call.await;
     node.metrics.answered(api, received, result.as_ref().err());
+    node.metrics.sent_bytes(api, result.as_ref().map_or(0, T::encoded_len));
     result.map(Response::new).map_err(|error| error.to_status())
 }
 
