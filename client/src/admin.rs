@@ -207,6 +207,8 @@ pub struct OffsetInfo {
     pub log_start: i64,
     /// One past the last offset that can be read.
     pub high_watermark: i64,
+    /// First offset of the oldest open transaction, the high watermark where none is open: how far `read_committed` reads.
+    pub last_stable_offset: i64,
     /// Data records between log start and high watermark.
     pub records: u64,
 }
@@ -620,6 +622,7 @@ pub(crate) async fn list_offsets(
                     timestamp: (answer.timestamp >= 0).then_some(answer.timestamp),
                     log_start: answer.log_start,
                     high_watermark: answer.high_watermark,
+                    last_stable_offset: answer.last_stable_offset,
                     records: answer.records,
                 });
             }

@@ -16,7 +16,7 @@ use futures::stream::FuturesUnordered;
 use futures::{FutureExt, Stream};
 use tokio::time::Sleep;
 
-use crate::admin::{OffsetSpec, known_partition, list_offsets};
+use crate::admin::{OffsetInfo, OffsetSpec, known_partition, list_offsets};
 use crate::cluster::{Cluster, MetadataChanges};
 use crate::connection::CREDIT_BYTES_MAX;
 use crate::error::{Error, ErrorCode, Result};
@@ -26,7 +26,7 @@ use crate::retry::BackoffPolicy;
 
 pub use batch::{ConsumerRecord, RecordBatch, RecordRef, Records};
 
-use batch::Wanted;
+use batch::{Aborted, Wanted};
 use fetcher::{BrokerStream, FetchEvent};
 
 /// Where reading of a partition begins.
@@ -82,6 +82,51 @@ pub enum OnOutOfRange {
     Latest,
 }
 
+/// Which records of transactions are handed out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Isolation {
+    /// All, those of transactions that are open or were aborted too.
+    #[default]
+    ReadUncommitted,
+    /// Those of committed transactions, and those without one. Reading waits at the first record of the oldest open
+    /// transaction.
+    ReadCommitted,
+}
+
+impl Isolation {
+    pub(crate) const fn to_pb(self) -> pb::IsolationLevel {
+        match self {
+            Self::ReadUncommitted => pb::IsolationLevel::ReadUncommitted,
+            Self::ReadCommitted => pb::IsolationLevel::ReadCommitted,
+        }
+    }
+}
+
+impl std::fmt::Display for Isolation {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::ReadUncommitted => "read_uncommitted",
+            Self::ReadCommitted => "read_committed",
+        })
+    }
+}
+
+impl std::str::FromStr for Isolation {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "read_uncommitted" => Ok(Self::ReadUncommitted),
+            "read_committed" => Ok(Self::ReadCommitted),
+            other => Err(Error::new(
+                ErrorCode::InvalidRequest,
+                format!("{other:?} is no isolation level: use read_committed or read_uncommitted"),
+            )),
+        }
+    }
+}
+
 /// A place in a partition.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[non_exhaustive]
@@ -107,6 +152,7 @@ pub struct ConsumerBuilder {
     prefetch_bytes: usize,
     decompressed_bytes_max: usize,
     rack: Arc<str>,
+    isolation: Isolation,
 }
 
 impl ConsumerBuilder {
@@ -121,6 +167,7 @@ impl ConsumerBuilder {
             prefetch_bytes: 8 << 20,
             decompressed_bytes_max: 256 << 20,
             rack: Arc::from(""),
+            isolation: Isolation::default(),
         }
     }
 
@@ -188,6 +235,12 @@ impl ConsumerBuilder {
         self
     }
 
+    /// Which records of transactions are handed out; [`Isolation::ReadUncommitted`] unless set.
+    pub fn isolation(mut self, isolation: Isolation) -> Self {
+        self.isolation = isolation;
+        self
+    }
+
     /// Looks up where to begin and to end. Reading begins with the first poll.
     ///
     /// The ends are asked for [linearizably](crate::Admin::list_offsets_linearizable): with [`StopAt::End`], all that was
@@ -248,10 +301,14 @@ impl ConsumerBuilder {
         let mut partitions = Vec::new();
         for (topic, partition, start_at) in &wanted {
             let mut high_watermark = None;
+            let readable = |info: &OffsetInfo| match self.isolation {
+                Isolation::ReadCommitted => info.offset.min(info.last_stable_offset),
+                Isolation::ReadUncommitted => info.offset,
+            };
             let mut next = || {
                 found.next().map_or(0, |info| {
                     high_watermark = high_watermark.max(Some(info.high_watermark));
-                    info.offset
+                    readable(&info)
                 })
             };
             let start = match start_at {
@@ -601,7 +658,7 @@ impl Consumer {
         let queries: Vec<_> =
             self.partitions.iter().map(|partition| (&*partition.topic, partition.partition, OffsetSpec::End)).collect();
         let found = list_offsets(&self.settings.cluster, &queries, true).await?;
-        let position = |(partition, info): (&Partition, crate::admin::OffsetInfo)| Position {
+        let position = |(partition, info): (&Partition, OffsetInfo)| Position {
             topic: partition.topic.clone(),
             partition: partition.partition,
             offset: info.offset,
@@ -760,7 +817,7 @@ impl Consumer {
                 last_epoch: partition.last_epoch,
                 from_any_replica: !self.settings.rack.is_empty(),
                 known_high_watermark: partition.high_watermark.unwrap_or(-1),
-                isolation: 0,
+                isolation: self.settings.isolation.to_pb().into(),
             });
         }
         for (broker, set) in sets {
@@ -840,8 +897,14 @@ impl Consumer {
             until: partition.until,
             decompressed_bytes_max: self.settings.decompressed_bytes_max,
         };
-        let decoded =
-            batch::decode(&partition.topic, partition.partition, response.batches, response.high_watermark, wanted);
+        let decoded = batch::decode(
+            &partition.topic,
+            partition.partition,
+            response.batches,
+            response.high_watermark,
+            wanted,
+            Aborted::new(&response.aborted),
+        );
         partition.fetch_position = decoded.batch.next_offset();
         if decoded.last_epoch >= 0 {
             partition.last_epoch = decoded.last_epoch;

@@ -78,7 +78,8 @@ pub use admin::{
 };
 pub use client::{Client, ClientBuilder};
 pub use consumer::{
-    Consumer, ConsumerBuilder, ConsumerRecord, OnOutOfRange, Position, RecordBatch, RecordRef, Records, StartAt, StopAt,
+    Consumer, ConsumerBuilder, ConsumerRecord, Isolation, OnOutOfRange, Position, RecordBatch, RecordRef, Records,
+    StartAt, StopAt,
 };
 pub use error::{Error, ErrorCode, ErrorKind, Result};
 pub use flowstone_protocol::Compression;

@@ -97,6 +97,7 @@ pub(crate) struct Snapshot {
     pub(crate) brokers: HashMap<i32, BrokerInfo>,
     topics: HashMap<Arc<str>, Arc<TopicInfo>>,
     metadata_offset: i64,
+    metadata_recovery: i64,
     /// Topics that were asked for by name, and the metadata offset of the answer: the watch may be behind it, and does
     /// not know them then.
     ahead: HashMap<Arc<str>, i64>,
@@ -142,11 +143,14 @@ impl Snapshot {
     /// A broker that is behind what is known says nothing new but, perhaps, who leads.
     pub(crate) fn apply(&mut self, update: &pb::MetadataResponse, deleted: &[Bytes], whole: bool) {
         let same_cluster = self.cluster_id == update.cluster_id;
-        if same_cluster && update.metadata_offset < self.metadata_offset {
+        if same_cluster && reach(update) < (self.metadata_recovery, self.metadata_offset) {
             self.heed_leaders(update);
             return;
         }
-        self.ahead.retain(|_, known_at| same_cluster && *known_at > update.metadata_offset);
+        // What was known of a history that was given up was given up with it: everything is told anew.
+        let same_history = same_cluster && self.metadata_recovery == update.metadata_recovery;
+        let whole = whole || !same_history;
+        self.ahead.retain(|_, known_at| same_history && *known_at > update.metadata_offset);
         let mut before = HashMap::new();
         if whole {
             let (kept, gone) =
@@ -157,7 +161,7 @@ impl Snapshot {
             }
             self.cluster_id.clone_from(&update.cluster_id);
         }
-        self.metadata_offset = update.metadata_offset;
+        (self.metadata_recovery, self.metadata_offset) = reach(update);
         self.controller = (update.controller_id >= 0).then_some(update.controller_id);
         if !update.brokers.is_empty() {
             self.brokers = brokers(&update.brokers).collect();
@@ -183,7 +187,7 @@ impl Snapshot {
         for (id, broker) in brokers(&answer.brokers) {
             self.brokers.entry(id).or_insert(broker);
         }
-        if answer.metadata_offset < self.metadata_offset {
+        if reach(answer) < (self.metadata_recovery, self.metadata_offset) {
             let mut news = self.heed_leaders(answer);
             // A topic that we forgot is better known late than not at all: who uses it learns what became of it.
             for topic in answer.topics.iter().filter(|topic| topic.error.is_none()) {
@@ -210,7 +214,8 @@ impl Snapshot {
                 }
                 None => news = true,
             }
-            if answer.metadata_offset > self.metadata_offset {
+            // Of another history nothing is known ahead: the watch brings all of that.
+            if answer.metadata_recovery == self.metadata_recovery && answer.metadata_offset > self.metadata_offset {
                 self.ahead.insert(info.name.clone(), answer.metadata_offset);
             }
             self.topics.insert(info.name.clone(), Arc::new(info));
@@ -285,6 +290,11 @@ impl Snapshot {
     }
 }
 
+/// How far an answer's metadata is: a later recovery goes before whatever was committed earlier.
+fn reach(told: &pb::MetadataResponse) -> (i64, i64) {
+    (told.metadata_recovery, told.metadata_offset)
+}
+
 fn brokers(list: &[pb::Broker]) -> impl Iterator<Item = (i32, BrokerInfo)> {
     list.iter().filter_map(|broker| {
         let address = ServerAddress::parse(&broker.address).ok()?;
@@ -332,6 +342,7 @@ mod tests {
             controller_id: 1,
             topics,
             metadata_offset: offset,
+            metadata_recovery: 0,
         }
     }
 
@@ -339,6 +350,17 @@ mod tests {
         let mut snapshot = Snapshot::default();
         snapshot.apply(update, &[], true);
         snapshot
+    }
+
+    #[test]
+    fn a_metadata_that_was_recovered_replaces_a_longer_one() {
+        let mut snapshot = knowing(&update(500, vec![topic("lost", 1, &[1]), topic("kept", 2, &[1])]));
+        let recovered = pb::MetadataResponse { metadata_recovery: 7, ..update(450, vec![topic("kept", 2, &[2])]) };
+        snapshot.apply(&recovered, &[], false);
+        assert!(snapshot.topic("lost").is_none() && snapshot.topic("kept").is_some());
+        // A broker that has not heard of it says nothing new.
+        snapshot.apply(&update(501, vec![topic("lost", 1, &[1])]), &[], false);
+        assert!(snapshot.topic("lost").is_none());
     }
 
     #[test]

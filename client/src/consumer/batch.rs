@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use flowstone_protocol::batch::{BatchError, split_batches, verify_crc};
 use flowstone_protocol::record::{headers_at, records};
+use flowstone_protocol::{BatchHeader, pb};
 
 use crate::error::{Error, ErrorCode};
 
@@ -244,6 +245,45 @@ pub(crate) struct Wanted {
     pub(crate) decompressed_bytes_max: usize,
 }
 
+/// Transactions that were aborted and have batches in a message, as its broker tells them: by producer, where each begins.
+/// One ends with its producer's next abort marker.
+#[derive(Debug, Default)]
+pub(crate) struct Aborted {
+    /// Those that begin further on, by first offset, the next one last.
+    ahead: Vec<(i64, i64)>,
+    /// Producers within one.
+    within: Vec<i64>,
+}
+
+impl Aborted {
+    pub(crate) fn new(told: &[pb::AbortedTransaction]) -> Self {
+        let mut ahead: Vec<_> = told.iter().map(|aborted| (aborted.first_offset, aborted.producer_id)).collect();
+        ahead.sort_unstable_by(|a, b| b.cmp(a));
+        Self { ahead, within: Vec::new() }
+    }
+
+    /// Whether this batch, the next one in the log, belongs to an aborted transaction.
+    fn has(&mut self, header: &BatchHeader) -> bool {
+        while let Some((_, producer)) = self.ahead.pop_if(|(first, _)| *first < header.next_offset().get()) {
+            if !self.within.contains(&producer) {
+                self.within.push(producer);
+            }
+        }
+        header.attributes.is_transactional() && self.within.contains(&header.producer_id.get())
+    }
+
+    /// A control batch of this producer that aborts.
+    fn ended(&mut self, producer: i64) {
+        self.within.retain(|within| *within != producer);
+    }
+}
+
+/// Key of the control record that ends a transaction: version and type, `i16` each. Type 0 aborts, 1 commits.
+fn is_abort_marker(bytes: Bytes, decompressed_bytes_max: usize) -> std::result::Result<bool, BatchError> {
+    let Some(record) = records(bytes, decompressed_bytes_max)?.next() else { return Ok(false) };
+    Ok(record?.key.is_some_and(|key| key.get(2..4) == Some(&[0, 0])))
+}
+
 /// What was in a message, and where reading goes on.
 #[derive(Debug)]
 pub(crate) struct Decoded {
@@ -255,7 +295,16 @@ pub(crate) struct Decoded {
 }
 
 /// Takes a message apart: checks every CRC, skips control batches, finds every record.
-pub(crate) fn decode(topic: &Arc<str>, partition: i32, bytes: Bytes, high_watermark: i64, wanted: Wanted) -> Decoded {
+///
+/// Batches of `aborted` transactions are passed over.
+pub(crate) fn decode(
+    topic: &Arc<str>,
+    partition: i32,
+    bytes: Bytes,
+    high_watermark: i64,
+    wanted: Wanted,
+    mut aborted: Aborted,
+) -> Decoded {
     let mut batch = RecordBatch {
         topic: topic.clone(),
         partition,
@@ -272,7 +321,12 @@ pub(crate) fn decode(topic: &Arc<str>, partition: i32, bytes: Bytes, high_waterm
                 return Ok(());
             }
             verify_crc(&bytes)?;
-            if !header.attributes.is_control() {
+            let is_aborted = aborted.has(&header);
+            if header.attributes.is_control() {
+                if is_aborted && is_abort_marker(bytes, wanted.decompressed_bytes_max)? {
+                    aborted.ended(header.producer_id.get());
+                }
+            } else if !is_aborted {
                 add_records(&mut batch, bytes, wanted)?;
             }
             last_epoch = header.leader_epoch.get();
@@ -347,8 +401,10 @@ fn broken(topic: &str, partition: i32, offset: i64, error: BatchError) -> Error 
 
 #[cfg(test)]
 mod tests {
-    use flowstone_protocol::batch::stamped_prefix;
-    use flowstone_protocol::{Compression, LeaderEpoch, Offset, RecordBatchBuilder, Timestamp};
+    use flowstone_protocol::batch::{crc_of, stamped_prefix};
+    use flowstone_protocol::{
+        Compression, LeaderEpoch, Offset, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, Timestamp,
+    };
 
     use super::*;
 
@@ -386,7 +442,7 @@ mod tests {
     }
 
     fn read(bytes: Vec<u8>, wanted: Wanted) -> Decoded {
-        decode(&"t".into(), 5, bytes.into(), 100, wanted)
+        decode(&"t".into(), 5, bytes.into(), 100, wanted, Aborted::default())
     }
 
     fn texts(batch: &RecordBatch) -> Vec<(i64, String)> {
@@ -452,8 +508,61 @@ mod tests {
     fn records_share_the_messages_memory() {
         let bytes = Bytes::from(values(0, &["abc"], Compression::None));
         let range = bytes.as_ptr_range();
-        let decoded = decode(&"t".into(), 0, bytes, 1, wanted(0, i64::MAX));
+        let decoded = decode(&"t".into(), 0, bytes, 1, wanted(0, i64::MAX), Aborted::default());
         let value = decoded.batch.get(0).unwrap().to_record().value.unwrap();
         assert!(range.contains(&value.as_ptr()));
+    }
+
+    fn transactional(base: i64, producer: i64, text: &str) -> Vec<u8> {
+        let mut builder = RecordBatchBuilder::new(Compression::None)
+            .producer(ProducerId::new(producer), ProducerEpoch::new(0), Sequence::new(0))
+            .transactional();
+        builder.append(Timestamp::new(1), None, Some(text.as_bytes()), []).unwrap();
+        stamped(base, 3, &builder.build())
+    }
+
+    fn marker(base: i64, producer: i64, commit: bool) -> Vec<u8> {
+        let mut builder = RecordBatchBuilder::new(Compression::None)
+            .producer(ProducerId::new(producer), ProducerEpoch::new(1), Sequence::new(-1))
+            .transactional();
+        let key = [0, 0, 0, u8::from(commit)];
+        builder.append(Timestamp::new(1), Some(&key), Some(&[0; 6]), []).unwrap();
+        let mut batch = builder.build().to_vec();
+        // The control bit, which no producer sets.
+        batch[22] |= 0x20;
+        let crc = crc_of(&batch).to_be_bytes();
+        batch[17..21].copy_from_slice(&crc);
+        stamped(base, 3, &batch)
+    }
+
+    #[test]
+    fn what_was_aborted_is_passed_over_up_to_its_marker() {
+        let log = [
+            transactional(0, 7, "a"),
+            transactional(1, 8, "b"),
+            values(2, &["plain"], Compression::None),
+            transactional(3, 7, "c"),
+            marker(4, 7, false),
+            transactional(5, 7, "d"),
+            marker(6, 8, true),
+            marker(7, 7, true),
+            transactional(8, 7, "e"),
+            marker(9, 7, false),
+        ];
+        let aborted = |told: &[(i64, i64)]| {
+            let one = |&(producer_id, first_offset): &(i64, i64)| pb::AbortedTransaction { producer_id, first_offset };
+            Aborted::new(&told.iter().map(one).collect::<Vec<_>>())
+        };
+        let read = |from: usize, aborted: Aborted| {
+            let bytes: Vec<u8> = log[from..].concat();
+            let decoded = decode(&"t".into(), 0, bytes.into(), 10, wanted(from as i64, i64::MAX), aborted);
+            assert!(decoded.failure.is_none());
+            assert_eq!(decoded.batch.next_offset(), 10);
+            texts(&decoded.batch).into_iter().map(|(_, text)| text).collect::<Vec<_>>()
+        };
+        assert_eq!(read(0, aborted(&[(7, 0), (7, 8)])), ["b", "plain", "d"]);
+        assert_eq!(read(0, aborted(&[(7, 8), (7, 0), (8, 1)])), ["plain", "d"], "in any order");
+        assert_eq!(read(3, aborted(&[(7, 0), (7, 8)])), ["d"], "one that began before");
+        assert_eq!(read(0, Aborted::default()), ["a", "b", "plain", "c", "d", "e"]);
     }
 }
