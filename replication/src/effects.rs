@@ -4,7 +4,8 @@ use bytes::Bytes;
 use flowstone_protocol::{Error, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term};
 use flowstone_storage::read::LookupTicket;
 use flowstone_storage::{
-    CheckpointDone, CheckpointJob, FlushDone, FlushJob, HardState, LogEntry, ReadError, ReadTicket, StorageError,
+    CheckpointDone, CheckpointJob, CountTicket, FlushDone, FlushJob, HardState, LogEntry, ReadError, ReadTicket,
+    StorageError,
 };
 
 use crate::machine::Machine;
@@ -83,6 +84,8 @@ pub enum Event<M: Machine> {
     LeaderGone,
     /// Entries for a follower that were read from the disk.
     Fetched(Fetched),
+    /// Records that [`Effects::count`] asked for are counted.
+    Counted(Counted),
     /// Committed batches from another replica, to be appended as if the leader had sent them.
     Pulled(Pulled),
     /// The flush that [`Effects::flush`] asked for is over.
@@ -125,6 +128,7 @@ impl<M: Machine> Event<M> {
             | Self::Unreachable(_)
             | Self::LeaderGone
             | Self::Fetched(_)
+            | Self::Counted(_)
             | Self::Pulled(_)
             | Self::Reconfigure(_)
             | Self::Flushed(_)
@@ -171,6 +175,8 @@ pub struct Effects<M: Machine> {
     pub lookups: Vec<LookupOrder>,
     /// Entries for followers that lie on the disk: to be read on a pool; then [`Event::Fetched`].
     pub fetches: Vec<FetchOrder>,
+    /// Records to be counted on a pool; then [`Event::Counted`].
+    pub count: Option<CountOrder>,
     /// The leader offers what is committed up to there, as it can not send it entry by entry: it is to be pulled.
     pub offered: Option<Offered>,
     /// The replica has ended: nothing in it may be used any more. Everyone who waited is in `answers`.
@@ -190,6 +196,7 @@ impl<M: Machine> Default for Effects<M> {
             tickets: Vec::new(),
             lookups: Vec::new(),
             fetches: Vec::new(),
+            count: None,
             offered: None,
             ended: None,
         }
@@ -337,15 +344,22 @@ pub struct LookupOrder {
 }
 
 impl LookupOrder {
-    /// Looks it up, waiting for the disk, and answers; not where nobody waits any more.
-    pub fn run(self) {
+    /// Looks it up, waiting for the disk, and answers; not where nobody waits any more. The offset where it met rot, if it
+    /// did.
+    pub fn run(self) -> Option<Offset> {
         let Self { ticket, reply, leader_epoch } = self;
-        if !reply.is_abandoned() {
-            let found = ticket.run().map(|found| {
-                found.map(|found| FoundOffset { offset: found.offset, timestamp: found.timestamp, leader_epoch })
-            });
-            reply.send(found.map_err(|error| read_error(&error)));
+        if reply.is_abandoned() {
+            return None;
         }
+        let found = ticket.run().map(|found| {
+            found.map(|found| FoundOffset { offset: found.offset, timestamp: found.timestamp, leader_epoch })
+        });
+        let rot = match &found {
+            Err(ReadError::Corrupt { offset, .. }) => Some(*offset),
+            _ => None,
+        };
+        reply.send(found.map_err(|error| read_error(&error)));
+        rot
     }
 }
 
@@ -382,6 +396,31 @@ impl FetchOrder {
     pub fn done(self, entries: Result<Vec<LogEntry>, ReadError>) -> Fetched {
         Fetched { first: self.first, entries, context: self.context }
     }
+}
+
+/// The records of the log are to be counted, as its index is not at hand.
+#[derive(Debug)]
+pub struct CountOrder {
+    pub(crate) ticket: CountTicket,
+    /// From there on...
+    pub(crate) log_start: Offset,
+    /// ...there are about so many.
+    pub(crate) about: u64,
+}
+
+impl CountOrder {
+    /// Counts, waiting for the disk.
+    pub fn run(self) -> Counted {
+        Counted { log_start: self.log_start, about: self.about, records: self.ticket.run() }
+    }
+}
+
+/// How many records there are, rather than about so many.
+#[derive(Debug)]
+pub struct Counted {
+    pub(crate) log_start: Offset,
+    pub(crate) about: u64,
+    pub(crate) records: Result<u64, ReadError>,
 }
 
 /// Entries for a follower, read.

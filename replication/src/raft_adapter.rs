@@ -224,6 +224,11 @@ impl RaftAdapter {
         RaftIndex::new(self.node.raft.raft_log.last_index())
     }
 
+    /// Whether it has this entry of this term, written or about to be.
+    pub(crate) fn holds(&self, index: RaftIndex, term: Term) -> bool {
+        self.node.raft.raft_log.match_term(index.get(), term.get())
+    }
+
     /// A leader that is about to hand over takes no proposals.
     pub(crate) fn takes_proposals(&self) -> bool {
         self.is_leader() && self.node.raft.lead_transferee.is_none()
@@ -306,9 +311,9 @@ impl RaftAdapter {
         }
     }
 
-    /// Nobody else belongs to the group.
+    /// Nobody else belongs to the group; it may be one that it was removed from.
     fn is_alone(&self) -> bool {
-        self.node.raft.prs().iter().len() <= 1
+        self.node.raft.prs().iter().all(|(&id, _)| id == self.id)
     }
 
     /// One tick.
@@ -418,7 +423,7 @@ impl RaftAdapter {
                     body: PeerBody::HeartbeatResponse { commit: RaftIndex::new(raft.raft_log.committed) },
                 })
             }
-            PeerBody::HeartbeatResponse { commit } if raft.state == StateRole::Leader => {
+            PeerBody::HeartbeatResponse { commit, .. } if raft.state == StateRole::Leader => {
                 let last = raft.raft_log.last_index();
                 let Some(progress) = raft.mut_prs().get_mut(id) else { return Quick::Step };
                 // One that could not be reached for a while and lacks nothing: the crate would probe it only once there is
@@ -561,6 +566,16 @@ impl RaftAdapter {
     pub(crate) fn transfer_leader(&mut self, to: ReplicaId) -> Result<(), Panicked> {
         self.call(|node| node.transfer_leader(to.get()))
     }
+    /// Appends what another replica has committed, as an append of the leader's. It is no sign that the leader lives: who
+    /// catches up may do so for minutes, and the others may need its vote.
+    pub(crate) fn append_pulled(&mut self, message: PeerMessage) -> Result<(), Panicked> {
+        let elapsed = self.node.raft.election_elapsed;
+        let message = to_raft_message(message);
+        self.call(|node| drop(node.step(message)))?;
+        self.node.raft.election_elapsed = elapsed;
+        Ok(())
+    }
+
 
     /// To whom leadership is being handed over.
     pub(crate) fn transferee(&self) -> Option<ReplicaId> {
@@ -757,7 +772,7 @@ fn to_raft_message(message: PeerMessage) -> Message {
             m.set_msg_type(MessageType::MsgHeartbeat);
             m.commit = commit.get();
         }
-        PeerBody::HeartbeatResponse { commit } => {
+        PeerBody::HeartbeatResponse { commit, .. } => {
             m.set_msg_type(MessageType::MsgHeartbeatResponse);
             m.commit = commit.get();
         }

@@ -25,13 +25,15 @@ use flowstone_protocol::{
 use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::read::Lookup;
 use flowstone_storage::{
-    Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RepairDone, RetentionConfig, StorageError,
+    Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RecordCount, RepairDone, RetentionConfig,
+    StorageError,
 };
 use raft::eraftpb::Entry;
 use raft::{Ready, StateRole};
 
 use crate::effects::{
-    Answer, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, Offered, Pulled, ReadOrder,
+    Answer, CountOrder, Counted, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, Offered, Pulled,
+    ReadOrder,
 };
 use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 use crate::membership::{Membership, MembershipChange};
@@ -274,7 +276,14 @@ impl<M: Machine> Replica<M> {
         if is_planted(Bug::ForgetVote) {
             hard_state.vote = None;
         }
-        let records = count_records(&mut log);
+        let records = match count_records(&mut log) {
+            RecordCount::Exact(records) => records,
+            // Whoever opens may wait.
+            RecordCount::About(about, ticket) => ticket.run().unwrap_or_else(|error| {
+                tracing::warn!(dir = %log.dir().display(), %error, "cannot count the records of a log: about {about}");
+                about
+            }),
+        };
         delete_trimmed(&mut log);
         let next_offset = log.end_offset();
         let raft = RaftAdapter::open(
@@ -693,6 +702,17 @@ impl<M: Machine> Replica<M> {
         Ok(())
     }
 
+            Event::Counted(Counted { log_start, about, records }) => match records {
+                // More was applied since.
+                Ok(records) if log_start == self.log().log_start() => {
+                    self.records = (self.records + records).saturating_sub(about);
+                }
+                // It moved on, and those that are left are counted.
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::warn!(tp = %self.config.tp, %error, "cannot count the records of a log: their number is about right");
+                }
+            },
     // ---- what clients ask ------------------------------------------------------------------------------------------
 
     /// Why it does not serve, if it does not.
@@ -983,7 +1003,14 @@ impl<M: Machine> Replica<M> {
                 tracing::error!(tp = %self.config.tp, from = %message.from, %index, last_index = %self.raft.last_index(), "a follower answers for entries that this leader does not have: it is of another history; its answer is dropped");
                 return Ok(());
             }
-            PeerBody::Append { entries, .. } if !self.has_room_for(entries) => return Ok(()),
+            PeerBody::Append { previous_index, previous_term, entries, .. }
+                if message.term >= self.raft.term()
+                    && self.raft.holds(*previous_index, *previous_term)
+                    && !self.has_room_for(entries) =>
+            {
+                // What is refused anyway takes no room: that would only be given back with the next append.
+                return Ok(());
+            }
             _ => {}
         }
         Ok(self.raft.step(message)?)
@@ -1059,11 +1086,18 @@ impl<M: Machine> Replica<M> {
             tracing::debug!(tp = %self.config.tp, %first, "pulled entries do not follow what is known to be committed: they are dropped");
             return Ok(());
         }
-        let at = BatchHeader::parse(&bytes).map(|header| header.base_offset);
-        let entries = match (LogEntry::decode_range(bytes, first), at) {
-            (Ok(entries), Ok(at)) if previous != self.raft.last_index() || at == self.log().end_offset() => entries,
-            (Ok(_), at) => {
-                tracing::error!(tp = %self.config.tp, %first, ?at, end_offset = %self.log().end_offset(), "pulled entries begin at another offset: they are dropped");
+        // What was stamped must agree with what it is stamped with here: all follow the first, and that follows an entry
+        // which both have.
+        let stamped = BatchHeader::parse(&bytes).map(|header| header.base_offset);
+        let here = if first > self.log().last_index() {
+            self.log().end_offset()
+        } else {
+            self.raft.log_mut().entry_meta(first)?.base_offset
+        };
+        let entries = match (LogEntry::decode_range(bytes, first), stamped) {
+            (Ok(entries), Ok(stamped)) if stamped == here => entries,
+            (Ok(_), stamped) => {
+                tracing::error!(tp = %self.config.tp, %first, ?stamped, %here, "pulled entries begin at another offset: they are dropped");
                 return Ok(());
             }
             (Err(error), _) => {
@@ -1077,7 +1111,7 @@ impl<M: Machine> Replica<M> {
         let commit = RaftIndex::new(next.get() - 1);
         let body = PeerBody::Append { previous_index: previous, previous_term, commit, entries };
         let term = self.raft.term();
-        Ok(self.raft.step(PeerMessage { from: leader, to: self.config.replica, term, body })?)
+        Ok(self.raft.append_pulled(PeerMessage { from: leader, to: self.config.replica, term, body })?)
     }
 
     fn transfer_leader(
@@ -1102,6 +1136,10 @@ impl<M: Machine> Replica<M> {
             }
             (None, Some(to)) => {
                 self.raft.transfer_leader(to)?;
+            // It may be the very one that is being removed: it would take over, apply that, and lead a group without it.
+            (None, _) if self.change_proposed || self.raft.has_pending_change() => {
+                Err(self.overloaded("a change of this group's members is under way"))
+            }
                 let until = self.raft.ticks() + TRANSFER_TICKS;
                 self.transfer = Some(Transfer { reply, to, until });
                 return Ok(());
@@ -1704,7 +1742,13 @@ impl<M: Machine> Replica<M> {
             log.set_log_start(log_start.min(log.high_watermark()));
             // Files go only below a checkpoint that knows the new log start.
             self.checkpoint.wanted = true;
-            self.records = count_records(log);
+            self.records = match count_records(log) {
+                RecordCount::Exact(records) => records,
+                RecordCount::About(about, ticket) => {
+                    fx.count = Some(CountOrder { ticket, log_start: log.log_start(), about });
+                    about
+                }
+            };
         }
         let log_start = self.log().log_start();
         self.parked.answer_applied(last, log_start, &mut fx.answers);
@@ -1837,6 +1881,7 @@ impl<M: Machine> Replica<M> {
         fx.ended = Some(ended);
     }
 
+        fx.count = None;
     fn fail_everyone(&mut self, error: &Error, fx: &mut Effects<M>) {
         self.serving = false;
         self.parked.fail_all(error, &mut fx.answers);
@@ -1886,11 +1931,11 @@ fn known_members(log: &mut Log, checkpointed: &Membership) -> Result<(Membership
 
 /// Data records that can be read. Only told to people: where an index can not be read the offsets have to do, which count
 /// control batches, too.
-fn count_records(log: &mut Log) -> u64 {
+fn count_records(log: &mut Log) -> RecordCount {
     let (from, to) = (log.log_start(), log.high_watermark());
     log.records_between(from, to).unwrap_or_else(|error| {
         tracing::warn!(dir = %log.dir().display(), %error, "cannot count the records of a log: its offsets are taken instead");
-        u64::try_from(to.get() - from.get()).unwrap_or(0)
+        RecordCount::Exact(u64::try_from(to.get() - from.get()).unwrap_or(0))
     })
 }
 

@@ -38,7 +38,9 @@ pub(crate) use self::pulling::Installed;
 use self::pulling::{LOWER_MARK, Pull};
 pub(crate) use self::scrubbing::Repaired;
 use self::scrubbing::{Repairing, Scrubbing};
-use crate::effects::{Answer, Effects, Ended, Event, FetchOrder, Fetched, FlushOrder, LookupOrder, ReadOrder};
+use crate::effects::{
+    Answer, CountOrder, Counted, Effects, Ended, Event, FetchOrder, Fetched, FlushOrder, LookupOrder, ReadOrder,
+};
 use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
 use crate::inbox::{Inbox, Refused};
 use crate::machine::Machine;
@@ -578,6 +580,10 @@ pub(crate) enum Message<M: Machine> {
         peers: Arc<[(ReplicaId, BrokerId)]>,
     },
     Shutdown {
+    Counted {
+        slot: SlotKey,
+        counted: Counted,
+    },
         done: mpsc::Sender<bool>,
     },
 }
@@ -613,6 +619,7 @@ impl<M: Machine> Message<M> {
             | Self::Scrubbed { .. }
             | Self::Repaired { .. }
             | Self::LogClosed { .. } => {}
+            | Self::Counted { .. }
         }
     }
 }
@@ -749,7 +756,7 @@ struct Shard<M: Machine> {
     /// Ticks so far, and after which of them each place in the table is woken.
     ticks: u64,
     wakes: Vec<u64>,
-    /// Those whose groups are at rest.
+    /// Those whose groups are at rest, and with whom they are spoken for.
     quiet: Vec<Option<Quiet>>,
     /// Places in the table that pull something.
     pulls: Vec<u32>,
@@ -825,6 +832,7 @@ impl<M: Machine> Shard<M> {
 
     fn on_request(&mut self, key: SlotKey, event: Event<M>) {
         if let Event::Reconfigure(change) = &event
+            Message::Counted { slot, counted } => self.report(slot, Event::Counted(counted)),
             && let Some(slot) = self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life)
         {
             // Whatever state it is in: its next life begins with them.
@@ -1277,6 +1285,7 @@ impl<M: Machine> Shard<M> {
         for message in send_now.into_iter().chain(send_flushed) {
             self.send(index, tp, message);
         }
+            count,
         for answer in &mut answers {
             if let Answer::Group { result: Ok(group), .. } = answer {
                 group.pulled = self.pulled(index);
@@ -1317,7 +1326,10 @@ impl<M: Machine> Shard<M> {
             self.read_from_disk(index, order);
         }
         for order in lookups {
-            self.look_up_on_disk(order);
+            self.look_up_on_disk(key, order);
+        }
+        if let Some(order) = count {
+            self.count_on_disk(index, order);
         }
         if let Some(ended) = ended {
             self.on_ended(index, &ended);
@@ -1475,16 +1487,21 @@ impl<M: Machine> Shard<M> {
         Ok(Arc::clone(waiting))
     }
 
-    fn look_up_on_disk(&mut self, order: LookupOrder) {
+    fn look_up_on_disk(&mut self, slot: SlotKey, order: LookupOrder) {
         match self.wait_for_disk() {
             Err(error) => order.reply.send(Err(error)),
-            Ok(waiting) => self.workers.submit(
-                JobKind::Read,
-                Box::new(move || {
-                    order.run();
-                    waiting.fetch_sub(1, Ordering::Relaxed);
-                }),
-            ),
+            Ok(waiting) => {
+                let port = Arc::clone(&self.port);
+                self.workers.submit(
+                    JobKind::Read,
+                    Box::new(move || {
+                        if let Some(offset) = order.run() {
+                            drop(port.inbox.report(Message::Corrupt { slot, offset }));
+                        }
+                        waiting.fetch_sub(1, Ordering::Relaxed);
+                    }),
+                );
+            }
         }
     }
 
@@ -1495,6 +1512,17 @@ impl<M: Machine> Shard<M> {
         let waiting = match self.wait_for_disk() {
             Err(error) => return order.reply.send(Err(error)),
             Ok(waiting) => waiting,
+    /// Counts records, on a pool.
+    fn count_on_disk(&mut self, index: u32, order: CountOrder) {
+        let key = self.key(index);
+        self.slots[index as usize].jobs += 1;
+        let port = Arc::clone(&self.port);
+        self.workers.submit(
+            JobKind::Read,
+            Box::new(move || drop(port.inbox.report(Message::Counted { slot: key, counted: order.run() }))),
+        );
+    }
+
         };
         self.workers.submit(
             JobKind::Read,

@@ -56,7 +56,7 @@ pub use hard_state::{HardState, HardStateFile, HardStateRot};
 pub use install::Install;
 pub use log::{Appended, EntryBody, EntryMeta, FlushDone, FlushJob, Log, LogConfig, LogEntry};
 pub use range::{Range, RangeTicket};
-pub use read::{FoundRecord, Lookup, LookupTicket, Read, ReadBytes, ReadTicket};
+pub use read::{CountTicket, FoundRecord, Lookup, LookupTicket, Read, ReadBytes, ReadTicket, RecordCount};
 pub use repair::{Repair, RepairDone};
 pub use retention::RetentionConfig;
 pub use scrub::{Rotten, ScrubJob, ScrubPosition, Scrubbed};

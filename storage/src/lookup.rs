@@ -17,7 +17,8 @@ use crate::disk::DiskFile;
 use crate::error::{ReadError, StorageError};
 use crate::log::{EntryBody, EntryMeta, Log, LogEntry};
 use crate::read::{
-    FoundRecord, Lookup, LookupTicket, Place, Question, Read, ReadBytes, ReadTicket, Source, Span, read_now,
+    CountTicket, FoundRecord, Lookup, LookupTicket, Place, Question, Read, ReadBytes, ReadTicket, RecordCount,
+    RecordsBefore, Source, Span, read_now,
 };
 use crate::segment::{SegmentMap, SegmentName};
 use crate::slots::{ActiveSlots, Extent, KeptSlots, NoSlot, Slots, View};
@@ -330,15 +331,19 @@ impl Log {
 
     /// Data records (those that consumers see) from `from` up to and without `to`; both are taken to lie in the log.
     ///
-    /// Never waits: within a sealed segment whose index is not at hand, records are taken to be spread evenly.
-    pub fn records_between(&mut self, from: Offset, to: Offset) -> Result<u64, ReadError> {
+    /// Never waits: what has to be looked for in a sealed segment whose index is not at hand becomes a ticket.
+    pub fn records_between(&mut self, from: Offset, to: Offset) -> Result<RecordCount, ReadError> {
         let mut before = |offset| match self.records_before(offset) {
-            Ok(records) => Ok(records),
-            Err(NoSlot::NotCached) => Ok(self.records_before_about(offset)),
+            Ok(records) => Ok((records, RecordsBefore::Known(records))),
+            Err(NoSlot::NotCached) => Ok((self.records_before_about(offset), self.records_before_later(offset))),
             Err(NoSlot::Failed(error)) => Err(ReadError::from(error)),
         };
-        let until = before(to)?;
-        Ok(until.saturating_sub(before(from)?))
+        let (until, from) = (before(to)?, before(from)?);
+        let about = until.0.saturating_sub(from.0);
+        Ok(match (until.1, from.1) {
+            (RecordsBefore::Known(_), RecordsBefore::Known(_)) => RecordCount::Exact(about),
+            (until, from) => RecordCount::About(about, CountTicket { until, from }),
+        })
     }
 
     /// Data records of all segments before `offset`.
@@ -357,6 +362,21 @@ impl Log {
         let (base, end) = (self.name_of(which).base_offset.get(), self.end_offset_of_segment(which).get());
         let share = (offset.get() - base).max(0) as f64 / (end - base).max(1) as f64;
         in_earlier + (in_this as f64 * share.min(1.0)) as u64
+    }
+
+    /// The same, exactly, for whoever may wait.
+    fn records_before_later(&self, offset: Offset) -> RecordsBefore {
+        let which = self.segment_of_offset(offset);
+        let (in_earlier, in_this) = self.records_of(which);
+        match which {
+            Which::Active => RecordsBefore::Known(in_earlier + in_this),
+            Which::Sealed(number) => RecordsBefore::Sealed {
+                in_earlier,
+                files: Arc::clone(&self.sealed[number].files),
+                view: self.view(which),
+                offset,
+            },
+        }
     }
 
     /// Data records of all segments before one, and of that one.

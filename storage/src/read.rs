@@ -281,6 +281,63 @@ impl LookupTicket {
     }
 }
 
+/// How many data records lie between two offsets.
+#[derive(Debug)]
+pub enum RecordCount {
+    /// So many.
+    Exact(u64),
+    /// About so many, as if they were spread evenly within a segment whose index is not at hand; and who counts them.
+    About(u64, CountTicket),
+}
+
+impl RecordCount {
+    /// The exact number, waiting for the disk.
+    pub fn wait(self) -> Result<u64, ReadError> {
+        match self {
+            Self::Exact(records) => Ok(records),
+            Self::About(_, ticket) => ticket.run(),
+        }
+    }
+}
+
+/// A count of records to run on a pool. It stays valid whatever becomes of the log.
+#[derive(Debug)]
+pub struct CountTicket {
+    pub(crate) until: RecordsBefore,
+    pub(crate) from: RecordsBefore,
+}
+
+/// Data records of a log before an offset.
+#[derive(Debug)]
+pub(crate) enum RecordsBefore {
+    Known(u64),
+    /// Those of the segments before this one, and those in it before `offset`.
+    Sealed {
+        in_earlier: u64,
+        files: Arc<SealedFiles>,
+        view: View,
+        offset: Offset,
+    },
+}
+
+impl CountTicket {
+    /// Counts them, waiting for the disk.
+    pub fn run(self) -> Result<u64, ReadError> {
+        Ok(self.until.count()?.saturating_sub(self.from.count()?))
+    }
+}
+
+impl RecordsBefore {
+    fn count(self) -> Result<u64, ReadError> {
+        match self {
+            Self::Known(records) => Ok(records),
+            Self::Sealed { in_earlier, files, view, offset } => {
+                Ok(in_earlier + view.records_before(&mut WaitingSlots::of(&files), offset)?)
+            }
+        }
+    }
+}
+
 /// The first record of `position..end` at or behind offset `from` whose timestamp is at least `timestamp`. Batches that
 /// cannot hold one are stepped over by their headers.
 fn first_record(

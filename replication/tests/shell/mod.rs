@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use flowstone_protocol::{BatchHeader, Error, Offset, PartitionId, ReplicaId, Timestamp, TopicId, TopicPartition};
-use flowstone_replication::effects::{Fetched, FlushOrder, HardStateNumber, Offered};
+use flowstone_replication::effects::{CountOrder, Fetched, FlushOrder, HardStateNumber, Offered};
 use flowstone_replication::{
     Acks, Effects, Ended, Event, FlushMode, LogConfig, Machine, Membership, PeerMessage, Permit, Produce, Produced,
     ReadAnswer, ReadRequest, Replica, ReplicaConfig, Reply, RetentionConfig,
@@ -60,6 +60,7 @@ pub struct Shell<M: Machine> {
     /// Read for followers, not given back yet.
     pub fetched: Vec<Fetched>,
     pub offered: Option<Offered>,
+    pub count: Option<CountOrder>,
     /// Everything below is performed at once.
     pub holds_flushes: bool,
     pub holds_hard_states: bool,
@@ -90,6 +91,7 @@ impl<M: Machine> Shell<M> {
             ended: None,
             fetched: Vec::new(),
             offered: None,
+            count: None,
             holds_flushes: false,
             holds_hard_states: false,
             holds_checkpoints: false,
@@ -108,6 +110,8 @@ impl<M: Machine> Shell<M> {
         loop {
             let event = if let Some(fetched) = self.fetched.pop() {
                 Some(Event::Fetched(fetched))
+            } else if let Some(order) = self.count.take() {
+                Some(Event::Counted(order.run()))
             } else if !self.holds_hard_states && self.hard_state_waiting.is_some() {
                 self.run_hard_state()
             } else if !self.holds_flushes && self.flush.is_some() {
@@ -150,6 +154,7 @@ impl<M: Machine> Shell<M> {
             tickets,
             lookups,
             fetches,
+            count,
             offered,
             ended,
         } = effects;
@@ -183,6 +188,9 @@ impl<M: Machine> Shell<M> {
             let ticket = self.replica.log().range(order.first, order.last, order.max_bytes as usize);
             let entries = ticket.map_err(ReadError::from).and_then(RangeTicket::run_entries);
             self.fetched.push(order.done(entries));
+        }
+        if count.is_some() {
+            self.count = count;
         }
         if offered.is_some() {
             self.offered = offered;

@@ -19,7 +19,7 @@ use flowstone_protocol::{
 use flowstone_storage::sim_disk::{Crash, Operation, SimCounts};
 use flowstone_storage::{
     Checkpoint, Disk, EntryBody, FlushJob, FoundRecord, Log, LogConfig, LogEntry, Lookup, OpenError, Read, ReadError,
-    ReplicaIdentity, SimDisk, StorageError,
+    RecordCount, ReplicaIdentity, SimDisk, StorageError,
 };
 
 /// What a run went through: a run in which one of these is zero has tested little.
@@ -704,16 +704,10 @@ impl Run {
         let from = self.random.within(log_start as u64, high_watermark as u64) as i64;
         let to = self.random.within(from as u64, high_watermark as u64) as i64;
         let expected = readable.iter().filter(|(offset, _)| (from..to).contains(offset)).count() as u64;
-        let found = match self.log().records_between(Offset::new(from), Offset::new(to)) {
-            Ok(found) => found,
+        let found = self.log().records_between(Offset::new(from), Offset::new(to));
+        match found.and_then(RecordCount::wait) {
+            Ok(found) => assert_eq!(found, expected, "records from {from} to {to}"),
             Err(error) => return self.read_failed(&error.to_string()),
-        };
-        let names = self.disk.shared().read_dir(&self.dir).unwrap_or_default();
-        if names.iter().filter(|name| name.ends_with(".log")).count() == 1 {
-            assert_eq!(found, expected, "records from {from} to {to}");
-        } else {
-            // Within sealed segments it may be about right.
-            assert!(found <= (high_watermark - log_start) as u64 || found <= 1_000, "records from {from} to {to}");
         }
         let back = self.random.below(readable.len() as u64 + 3);
         let expected = match back {
