@@ -169,6 +169,12 @@ impl World {
         it.version += 1;
         self.note("cancel", &[group as u64], || format!("group {group}: the move is called off"));
         self.tell_all();
+        // What it goes back to may be gone: a broker whose disk was replaced meanwhile has come back without it.
+        for broker in 0..self.brokers.len() {
+            if self.brokers[broker].running.is_some() {
+                self.replace_directory(broker);
+            }
+        }
         true
     }
 
