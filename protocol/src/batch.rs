@@ -334,10 +334,10 @@ impl ValidationLimits {
     }
 }
 
-/// The full check of a plain producer's batch: nothing that passes can surprise a replica or a consumer.
+/// The full check of a producer's batch: nothing that passes can surprise a replica or a consumer.
 ///
-/// `batch` is exactly one batch. Checked are length, magic, CRC, codec, that no control, transactional or unknown bit
-/// is set, the producer's fields, and every record, decompressed in a stream where need be: count, offset deltas from
+/// `batch` is exactly one batch. Checked are length, magic, CRC, codec, that no control or unknown bit is set and the
+/// transactional one with a producer alone, the producer's fields, and every record, decompressed in a stream where need be: count, offset deltas from
 /// 0 on without a gap, lengths that add up, timestamps from 0 to `now` + `max_timestamp_ahead`, the header's maximum
 /// timestamp, keys where they are required, nothing behind the last record. Memory: a window of some 100 KiB and the
 /// codec's own (at most 16 MiB, see [`Compression`]), whatever the batch claims.
@@ -359,8 +359,8 @@ pub fn validate_produced(batch: &[u8], limits: &ValidationLimits) -> Result<Batc
     if attributes.is_control() {
         return Err(BatchError::NotAllowed { what: "the control bit" });
     }
-    if attributes.is_transactional() {
-        return Err(BatchError::NotAllowed { what: "the transactional bit" });
+    if attributes.is_transactional() && header.producer_id == ProducerId::NONE {
+        return Err(BatchError::NotAllowed { what: "the transactional bit without a producer" });
     }
     if attributes.has_delete_horizon() {
         return Err(BatchError::NotAllowed { what: "a delete horizon" });

@@ -9,12 +9,22 @@
 //! key   | i16 version = 0 | i16 type >= 100 |
 //! value | i16 format version | i32 term | i64 index | i64 offset | payload... |
 //! ```
+//!
+//! What ends a transaction in a partition is Kafka's own control batch, a [`Marker`]: it carries its producer, and to the
+//! log it is a batch like any other.
+//!
+//! ```text
+//! attributes: control and transactional bits; the producer's id and its NEXT epoch, no sequence (-1)
+//! key   | i16 version = 0 | i16 type: 0 abort, 1 commit |
+//! value | i16 version = 0 | i32 coordinator epoch |
+//! ```
 
 use bytes::{BufMut, Bytes};
 
 use crate::batch::{Attributes, BatchError, BatchHeader, HEADER_BYTES, LOG_OVERHEAD, MAGIC, verify_crc};
+use crate::compression::Compression;
 use crate::ids::{LeaderEpoch, Offset, ProducerEpoch, ProducerId, RaftIndex, Sequence, Term, Timestamp};
-use crate::record::{RecordIter, records, seal};
+use crate::record::{RecordBatchBuilder, RecordIter, records, seal};
 use crate::varint::{varint_bytes, write_varint};
 
 /// The newest format of control values that this program writes.
@@ -182,6 +192,79 @@ pub fn decode_control(batch: &[u8]) -> Result<ControlRecord, BatchError> {
     Ok(ControlRecord { ctype, term, index, offset, format_version, payload })
 }
 
+/// What ends a transaction in one partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Marker {
+    /// Whose transaction.
+    pub producer_id: ProducerId,
+    /// The epoch after the transaction's own: what comes later under a lower one is refused.
+    pub producer_epoch: ProducerEpoch,
+    /// It counts, rather than being passed over.
+    pub commit: bool,
+    /// Leader epoch of the coordinator's partition: of two coordinators the newer one is right.
+    pub coordinator_epoch: LeaderEpoch,
+}
+
+/// Kafka's types of markers.
+const ABORT: i16 = 0;
+const COMMIT: i16 = 1;
+
+/// Encodes a marker; base offset and leader epoch are for storage to stamp.
+pub fn encode_marker(marker: &Marker, now: Timestamp) -> Bytes {
+    let mut key = [0; KEY_BYTES];
+    key[2..].copy_from_slice(&(if marker.commit { COMMIT } else { ABORT }).to_be_bytes());
+    let mut value = [0; 6];
+    value[2..].copy_from_slice(&marker.coordinator_epoch.get().to_be_bytes());
+    let mut batch = RecordBatchBuilder::new(Compression::None)
+        .producer(marker.producer_id, marker.producer_epoch, Sequence::NONE)
+        .transactional()
+        .control();
+    if batch.append(now, Some(&key), Some(&value), []).is_err() {
+        unreachable!("ten bytes fit into a batch");
+    }
+    batch.build()
+}
+
+/// Decodes one whole marker. The CRC is not checked.
+///
+/// # Errors
+/// When it is no marker.
+pub fn decode_marker(batch: &Bytes) -> Result<Marker, BatchError> {
+    let bad = |problem| Err(BatchError::Control { problem });
+    let header = BatchHeader::parse(batch)?;
+    if !is_marker(&header) || header.record_count != 1 {
+        return bad("it is no transaction's marker");
+    }
+    let Some(record) = records(batch.slice(..header.total_bytes().min(batch.len())), 0)?.next() else {
+        return bad("it has no record");
+    };
+    let record = record?;
+    let (Some(key), Some(value)) = (record.key, record.value) else {
+        return bad("its key or value is null");
+    };
+    // Later versions may append fields.
+    let (Some([_, _, t0, t1]), Some([_, _, e0, e1, e2, e3])) = (key.first_chunk::<4>(), value.first_chunk::<6>())
+    else {
+        return bad("its key or value is too short");
+    };
+    let commit = match i16::from_be_bytes([*t0, *t1]) {
+        ABORT => false,
+        COMMIT => true,
+        ctype => return Err(BatchError::UnknownControlType { ctype }),
+    };
+    Ok(Marker {
+        producer_id: header.producer_id,
+        producer_epoch: header.producer_epoch,
+        commit,
+        coordinator_epoch: LeaderEpoch::new(i32::from_be_bytes([*e0, *e1, *e2, *e3])),
+    })
+}
+
+/// Whether a batch ends a transaction.
+pub const fn is_marker(header: &BatchHeader) -> bool {
+    header.attributes.is_control() && header.attributes.is_transactional()
+}
+
 /// The payload of [`ControlType::LogStart`]: the first offset still readable.
 pub fn log_start_payload(log_start: Offset) -> Bytes {
     Bytes::copy_from_slice(&log_start.get().to_be_bytes())
@@ -199,4 +282,44 @@ fn put_varint(into: &mut Vec<u8>, value: usize) {
     let mut bytes = [0; 10];
     let end = write_varint(&mut bytes, 0, value as i64);
     into.extend_from_slice(&bytes[..end]);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_marker_has_kafkas_bytes_and_comes_back() {
+        for commit in [false, true] {
+            let marker = Marker {
+                producer_id: ProducerId::new(77),
+                producer_epoch: ProducerEpoch::new(3),
+                commit,
+                coordinator_epoch: LeaderEpoch::new(9),
+            };
+            let batch = encode_marker(&marker, Timestamp::new(1_000));
+            let header = BatchHeader::parse(&batch).expect("a batch");
+            verify_crc(&batch).expect("its CRC is set");
+            assert!(is_marker(&header) && header.data_records() == 0);
+            assert_eq!((header.base_sequence, header.max_timestamp), (Sequence::NONE, Timestamp::new(1_000)));
+            let record = records(batch.clone(), 0).expect("records").next().expect("one").expect("whole");
+            assert_eq!(record.key.as_deref(), Some(&[0, 0, 0, u8::from(commit)][..]));
+            assert_eq!(record.value.as_deref(), Some(&[0, 0, 0, 0, 0, 9][..]));
+            assert_eq!(decode_marker(&batch), Ok(marker));
+            assert!(decode_control(&batch).is_err(), "it is none of the log's own");
+        }
+    }
+
+    #[test]
+    fn what_is_no_marker_is_told() {
+        let (term, index, offset) = (Term::new(1), RaftIndex::new(1), Offset::ZERO);
+        let own = encode_control(ControlType::NoOp, term, index, offset, &[], CONTROL_FORMAT_VERSION);
+        assert!(decode_marker(&own).is_err());
+        let mut other = RecordBatchBuilder::new(Compression::None).transactional().control();
+        other.append(Timestamp::new(1), Some(&[0, 0, 0, 7]), Some(&[0; 6]), []).expect("fits");
+        assert_eq!(decode_marker(&other.build()), Err(BatchError::UnknownControlType { ctype: 7 }));
+        let mut short = RecordBatchBuilder::new(Compression::None).transactional().control();
+        short.append(Timestamp::new(1), Some(&[0, 0, 0, 1]), Some(&[0; 5]), []).expect("fits");
+        assert!(decode_marker(&short.build()).is_err());
+    }
 }

@@ -104,6 +104,7 @@ impl ErrorCode {
             | Self::OutOfOrderSequence
             | Self::UnknownProducer
             | Self::ProducerFenced
+            | Self::ProducerExpired
             | Self::DuplicateSequence
             | Self::UnknownGroup
             | Self::InvalidGroup
@@ -165,6 +166,7 @@ impl ErrorCode {
             Self::Overloaded | Self::DiskFull | Self::GroupFull => Code::ResourceExhausted,
             Self::OutOfOrderSequence
             | Self::UnknownProducer
+            | Self::ProducerExpired
             | Self::GroupNotEmpty
             | Self::NotAssigned
             | Self::InvalidTransactionState => Code::FailedPrecondition,

@@ -50,7 +50,7 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("flow
 
 pub use batch::{Attributes, BatchError, BatchHeader, HEADER_BYTES, LOG_OVERHEAD, TimestampType, ValidationLimits};
 pub use compression::Compression;
-pub use control::{ControlRecord, ControlType};
+pub use control::{ControlRecord, ControlType, Marker};
 pub use error::{Error, ErrorCode, ErrorKind};
 pub use ids::{
     BrokerId, ClusterId, DirectoryId, LeaderEpoch, Offset, PartitionId, ProducerEpoch, ProducerId, RaftIndex,

@@ -152,6 +152,13 @@ impl RecordBatchBuilder {
         self
     }
 
+    /// Marks the batch as the log's own, which readers skip.
+    #[must_use]
+    pub(crate) fn control(mut self) -> Self {
+        self.attributes |= Attributes::CONTROL;
+        self
+    }
+
     /// Adds a record. Fails, and adds nothing, where the batch would be larger than 2 GiB.
     ///
     /// `headers` are (key, value) in order; `[]` for none.

@@ -390,7 +390,9 @@ impl PartitionBatches {
                 self.end(at, Outcome::Stored { base_offset: -1, log_append_time: None })
             }
             // It came after one that the broker has not: it follows that one again.
-            ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer if self.settings.idempotent && at > 0 => {
+            ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer | ErrorCode::ProducerExpired
+                if self.settings.idempotent && at > 0 =>
+            {
                 sent.state = SentState::Unsent;
                 // A gap tells that it is not stored. A producer that was forgotten may have stored it before.
                 sent.absent =
@@ -400,7 +402,10 @@ impl PartitionBatches {
             }
             // The broker lost what came before it, or forgot this producer. What may be stored must not be sent under
             // another number; what is not, may.
-            ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer | ErrorCode::ProducerFenced
+            ErrorCode::OutOfOrderSequence
+            | ErrorCode::UnknownProducer
+            | ErrorCode::ProducerExpired
+            | ErrorCode::ProducerFenced
                 if self.settings.idempotent =>
             {
                 let code = error.code();
