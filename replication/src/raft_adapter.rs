@@ -51,6 +51,11 @@ const MESSAGE_BYTES_MAX: u64 = 1 << 20;
 const MESSAGES_IN_FLIGHT_MAX: usize = 64;
 
 const _: () = assert!(ELECTION_TICKS as u64 > 2 * HEARTBEAT_TICKS);
+/// The crate refuses, by a panic, a timeout that is not below its maximum.
+const _: () = assert!(
+    ELECTION_TICKS + ELECTION_TICKS_MORE + ELECTION_TICKS * ELECTION_TICKS_APART + (ELECTION_TICKS_APART - 1)
+        < ELECTION_TICKS_MAX
+);
 
 /// The Raft crate panicked; its state is not to be used again.
 #[derive(Debug)]
@@ -164,7 +169,7 @@ impl RaftAdapter {
             heard: Vec::new(),
             stands_first,
         };
-        adapter.set_election_timeout();
+        caught(|| adapter.set_election_timeout())?;
         Ok(adapter)
     }
 

@@ -52,7 +52,7 @@ use crate::reply::{ByteBudget, Reply};
 use crate::request::{FlushMode, Health, ReadAnswer, Reconfigure, ReplicaSpec, ReplicaStatus, Role, Start};
 use crate::stripe::{Stripe, Waiter, Written};
 use crate::transport::{GroupMessage, PeerTransport, PullAnswer, PullRequest};
-use crate::workers::{JobKind, StopTheProcess, ThreadPools, Workers};
+use crate::workers::{JobKind, ThreadPools, Workers, run_or_stop};
 
 /// The leader's clock.
 pub type Clock = Arc<dyn Fn() -> Timestamp + Send + Sync>;
@@ -217,10 +217,7 @@ impl<M: Machine> Shards<M> {
         for (number, shard) in shards.into_iter().enumerate() {
             let thread = std::thread::Builder::new()
                 .name(format!("shard-{number}"))
-                .spawn(move || {
-                    let _guard = StopTheProcess;
-                    shard.run();
-                })
+                .spawn(move || run_or_stop(|| shard.run()))
                 .map_err(|source| StartError::Io { action: "start a shard's thread", source })?;
             all.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
         }
@@ -1505,13 +1502,6 @@ impl<M: Machine> Shard<M> {
         }
     }
 
-    fn read_from_disk(&mut self, index: u32, order: ReadOrder) {
-        let slot = self.key(index);
-        let has_peers = self.slots[index as usize].spec.has_peers();
-        let port = Arc::clone(&self.port);
-        let waiting = match self.wait_for_disk() {
-            Err(error) => return order.reply.send(Err(error)),
-            Ok(waiting) => waiting,
     /// Counts records, on a pool.
     fn count_on_disk(&mut self, index: u32, order: CountOrder) {
         let key = self.key(index);
@@ -1530,6 +1520,13 @@ impl<M: Machine> Shard<M> {
                 let ReadOrder { ticket, reply, log_start, high_watermark } = order;
                 if !reply.is_abandoned() {
                     let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
+    fn read_from_disk(&mut self, index: u32, order: ReadOrder) {
+        let slot = self.key(index);
+        let has_peers = self.slots[index as usize].spec.has_peers();
+        let port = Arc::clone(&self.port);
+        let waiting = match self.wait_for_disk() {
+            Err(error) => return order.reply.send(Err(error)),
+            Ok(waiting) => waiting,
                     if let Err(ReadError::Corrupt { offset, .. }) = &answer {
                         drop(port.inbox.report(Message::Corrupt { slot, offset: *offset }));
                     }

@@ -1,6 +1,8 @@
 //! The door between a shard and the threads and the time outside of it. The simulator stands behind it, too.
 
 use std::fmt::Debug;
+use std::io::Write as _;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use flowstone_storage::FlushPool;
@@ -51,10 +53,7 @@ impl Workers for ThreadPools {
             JobKind::Read => &self.read,
             JobKind::Work => &self.work,
         };
-        pool.submit(Box::new(move || {
-            let _guard = StopTheProcess;
-            job();
-        }));
+        pool.submit(Box::new(move || run_or_stop(job)));
     }
 
     fn now(&self) -> Instant {
@@ -62,14 +61,53 @@ impl Workers for ThreadPools {
     }
 }
 
-/// A shard or a job that panics has found a broken invariant: nothing it would do from here on could be trusted.
-pub(crate) struct StopTheProcess;
+/// Runs a shard or a job. One that panics has found a broken invariant: nothing it would do from here on could be trusted,
+/// so the process stops, and says why.
+pub(crate) fn run_or_stop(run: impl FnOnce()) {
+    // Unwind safe: nobody looks at anything after a panic.
+    let Err(panic) = catch_unwind(AssertUnwindSafe(run)) else { return };
+    let message = panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("a panic without a message");
+    let thread = std::thread::current();
+    let thread = thread.name().unwrap_or("without a name");
+    let why = "the process stops, so that nothing is acknowledged that is not so";
+    tracing::error!(thread, message, "a broken invariant: {why}");
+    // Whatever becomes of the log's last lines.
+    let mut stderr = std::io::stderr().lock();
+    // There is nobody left to tell that this failed.
+    drop(writeln!(stderr, "thread {thread}: a broken invariant: {message}: {why}").and_then(|()| stderr.flush()));
+    std::process::abort();
+}
 
-impl Drop for StopTheProcess {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            tracing::error!("a broken invariant: the process stops, so that nothing is acknowledged that is not so");
-            std::process::abort();
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt as _;
+    use std::process::Command;
+
+    use super::*;
+
+    /// Tells the test program to be the process that stops.
+    const STOPS: &str = "FLOWSTONE_TEST_STOPS";
+    const SIGABRT: i32 = 6;
+
+    #[test]
+    fn a_panic_of_a_job_stops_the_process_and_tells_what_it_was() {
+        if std::env::var_os(STOPS).is_some() {
+            // The hook that tells of panics is somebody else's to set.
+            std::panic::set_hook(Box::new(|_| {}));
+            let pools = ThreadPools::start(1, 1, 1).unwrap();
+            pools.submit(JobKind::Work, Box::new(|| panic!("an index of {} in {}", 7, 3)));
+            drop(pools);
+            return;
         }
+        let name = "workers::tests::a_panic_of_a_job_stops_the_process_and_tells_what_it_was";
+        let mut child = Command::new(std::env::current_exe().unwrap());
+        let ended = child.args(["--exact", name, "--nocapture"]).env(STOPS, "1").output().unwrap();
+        let stderr = String::from_utf8_lossy(&ended.stderr);
+        assert_eq!(ended.status.signal(), Some(SIGABRT), "{:?}: {stderr}", ended.status);
+        assert!(stderr.contains("thread work-0") && stderr.contains("an index of 7 in 3"), "{stderr}");
     }
 }

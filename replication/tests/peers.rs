@@ -180,3 +180,20 @@ fn a_leader_that_is_removed_does_not_believe_to_be_alone() {
     assert_eq!(members, [ReplicaId::new(LEADER)], "it leads, and applies its own removal");
     assert!(place.shell.replica.wakes_in().is_some(), "its clock goes on");
 }
+
+#[test]
+fn every_replica_of_a_new_group_opens_whatever_its_election_timeout() {
+    for voters in 1..=9 {
+        let voters: Vec<u64> = (0..voters).map(|number| US + number).collect();
+        for seed in 0..40 {
+            let disk = SimDisk::new(1);
+            let dir = PathBuf::from(DIR);
+            create(&disk.shared(), &dir, US, &voters);
+            for stands_first in [true, false] {
+                let config = flowstone_replication::ReplicaConfig { seed, stands_first, ..config(US) };
+                let log = LogConfig::default();
+                drop(Shell::open(&disk.shared(), &dir, log, None, Ledger::default(), config).unwrap());
+            }
+        }
+    }
+}
