@@ -482,7 +482,7 @@ impl RaftAdapter {
         }
     }
 
-    /// Its leader was heard of at that tick, and nothing else happened until then.
+    /// Its leader was heard of at that tick.
     pub(crate) fn heard_leader(&mut self, at: u64) {
         self.pass(at.saturating_sub(self.ticks));
         self.node.raft.election_elapsed = 0;
@@ -554,6 +554,16 @@ impl RaftAdapter {
         self.call(|node| drop(node.step(message)))
     }
 
+    /// Appends what another replica has committed, as an append of the leader's. It is no sign that the leader lives: who
+    /// catches up may do so for minutes, and the others may need its vote.
+    pub(crate) fn append_pulled(&mut self, message: PeerMessage) -> Result<(), Panicked> {
+        let elapsed = self.node.raft.election_elapsed;
+        let message = to_raft_message(message);
+        self.call(|node| drop(node.step(message)))?;
+        self.node.raft.election_elapsed = elapsed;
+        Ok(())
+    }
+
     /// What was sent to this member is lost.
     pub(crate) fn unreachable(&mut self, replica: ReplicaId) -> Result<(), Panicked> {
         if !self.is_leader() {
@@ -571,16 +581,6 @@ impl RaftAdapter {
     pub(crate) fn transfer_leader(&mut self, to: ReplicaId) -> Result<(), Panicked> {
         self.call(|node| node.transfer_leader(to.get()))
     }
-    /// Appends what another replica has committed, as an append of the leader's. It is no sign that the leader lives: who
-    /// catches up may do so for minutes, and the others may need its vote.
-    pub(crate) fn append_pulled(&mut self, message: PeerMessage) -> Result<(), Panicked> {
-        let elapsed = self.node.raft.election_elapsed;
-        let message = to_raft_message(message);
-        self.call(|node| drop(node.step(message)))?;
-        self.node.raft.election_elapsed = elapsed;
-        Ok(())
-    }
-
 
     /// To whom leadership is being handed over.
     pub(crate) fn transferee(&self) -> Option<ReplicaId> {

@@ -698,10 +698,6 @@ impl<M: Machine> Replica<M> {
                 self.raft.fetched(fetched)?;
             }
             Event::Pulled(pulled) => self.pulled(pulled)?,
-        }
-        Ok(())
-    }
-
             Event::Counted(Counted { log_start, about, records }) => match records {
                 // More was applied since.
                 Ok(records) if log_start == self.log().log_start() => {
@@ -713,6 +709,10 @@ impl<M: Machine> Replica<M> {
                     tracing::warn!(tp = %self.config.tp, %error, "cannot count the records of a log: their number is about right");
                 }
             },
+        }
+        Ok(())
+    }
+
     // ---- what clients ask ------------------------------------------------------------------------------------------
 
     /// Why it does not serve, if it does not.
@@ -1130,16 +1130,16 @@ impl<M: Machine> Replica<M> {
                     .with_partition(partition))
             }
             (None, Some(to)) if to == self.config.replica => Ok(()),
+            // It may be the very one that is being removed: it would take over, apply that, and lead a group without it.
+            (None, _) if self.change_proposed || self.raft.has_pending_change() => {
+                Err(self.overloaded("a change of this group's members is under way"))
+            }
             (None, Some(to)) if !self.membership.voters.contains(&to) => {
                 Err(Error::new(ErrorCode::InvalidRequest, format!("replica {to} does not vote: it can not lead"))
                     .with_partition(partition))
             }
             (None, Some(to)) => {
                 self.raft.transfer_leader(to)?;
-            // It may be the very one that is being removed: it would take over, apply that, and lead a group without it.
-            (None, _) if self.change_proposed || self.raft.has_pending_change() => {
-                Err(self.overloaded("a change of this group's members is under way"))
-            }
                 let until = self.raft.ticks() + TRANSFER_TICKS;
                 self.transfer = Some(Transfer { reply, to, until });
                 return Ok(());
@@ -1875,13 +1875,13 @@ impl<M: Machine> Replica<M> {
         fx.flush = None;
         fx.checkpoint = None;
         fx.fetches.clear();
+        fx.count = None;
         fx.offered = None;
         self.fail_everyone(&error, fx);
         self.ended = true;
         fx.ended = Some(ended);
     }
 
-        fx.count = None;
     fn fail_everyone(&mut self, error: &Error, fx: &mut Effects<M>) {
         self.serving = false;
         self.parked.fail_all(error, &mut fx.answers);

@@ -572,15 +572,15 @@ pub(crate) enum Message<M: Machine> {
         slot: SlotKey,
         fetched: Fetched,
     },
+    Counted {
+        slot: SlotKey,
+        counted: Counted,
+    },
     SetPeers {
         slot: SlotKey,
         peers: Arc<[(ReplicaId, BrokerId)]>,
     },
     Shutdown {
-    Counted {
-        slot: SlotKey,
-        counted: Counted,
-    },
         done: mpsc::Sender<bool>,
     },
 }
@@ -611,12 +611,12 @@ impl<M: Machine> Message<M> {
             | Self::SetPeers { .. }
             | Self::Corrupt { .. }
             | Self::Fetched { .. }
+            | Self::Counted { .. }
             | Self::Pulled { .. }
             | Self::Installed { .. }
             | Self::Scrubbed { .. }
             | Self::Repaired { .. }
             | Self::LogClosed { .. } => {}
-            | Self::Counted { .. }
         }
     }
 }
@@ -753,7 +753,7 @@ struct Shard<M: Machine> {
     /// Ticks so far, and after which of them each place in the table is woken.
     ticks: u64,
     wakes: Vec<u64>,
-    /// Those whose groups are at rest, and with whom they are spoken for.
+    /// Those whose groups are at rest.
     quiet: Vec<Option<Quiet>>,
     /// Places in the table that pull something.
     pulls: Vec<u32>,
@@ -823,13 +823,13 @@ impl<M: Machine> Shard<M> {
             Message::Scrubbed { slot, scrubbed, by_read } => self.on_scrubbed(slot, scrubbed, by_read),
             Message::Repaired { slot, outcome } => self.on_repaired(slot, outcome),
             Message::Fetched { slot, fetched } => self.report(slot, Event::Fetched(fetched)),
+            Message::Counted { slot, counted } => self.report(slot, Event::Counted(counted)),
             Message::Shutdown { done } => self.on_shutdown(done),
         }
     }
 
     fn on_request(&mut self, key: SlotKey, event: Event<M>) {
         if let Event::Reconfigure(change) = &event
-            Message::Counted { slot, counted } => self.report(slot, Event::Counted(counted)),
             && let Some(slot) = self.slots.get_mut(key.index as usize).filter(|slot| slot.life == key.life)
         {
             // Whatever state it is in: its next life begins with them.
@@ -1275,6 +1275,7 @@ impl<M: Machine> Shard<M> {
             tickets,
             lookups,
             fetches,
+            count,
             offered,
             ended,
         } = fx;
@@ -1282,7 +1283,6 @@ impl<M: Machine> Shard<M> {
         for message in send_now.into_iter().chain(send_flushed) {
             self.send(index, tp, message);
         }
-            count,
         for answer in &mut answers {
             if let Answer::Group { result: Ok(group), .. } = answer {
                 group.pulled = self.pulled(index);
@@ -1513,13 +1513,6 @@ impl<M: Machine> Shard<M> {
         );
     }
 
-        };
-        self.workers.submit(
-            JobKind::Read,
-            Box::new(move || {
-                let ReadOrder { ticket, reply, log_start, high_watermark } = order;
-                if !reply.is_abandoned() {
-                    let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
     fn read_from_disk(&mut self, index: u32, order: ReadOrder) {
         let slot = self.key(index);
         let has_peers = self.slots[index as usize].spec.has_peers();
@@ -1527,6 +1520,13 @@ impl<M: Machine> Shard<M> {
         let waiting = match self.wait_for_disk() {
             Err(error) => return order.reply.send(Err(error)),
             Ok(waiting) => waiting,
+        };
+        self.workers.submit(
+            JobKind::Read,
+            Box::new(move || {
+                let ReadOrder { ticket, reply, log_start, high_watermark } = order;
+                if !reply.is_abandoned() {
+                    let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
                     if let Err(ReadError::Corrupt { offset, .. }) = &answer {
                         drop(port.inbox.report(Message::Corrupt { slot, offset: *offset }));
                     }
