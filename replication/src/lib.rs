@@ -40,7 +40,7 @@ pub use handle::ReplicaHandle;
 pub use machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 pub use membership::{Membership, MembershipChange, MembershipError};
 pub use metrics::{FLUSH_BUCKETS, ShardMetrics};
-pub use peer::{PeerBody, PeerMessage};
+pub use peer::{Beat, BeatAnswer, PeerBody, PeerMessage, RestingGroup};
 pub use replica::{CannotOpen, Replica, ReplicaConfig};
 pub use reply::{Permit, Reply};
 pub use request::{

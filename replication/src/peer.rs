@@ -4,7 +4,7 @@
 //! reference, and there is no form for a forwarded proposal (a follower would forward it, and a new leader append it
 //! without deduplication).
 
-use flowstone_protocol::{RaftIndex, ReplicaId, Term};
+use flowstone_protocol::{RaftIndex, ReplicaId, Term, TopicPartition};
 use flowstone_storage::LogEntry;
 
 /// An entry beside its data.
@@ -28,6 +28,10 @@ impl PeerMessage {
     pub fn bytes(&self) -> usize {
         let entries = match &self.body {
             PeerBody::Append { entries, .. } => entries.iter().map(|entry| entry.data_bytes() + ENTRY_BYTES).sum(),
+            PeerBody::Beat(beat) => {
+                size_of::<Beat>() + (beat.joins.len() + beat.leaves.len()) * size_of::<RestingGroup>()
+            }
+            PeerBody::BeatAnswer(answer) => size_of::<BeatAnswer>() + answer.left.len() * size_of::<RestingGroup>(),
             _ => 0,
         };
         size_of::<Self>() + entries
@@ -98,7 +102,14 @@ pub enum PeerBody {
     HeartbeatResponse {
         /// The follower's commit index.
         commit: RaftIndex,
+        /// Its group rests there, in the shard of this number, counted from 1; 0: it does not.
+        lane: u32,
     },
+    /// All groups that this shard and that one count as resting live: in place of a heartbeat of each. Addressed to one of
+    /// them.
+    Beat(Box<Beat>),
+    /// Answers [`PeerBody::Beat`].
+    BeatAnswer(Box<BeatAnswer>),
     /// A follower asks its leader to hand leadership to it.
     TransferLeader,
     /// The leader tells a follower to stand for election at once.
@@ -134,4 +145,49 @@ pub enum PeerBody {
     },
     /// The sender has ended and will be opened anew, or was closed: nothing of it is to be waited for.
     Ended,
+}
+
+/// A leader and a follower of a group at rest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RestingGroup {
+    /// Of which partition.
+    pub tp: TopicPartition,
+    /// The leader.
+    pub leader: ReplicaId,
+    /// The follower.
+    pub follower: ReplicaId,
+    /// In which term.
+    pub term: Term,
+}
+
+/// What a shard says for all groups at rest that it leads, and that follow in one shard of another broker.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Beat {
+    /// Another one when either side was restarted, or they could not agree; newer ones have larger numbers.
+    pub session: u64,
+    /// Counts the beats of the session, from 1 on.
+    pub number: u64,
+    /// The shard that speaks, from 1 on.
+    pub lane: u32,
+    /// Over all groups that it speaks for, once those that leave and then those that join are counted.
+    pub sum: u64,
+    /// Those that it speaks for from now on.
+    pub joins: Vec<RestingGroup>,
+    /// Those that it does not speak for any more.
+    pub leaves: Vec<RestingGroup>,
+}
+
+/// How a shard took a [`Beat`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BeatAnswer {
+    /// As in the beat.
+    pub session: u64,
+    /// As in the beat.
+    pub number: u64,
+    /// The shard that answers, from 1 on.
+    pub lane: u32,
+    /// It counts the same groups. If not, the session is over.
+    pub is_known: bool,
+    /// Groups of the session that do not follow that leader any more, or do not rest.
+    pub left: Vec<RestingGroup>,
 }

@@ -27,7 +27,7 @@ use crate::raft_log::{self, RaftLog};
 use crate::request::MemberStatus;
 
 /// Ticks between a leader's heartbeats.
-const HEARTBEAT_TICKS: u64 = 3;
+pub(crate) const HEARTBEAT_TICKS: u64 = 3;
 /// Ticks of silence after which a leader is not believed in any more, and in which a leader must hear of a majority.
 pub(crate) const ELECTION_TICKS: usize = 7;
 /// The first of the voters stands for election this much later: clocks differ by a tick, and a vote is refused by whoever
@@ -425,7 +425,7 @@ impl RaftAdapter {
                     from: message.to,
                     to: message.from,
                     term: message.term,
-                    body: PeerBody::HeartbeatResponse { commit: RaftIndex::new(raft.raft_log.committed) },
+                    body: PeerBody::HeartbeatResponse { commit: RaftIndex::new(raft.raft_log.committed), lane: 0 },
                 })
             }
             PeerBody::HeartbeatResponse { commit, .. } if raft.state == StateRole::Leader => {
@@ -485,7 +485,8 @@ impl RaftAdapter {
     /// Its leader was heard of at that tick.
     pub(crate) fn heard_leader(&mut self, at: u64) {
         self.pass(at.saturating_sub(self.ticks));
-        self.node.raft.election_elapsed = 0;
+        let since = usize::try_from(self.ticks - at.min(self.ticks)).unwrap_or(usize::MAX);
+        self.node.raft.election_elapsed = self.node.raft.election_elapsed.min(since);
     }
 
     /// A follower that has everything answered a heartbeat.
@@ -494,6 +495,22 @@ impl RaftAdapter {
         if let Some(progress) = self.node.raft.mut_prs().get_mut(replica.get()) {
             progress.recent_active = true;
             hear(&mut self.heard, replica.get(), ticks);
+        }
+    }
+
+    /// A leader whose clock did not go while others spoke for it, until this tick; all its followers have everything, and
+    /// were heard of last when it says here. Its quorum was there when the one that was silent longest was heard of.
+    pub(crate) fn rested(&mut self, until: u64, heard: &[(ReplicaId, u64)]) {
+        self.pass(until.saturating_sub(self.ticks));
+        let oldest = heard.iter().map(|&(_, at)| at).min().unwrap_or(self.ticks);
+        let since = self.ticks.saturating_sub(oldest);
+        self.node.raft.election_elapsed = usize::try_from(since).unwrap_or(usize::MAX);
+        for &(replica, at) in heard {
+            if let Some(progress) = self.node.raft.mut_prs().get_mut(replica.get()) {
+                progress.recent_active = at > oldest;
+                let known = self.heard.iter().find(|(other, _)| *other == replica.get()).map_or(0, |(_, at)| *at);
+                hear(&mut self.heard, replica.get(), known.max(at));
+            }
         }
     }
 
@@ -726,7 +743,7 @@ fn caught<T>(f: impl FnOnce() -> T) -> Result<T, Panicked> {
 }
 
 /// SplitMix64's finisher: every bit of the input moves every bit of the output.
-fn mix(mut x: u64) -> u64 {
+pub(crate) fn mix(mut x: u64) -> u64 {
     x = x.wrapping_add(0x9e37_79b9_7f4a_7c15);
     x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -801,7 +818,9 @@ fn to_raft_message(message: PeerMessage) -> Message {
             m.commit = index.get();
         }
         // Never stepped: a message that says nothing.
-        PeerBody::Ended => m.set_msg_type(MessageType::MsgHeartbeatResponse),
+        PeerBody::Ended | PeerBody::Beat(_) | PeerBody::BeatAnswer(_) => {
+            m.set_msg_type(MessageType::MsgHeartbeatResponse)
+        }
     }
     m
 }
@@ -846,7 +865,7 @@ fn from_raft_message(mut m: Message) -> Option<PeerMessage> {
         },
         MessageType::MsgHeartbeatResponse => match request_of(&m.context) {
             Some(request) => PeerBody::ReadIndexAnswer { request, index: commit, refused: false },
-            None => PeerBody::HeartbeatResponse { commit },
+            None => PeerBody::HeartbeatResponse { commit, lane: 0 },
         },
         MessageType::MsgSnapshot => {
             let metadata = m.get_snapshot().get_metadata();

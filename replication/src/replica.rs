@@ -454,6 +454,10 @@ impl<M: Machine> Replica<M> {
         self.raft.heard_follower(replica);
     }
 
+    pub(crate) fn rested(&mut self, until: u64, heard: &[(ReplicaId, u64)]) {
+        self.raft.rested(until, heard);
+    }
+
     /// Whether there is anything in its group but itself.
     pub fn is_alone(&self) -> bool {
         self.membership.is_alone(self.config.replica)
@@ -974,6 +978,8 @@ impl<M: Machine> Replica<M> {
 
     fn peer(&mut self, message: PeerMessage, fx: &mut Effects<M>) -> Result<(), Ended> {
         match &message.body {
+            // Shards speak so, not replicas.
+            PeerBody::Beat(_) | PeerBody::BeatAnswer(_) => return Ok(()),
             PeerBody::Ended => {
                 if self.raft.leader() == Some(message.from) {
                     self.raft.leader_gone();

@@ -17,6 +17,7 @@
 
 mod peers;
 mod pulling;
+mod resting;
 mod scrubbing;
 
 use std::collections::{BTreeMap, HashMap};
@@ -33,9 +34,10 @@ use flowstone_storage::{
     StorageError,
 };
 
-use self::peers::{NEVER, Places, Quiet};
+use self::peers::{NEVER, Places};
 pub(crate) use self::pulling::Installed;
 use self::pulling::{LOWER_MARK, Pull};
+use self::resting::{Quiet, Resting};
 pub(crate) use self::scrubbing::Repaired;
 use self::scrubbing::{Repairing, Scrubbing};
 use crate::effects::{
@@ -251,7 +253,9 @@ impl<M: Machine> Shards<M> {
         };
         let now = workers.now();
         let mut cores = Vec::with_capacity(shards);
-        for stripes in stripes {
+        // Later starts have larger numbers, as far as clocks go; where they do not, sessions take a moment to be taken over.
+        let start = u64::try_from(clock().get()).unwrap_or_default();
+        for (number, stripes) in stripes.into_iter().enumerate() {
             let port = Arc::new(Port {
                 inbox: Inbox::new(config.inbox_requests_max),
                 budget: ByteBudget::new(config.inbox_bytes_max),
@@ -285,6 +289,7 @@ impl<M: Machine> Shards<M> {
                 ticks: 0,
                 wakes: Vec::new(),
                 quiet: Vec::new(),
+                resting: Resting::new(number, start),
                 pulls: Vec::new(),
                 scrubbing: Scrubbing::new(config, now),
                 timers: Timers::new(config),
@@ -753,8 +758,9 @@ struct Shard<M: Machine> {
     /// Ticks so far, and after which of them each place in the table is woken.
     ticks: u64,
     wakes: Vec<u64>,
-    /// Those whose groups are at rest.
+    /// Those whose groups are at rest, and with whom they are spoken for.
     quiet: Vec<Option<Quiet>>,
+    resting: Resting,
     /// Places in the table that pull something.
     pulls: Vec<u32>,
     scrubbing: Scrubbing,
@@ -1134,6 +1140,7 @@ impl<M: Machine> Shard<M> {
         let state = std::mem::replace(&mut slot.state, State::Ending);
         let delete_files = closing.delete_files;
         slot.jobs += 1;
+        self.rise(index);
         self.show(index);
         let slot = &self.slots[index as usize];
         let port = Arc::clone(&self.port);
@@ -1383,7 +1390,7 @@ impl<M: Machine> Shard<M> {
     }
 
     fn on_ended(&mut self, index: u32, ended: &Ended) {
-        self.quiet[index as usize] = None;
+        self.rise(index);
         let slot = &mut self.slots[index as usize];
         let message = ended.to_string();
         self.port.counters.replicas_ended.fetch_add(1, Ordering::Relaxed);

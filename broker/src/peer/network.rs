@@ -60,6 +60,8 @@ impl StreamKind {
             | PeerBody::VoteResponse { .. }
             | PeerBody::Heartbeat { .. }
             | PeerBody::HeartbeatResponse { .. }
+            | PeerBody::Beat(_)
+            | PeerBody::BeatAnswer(_)
             | PeerBody::TransferLeader
             | PeerBody::TimeoutNow
             | PeerBody::ReadIndex { .. }

@@ -13,7 +13,7 @@
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use flowstone_protocol::peer as pb;
 use flowstone_protocol::{ControlType, PartitionId, RaftIndex, ReplicaId, Term, TopicId, TopicPartition};
-use flowstone_replication::{GroupMessage, PeerBody, PeerMessage};
+use flowstone_replication::{Beat, BeatAnswer, GroupMessage, PeerBody, PeerMessage, RestingGroup};
 use flowstone_storage::{EntryBody, LogEntry};
 use pb::group_message::Body;
 use prost::Message;
@@ -58,8 +58,22 @@ mod field {
         pub(in super::super) const READ_INDEX: u32 = 17;
         pub(in super::super) const READ_INDEX_ANSWER: u32 = 18;
         pub(in super::super) const ENDED: u32 = 19;
+        pub(in super::super) const BEAT: u32 = 20;
+        pub(in super::super) const BEAT_ANSWER: u32 = 21;
         /// Of a heartbeat's row; the fields before it are those of a message.
         pub(in super::super) const ROW_COMMIT: u32 = 7;
+        pub(in super::super) const ROW_LANE: u32 = 8;
+    }
+    pub(super) mod beat {
+        pub(in super::super) const SESSION: u32 = 1;
+        pub(in super::super) const NUMBER: u32 = 2;
+        pub(in super::super) const LANE: u32 = 3;
+        pub(in super::super) const SUM: u32 = 4;
+        pub(in super::super) const JOINS: u32 = 5;
+        pub(in super::super) const LEAVES: u32 = 6;
+        /// Of an answer.
+        pub(in super::super) const IS_KNOWN: u32 = 4;
+        pub(in super::super) const LEFT: u32 = 5;
     }
     pub(super) mod append {
         pub(in super::super) const PREVIOUS_INDEX: u32 = 1;
@@ -94,6 +108,8 @@ fn malformed<T>(what: &str) -> Result<T, Malformed> {
 pub(crate) fn items_of(message: &GroupMessage) -> usize {
     match &message.message.body {
         PeerBody::Append { entries, .. } => 1 + entries.len(),
+        PeerBody::Beat(beat) => 1 + beat.joins.len() + beat.leaves.len(),
+        PeerBody::BeatAnswer(answer) => 1 + answer.left.len(),
         _ => 1,
     }
 }
@@ -104,6 +120,9 @@ pub(crate) fn bytes_of(message: &GroupMessage) -> usize {
     match &message.message.body {
         PeerBody::Append { entries, .. } => {
             FIXED + entries.iter().map(|e| std::mem::size_of::<LogEntry>() + e.data_bytes()).sum::<usize>()
+        }
+        PeerBody::Beat(_) | PeerBody::BeatAnswer(_) => {
+            FIXED + items_of(message) * std::mem::size_of::<RestingGroup>() + std::mem::size_of::<Beat>()
         }
         _ => FIXED,
     }
@@ -145,7 +164,7 @@ struct Out {
 impl Out {
     fn message(&mut self, message: &GroupMessage) {
         let GroupMessage { tp, message: PeerMessage { from, to, term, body } } = message;
-        let row = |commit: &RaftIndex| pb::HeartbeatRow {
+        let row = |commit: &RaftIndex, lane: u32| pb::HeartbeatRow {
             topic_high: (tp.topic.get() >> 64) as u64,
             topic_low: tp.topic.get() as u64,
             partition: tp.partition.get() as u32,
@@ -153,11 +172,12 @@ impl Out {
             to: to.get(),
             term: term.get(),
             commit: commit.get(),
+            lane,
         };
         let body = match body {
-            PeerBody::Heartbeat { commit } => return self.nested(field::stream::HEARTBEATS, &row(commit)),
-            PeerBody::HeartbeatResponse { commit } => {
-                return self.nested(field::stream::HEARTBEAT_ANSWERS, &row(commit));
+            PeerBody::Heartbeat { commit } => return self.nested(field::stream::HEARTBEATS, &row(commit, 0)),
+            PeerBody::HeartbeatResponse { commit, lane } => {
+                return self.nested(field::stream::HEARTBEAT_ANSWERS, &row(commit, *lane));
             }
             PeerBody::Append { .. } => None,
             PeerBody::AppendResponse { index, commit, reject, reject_hint, hint_term, request_snapshot } => {
@@ -201,6 +221,21 @@ impl Out {
                 refused: *refused,
             })),
             PeerBody::Ended => Some(Body::Ended(pb::Nothing {})),
+            PeerBody::Beat(beat) => Some(Body::Beat(pb::Beat {
+                session: beat.session,
+                number: beat.number,
+                lane: beat.lane,
+                sum: beat.sum,
+                joins: beat.joins.iter().map(resting_row).collect(),
+                leaves: beat.leaves.iter().map(resting_row).collect(),
+            })),
+            PeerBody::BeatAnswer(answer) => Some(Body::BeatAnswer(pb::BeatAnswer {
+                session: answer.session,
+                number: answer.number,
+                lane: answer.lane,
+                is_known: answer.is_known,
+                left: answer.left.iter().map(resting_row).collect(),
+            })),
         };
         let fields = pb::GroupMessage {
             topic_high: (tp.topic.get() >> 64) as u64,
@@ -281,6 +316,17 @@ fn len_of(bytes: usize) -> usize {
     1 + prost::length_delimiter_len(bytes) + bytes
 }
 
+fn resting_row(group: &RestingGroup) -> pb::RestingGroup {
+    pb::RestingGroup {
+        topic_high: (group.tp.topic.get() >> 64) as u64,
+        topic_low: group.tp.topic.get() as u64,
+        partition: group.tp.partition.get() as u32,
+        leader: group.leader.get(),
+        follower: group.follower.get(),
+        term: group.term.get(),
+    }
+}
+
 fn entry_parts(entry: &LogEntry) -> (pb::Entry, &Bytes) {
     let (control_type, data) = match &entry.body {
         EntryBody::Batch(batch) => (0, batch),
@@ -320,15 +366,16 @@ pub(crate) fn decode(mut buf: impl Buf) -> Result<Received, Malformed> {
             field::stream::HEARTBEATS | field::stream::HEARTBEAT_ANSWERS => {
                 count(&mut items)?;
                 let mut address = Address::default();
-                let mut commit = 0;
+                let (mut commit, mut lane) = (0, 0);
                 nested(wire, buf, |tag, wire, buf| match tag {
                     field::message::ROW_COMMIT => set(&mut commit, varint(wire, buf)),
+                    field::message::ROW_LANE => set(&mut lane, varint(wire, buf)),
                     _ => address.field(tag, wire, buf),
                 })?;
                 let commit = RaftIndex::new(commit);
                 let body = match tag {
                     field::stream::HEARTBEATS => PeerBody::Heartbeat { commit },
-                    _ => PeerBody::HeartbeatResponse { commit },
+                    _ => PeerBody::HeartbeatResponse { commit, lane: lane_of(lane)? },
                 };
                 received.messages.push(address.message(body)?);
             }
@@ -418,7 +465,7 @@ fn decode_message(wire: WireType, buf: &mut impl Buf, items: &mut usize) -> Resu
             }
             field::message::HEARTBEAT_COMMIT => PeerBody::Heartbeat { commit: RaftIndex::new(varint(wire, buf)?) },
             field::message::HEARTBEAT_ANSWER_COMMIT => {
-                PeerBody::HeartbeatResponse { commit: RaftIndex::new(varint(wire, buf)?) }
+                PeerBody::HeartbeatResponse { commit: RaftIndex::new(varint(wire, buf)?), lane: 0 }
             }
             field::message::TRANSFER_LEADER => nothing(wire, buf, PeerBody::TransferLeader)?,
             field::message::TIMEOUT_NOW => nothing(wire, buf, PeerBody::TimeoutNow)?,
@@ -443,6 +490,8 @@ fn decode_message(wire: WireType, buf: &mut impl Buf, items: &mut usize) -> Resu
                 }
             }
             field::message::ENDED => nothing(wire, buf, PeerBody::Ended)?,
+            field::message::BEAT => decode_beat(wire, buf, items)?,
+            field::message::BEAT_ANSWER => decode_beat_answer(wire, buf, items)?,
             _ => return address.field(tag, wire, buf),
         });
         Ok(())
@@ -473,6 +522,61 @@ fn decode_append(wire: WireType, buf: &mut impl Buf, items: &mut usize) -> Resul
         commit: RaftIndex::new(commit),
         entries,
     })
+}
+
+fn decode_beat(wire: WireType, buf: &mut impl Buf, items: &mut usize) -> Result<PeerBody, Malformed> {
+    let (mut session, mut number, mut lane, mut sum) = (0, 0, 0, 0);
+    let (mut joins, mut leaves) = (Vec::new(), Vec::new());
+    nested(wire, buf, |tag, wire, buf| match tag {
+        field::beat::SESSION => set(&mut session, fixed64(wire, buf)),
+        field::beat::NUMBER => set(&mut number, varint(wire, buf)),
+        field::beat::LANE => set(&mut lane, varint(wire, buf)),
+        field::beat::SUM => set(&mut sum, fixed64(wire, buf)),
+        field::beat::JOINS => decode_resting(wire, buf, items, &mut joins),
+        field::beat::LEAVES => decode_resting(wire, buf, items, &mut leaves),
+        _ => Ok(skip_field(wire, tag, buf, DecodeContext::default())?),
+    })?;
+    Ok(PeerBody::Beat(Box::new(Beat { session, number, lane: lane_of(lane)?, sum, joins, leaves })))
+}
+
+fn decode_beat_answer(wire: WireType, buf: &mut impl Buf, items: &mut usize) -> Result<PeerBody, Malformed> {
+    let (mut session, mut number, mut lane, mut is_known) = (0, 0, 0, 0);
+    let mut left = Vec::new();
+    nested(wire, buf, |tag, wire, buf| match tag {
+        field::beat::SESSION => set(&mut session, fixed64(wire, buf)),
+        field::beat::NUMBER => set(&mut number, varint(wire, buf)),
+        field::beat::LANE => set(&mut lane, varint(wire, buf)),
+        field::beat::IS_KNOWN => set(&mut is_known, varint(wire, buf)),
+        field::beat::LEFT => decode_resting(wire, buf, items, &mut left),
+        _ => Ok(skip_field(wire, tag, buf, DecodeContext::default())?),
+    })?;
+    let is_known = is_known != 0;
+    Ok(PeerBody::BeatAnswer(Box::new(BeatAnswer { session, number, lane: lane_of(lane)?, is_known, left })))
+}
+
+fn decode_resting(
+    wire: WireType,
+    buf: &mut impl Buf,
+    items: &mut usize,
+    into: &mut Vec<RestingGroup>,
+) -> Result<(), Malformed> {
+    count(items)?;
+    let row: pb::RestingGroup = flat(wire, buf)?;
+    let Ok(partition) = i32::try_from(row.partition) else {
+        return malformed("a partition's number is too large");
+    };
+    let topic = TopicId::new(u128::from(row.topic_high) << 64 | u128::from(row.topic_low));
+    into.push(RestingGroup {
+        tp: TopicPartition::new(topic, PartitionId::new(partition)),
+        leader: ReplicaId::new(row.leader),
+        follower: ReplicaId::new(row.follower),
+        term: Term::new(row.term),
+    });
+    Ok(())
+}
+
+fn lane_of(lane: u64) -> Result<u32, Malformed> {
+    u32::try_from(lane).or_else(|_| malformed("a shard's number is too large"))
 }
 
 fn decode_entry(wire: WireType, buf: &mut impl Buf) -> Result<LogEntry, Malformed> {
@@ -584,6 +688,15 @@ mod tests {
         RaftIndex::new(index)
     }
 
+    fn resting(number: u64) -> RestingGroup {
+        RestingGroup {
+            tp: TopicPartition::new(TopicId::new(u128::MAX - u128::from(number)), PartitionId::new(number as i32)),
+            leader: ReplicaId::new(number),
+            follower: ReplicaId::new(u64::MAX - number),
+            term: Term::new(number),
+        }
+    }
+
     /// One of each kind.
     fn all_kinds() -> Vec<GroupMessage> {
         let term = Term::new(4);
@@ -628,7 +741,28 @@ mod tests {
             message(12, PeerBody::ReadIndexAnswer { request: 1, index: index(3), refused: true }),
             message(13, PeerBody::Ended),
             heartbeat(14),
-            message(15, PeerBody::HeartbeatResponse { commit: index(u64::MAX) }),
+            message(15, PeerBody::HeartbeatResponse { commit: index(u64::MAX), lane: u32::MAX }),
+            message(
+                16,
+                PeerBody::Beat(Box::new(Beat {
+                    session: u64::MAX,
+                    number: 2,
+                    lane: 3,
+                    sum: 4,
+                    joins: vec![resting(5), resting(6)],
+                    leaves: vec![resting(7)],
+                })),
+            ),
+            message(
+                17,
+                PeerBody::BeatAnswer(Box::new(BeatAnswer {
+                    session: 1,
+                    number: u64::MAX,
+                    lane: 2,
+                    is_known: true,
+                    left: vec![resting(8)],
+                })),
+            ),
         ]
     }
 
@@ -726,6 +860,19 @@ mod tests {
         };
         assert!(decode(&empty_entries(ITEMS_MAX - 1)[..]).is_ok());
         assert!(decode(&empty_entries(ITEMS_MAX)[..]).is_err());
+        // Message, beat, groups that join: 2 bytes each.
+        let empty_groups = |count: usize| {
+            let mut stream = [0x2a, 0].repeat(count);
+            for tag in [&[0xa2, 0x01][..], &[0x12]] {
+                let mut outer = tag.to_vec();
+                encode_varint(stream.len() as u64, &mut outer);
+                outer.append(&mut stream);
+                stream = outer;
+            }
+            stream
+        };
+        assert!(decode(&empty_groups(ITEMS_MAX - 1)[..]).is_ok());
+        assert!(decode(&empty_groups(ITEMS_MAX)[..]).is_err());
         let rows = [0x1a, 0].repeat(ITEMS_MAX + 1);
         assert!(decode(&rows[..rows.len() - 2]).is_ok());
         assert!(decode(&rows[..]).is_err());

@@ -1,8 +1,9 @@
 //! A shard and the other brokers: where replicas are, what goes to them and comes from them, and the clock that idle
 //! groups share.
 //!
-//! An idle group costs a look at one number per tick, and what its heartbeats cost: its replica is stepped only when a
-//! heartbeat says something new or its clock runs out. Everything that leaves in one round for one broker leaves in one
+//! A quiet group costs a look at one number per tick, and what its heartbeats cost: its replica is stepped only when a
+//! heartbeat says something new or its clock runs out. One that stays quiet is spoken for together with others, see
+//! [`super::resting`]. Everything that leaves in one round for one broker leaves in one
 //! call of the transport.
 
 use std::sync::Arc;
@@ -14,7 +15,6 @@ use super::{Shard, SlotKey, State};
 use crate::effects::Event;
 use crate::machine::Machine;
 use crate::peer::{PeerBody, PeerMessage};
-use crate::raft_adapter::Rest;
 use crate::request::Role;
 use crate::transport::GroupMessage;
 
@@ -80,88 +80,7 @@ impl Places {
     }
 }
 
-/// What is known of a replica whose group is at rest: one line of the processor's cache or two, rather than the dozens that
-/// looking into the replica takes.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Quiet {
-    rest: Rest,
-    own: ReplicaId,
-    /// Where its leader is.
-    broker: BrokerId,
-    /// When its leader was heard of last.
-    heard_at: Option<u64>,
-    /// Which followers answered.
-    answered: u8,
-}
-
 impl<M: Machine> Shard<M> {
-    // ---- groups at rest --------------------------------------------------------------------------------------------
-
-    /// Takes a heartbeat, or an answer to one, where all that it says is known. Whether it did.
-    fn take_quietly(&mut self, index: u32, from: BrokerId, tp: TopicPartition, message: &PeerMessage) -> bool {
-        let Some(quiet) = &mut self.quiet[index as usize] else { return false };
-        if quiet.own != message.to || quiet.rest.term != message.term {
-            return false;
-        }
-        match message.body {
-            PeerBody::Heartbeat { commit }
-                if !quiet.rest.leads
-                    && quiet.rest.others[0] == message.from
-                    && quiet.broker == from
-                    && commit <= quiet.rest.commit =>
-            {
-                quiet.heard_at = Some(self.ticks);
-                self.wakes[index as usize] = self.ticks + quiet.rest.timeout;
-                let answer = PeerMessage {
-                    from: message.to,
-                    to: message.from,
-                    term: message.term,
-                    body: PeerBody::HeartbeatResponse { commit: quiet.rest.commit },
-                };
-                self.port.counters.messages_sent.fetch_add(1, Ordering::Relaxed);
-                self.outgoing.entry(from).or_default().push(GroupMessage { tp, message: answer });
-                true
-            }
-            PeerBody::HeartbeatResponse { .. } if quiet.rest.leads => {
-                let who = quiet.rest.others.iter().position(|&other| other == message.from);
-                if let Some(at) = who {
-                    quiet.answered |= 1 << at;
-                }
-                who.is_some()
-            }
-            _ => false,
-        }
-    }
-
-    /// Tells a replica what was heard while its group was at rest: before anything else happens to it.
-    pub(super) fn stir(&mut self, index: u32) {
-        let Some(quiet) = self.quiet[index as usize].take() else { return };
-        let State::Running(replica) = &mut self.slots[index as usize].state else { return };
-        if let Some(at) = quiet.heard_at {
-            replica.heard_leader(at);
-        }
-        if quiet.answered != 0 {
-            replica.pass_ticks(self.ticks.saturating_sub(replica.ticks() + 1));
-            let answered = (0..quiet.rest.others.len()).filter(|at| quiet.answered & (1 << at) != 0);
-            for at in answered {
-                replica.heard_follower(quiet.rest.others[at]);
-            }
-        }
-    }
-
-    /// Lets it rest, if there is nothing to do for it.
-    fn rest(&mut self, index: u32) {
-        let slot = &self.slots[index as usize];
-        let State::Running(replica) = &slot.state else { return };
-        if slot.touched || slot.closing.is_some() || !slot.events.is_empty() || replica.is_alone() {
-            return;
-        }
-        let Some(rest) = replica.rest() else { return };
-        let broker = if rest.leads { Some(BrokerId::new(-1)) } else { slot.places.broker_of(rest.others[0]) };
-        self.quiet[index as usize] =
-            broker.map(|broker| Quiet { rest, own: slot.spec.replica, broker, heard_at: None, answered: 0 });
-    }
-
     // ---- time ------------------------------------------------------------------------------------------------------
 
     /// Sets when time matters next to a replica.
@@ -172,6 +91,7 @@ impl<M: Machine> Shard<M> {
             _ => NEVER,
         };
         // What was due while nothing happened is due with the next tick.
+        let wake = if self.is_spoken_for(index) { NEVER } else { wake };
         self.wakes[index as usize] = wake.max(self.ticks + 1);
         if wake != NEVER {
             let at = self.now + self.config.tick;
@@ -182,6 +102,7 @@ impl<M: Machine> Shard<M> {
     /// One tick of everybody's clock.
     pub(super) fn on_tick(&mut self) {
         self.ticks += 1;
+        self.end_silent();
         let mut any = false;
         for index in 0..self.wakes.len() {
             let wake = self.wakes[index];
@@ -190,7 +111,8 @@ impl<M: Machine> Shard<M> {
                 self.tick(index as u32);
             }
         }
-        if any {
+        self.beat();
+        if any || !self.resting.is_empty() {
             self.timers.tick_at = Some(self.now + self.config.tick);
         }
     }
@@ -269,6 +191,17 @@ impl<M: Machine> Shard<M> {
             return;
         }
         for GroupMessage { tp, message } in messages {
+            match message.body {
+                PeerBody::Beat(ref beat) => {
+                    self.on_beat(from, tp, &message, beat);
+                    continue;
+                }
+                PeerBody::BeatAnswer(answer) => {
+                    self.on_beat_answer(from, *answer);
+                    continue;
+                }
+                _ => {}
+            }
             let Some(&index) = self.by_partition.get(&tp) else { continue };
             if self.take_quietly(index, from, tp, &message) {
                 continue;
@@ -301,6 +234,7 @@ impl<M: Machine> Shard<M> {
     }
 
     pub(super) fn on_unreachable(&mut self, broker: BrokerId) {
+        self.end_all_told(broker);
         for index in 0..self.slots.len() as u32 {
             let slot = &self.slots[index as usize];
             if matches!(slot.shown.role, Role::Leader | Role::Elected) {
@@ -313,6 +247,8 @@ impl<M: Machine> Shard<M> {
     }
 
     pub(super) fn on_peer_gone(&mut self, broker: BrokerId) {
+        self.end_all_told(broker);
+        self.end_all_heard(broker);
         for index in 0..self.slots.len() as u32 {
             if self.slots[index as usize].shown.leader_broker == Some(broker) {
                 self.event(index, Event::LeaderGone);

@@ -622,7 +622,7 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[index as usize];
         tracing::warn!(tp = %slot.spec.tp, "what a replica misses was trimmed everywhere: it is copied as a whole");
         slot.hint = slot.shown.leader_broker;
-        self.quiet[index as usize] = None;
+        self.rise(index);
         let slot = &mut self.slots[index as usize];
         let at_least = match &slot.pull {
             Some(Pull { goal: Goal::CatchUp { offered, .. }, .. }) => Some(offered.index),
