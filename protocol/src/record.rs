@@ -7,6 +7,8 @@
 //! header: | key length, varint | key | value length, varint | value |            a length of -1 is null (not for a header's key)
 //! ```
 
+pub mod cleaning;
+
 use std::io::Read;
 
 use bytes::Bytes;
