@@ -193,11 +193,12 @@ impl Producers {
                         timestamp: batch.timestamp.get(),
                     })
                     .collect(),
+                ..ProducerState::default()
             })
             .collect();
         // Equal states have equal checkpoints.
         producers.sort_by_key(|producer| producer.producer_id);
-        ProducersCheckpoint { producers }.encode_to_vec().into()
+        ProducersCheckpoint { producers, ..Default::default() }.encode_to_vec().into()
     }
 
     pub(crate) fn restore(&mut self, checkpoint: &[u8]) -> Result<(), Error> {

@@ -1,7 +1,7 @@
 //! What goes into a replica's step, and what comes out.
 
 use bytes::Bytes;
-use flowstone_protocol::{Error, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term};
+use flowstone_protocol::{Error, LeaderEpoch, Marker, Offset, ProducerId, RaftIndex, ReplicaId, Term};
 use flowstone_storage::read::LookupTicket;
 use flowstone_storage::{
     CheckpointDone, CheckpointJob, CountTicket, FlushDone, FlushJob, HardState, LogEntry, ReadError, ReadTicket,
@@ -51,6 +51,13 @@ pub enum Event<M: Machine> {
         to: TrimTo,
         /// Where the log start goes.
         reply: Reply<Result<Offset, Error>>,
+    },
+    /// A transaction ends in this partition.
+    Marker {
+        /// How.
+        marker: Marker,
+        /// Told when that is committed.
+        reply: Reply<Result<(), Error>>,
     },
     /// Other settings.
     Reconfigure(Reconfigure),
@@ -119,6 +126,7 @@ impl<M: Machine> Event<M> {
             Self::Read { reply, .. } => Answer::Read { reply, result: Err(error) },
             Self::ListOffset { reply, .. } => Answer::ListOffset { reply, result: Err(error) },
             Self::Trim { reply, .. } => Answer::Trim { reply, result: Err(error) },
+            Self::Marker { reply, .. } => Answer::Marker { reply, result: Err(error) },
             Self::ChangeMembership { reply, .. } | Self::TransferLeader { reply, .. } => {
                 Answer::ChangeMembership { reply, result: Err(error) }
             }
@@ -267,6 +275,13 @@ pub enum Answer<M: Machine> {
         /// What it says.
         result: Result<Offset, Error>,
     },
+    /// To a transaction's marker.
+    Marker {
+        /// Where it goes.
+        reply: Reply<Result<(), Error>>,
+        /// What it says.
+        result: Result<(), Error>,
+    },
     /// To a change of membership, or of the leader.
     ChangeMembership {
         /// Where it goes.
@@ -303,6 +318,7 @@ impl<M: Machine> Answer<M> {
             Self::Read { reply, result } => reply.send(result),
             Self::ListOffset { reply, result } => reply.send(result),
             Self::Trim { reply, result } => reply.send(result),
+            Self::Marker { reply, result } => reply.send(result),
             Self::ChangeMembership { reply, result } => reply.send(result),
             Self::Group { reply, result } => reply.send(result),
             Self::ReadIndex { reply, result } => reply.send(result),
@@ -330,6 +346,22 @@ pub struct ReadOrder {
     pub log_start: Offset,
     /// As the answer will say.
     pub high_watermark: Offset,
+    /// As the answer will say.
+    pub last_stable_offset: Offset,
+    /// Those that may have batches in what is read.
+    pub aborted: Vec<(ProducerId, Offset)>,
+}
+
+impl ReadOrder {
+    /// Reads, waiting for the disk; and where that goes.
+    pub fn run(self) -> (Reply<Result<ReadAnswer, Error>>, Result<ReadAnswer, ReadError>) {
+        let Self { ticket, reply, log_start, high_watermark, last_stable_offset, mut aborted } = self;
+        let answer = ticket.run().map(|bytes| {
+            aborted.retain(|(_, first)| *first < bytes.next);
+            ReadAnswer { bytes, log_start, high_watermark, last_stable_offset, aborted }
+        });
+        (reply, answer)
+    }
 }
 
 /// A lookup of an offset that needs the disk, or time.

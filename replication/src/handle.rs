@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize,
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
-use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, Offset, ReplicaId, Term, TopicPartition};
+use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, Marker, Offset, ReplicaId, Term, TopicPartition};
 use tokio::sync::Notify;
 
 use crate::effects::Event;
@@ -125,6 +125,13 @@ impl<M: Machine> ReplicaHandle<M> {
         self.send(Event::Command { command, reply });
     }
 
+    /// Ends a producer's transaction in this partition; leader only. Answers when that is committed, at once where it was
+    /// before; `PRODUCER_FENCED` where a later transaction has begun, `NOT_COORDINATOR` where a newer coordinator has
+    /// written.
+    pub fn marker(&self, marker: Marker, reply: Reply<Result<(), Error>>) {
+        self.send(Event::Marker { marker, reply });
+    }
+
     /// Reads committed batches.
     pub fn read(&self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>) {
         self.send(Event::Read { request, reply });
@@ -205,6 +212,7 @@ pub(crate) struct StatusCell {
     role: AtomicU8,
     term: AtomicU64,
     log_start: AtomicI64,
+    last_stable_offset: AtomicI64,
     high_watermark: AtomicI64,
     end_offset: AtomicI64,
     size_bytes: AtomicU64,
@@ -226,6 +234,7 @@ impl StatusCell {
             role: AtomicU8::new(role_to_u8(Role::Opening)),
             term: AtomicU64::new(0),
             log_start: AtomicI64::new(0),
+            last_stable_offset: AtomicI64::new(0),
             high_watermark: AtomicI64::new(0),
             end_offset: AtomicI64::new(0),
             size_bytes: AtomicU64::new(0),
@@ -239,9 +248,10 @@ impl StatusCell {
     }
 
     pub(crate) fn read(&self) -> ReplicaStatus {
-        // The order of the loads is the reverse of the stores' in `publish`: log start <= high watermark <= end.
+        // The order of the loads is the reverse of the stores' in `publish`: log start <= last stable offset <= high watermark <= end.
         let role = role_from_u8(self.role.load(Ordering::Acquire));
         let log_start = Offset::new(self.log_start.load(Ordering::Acquire));
+        let last_stable_offset = Offset::new(self.last_stable_offset.load(Ordering::Acquire));
         let high_watermark = Offset::new(self.high_watermark.load(Ordering::Acquire));
         let end_offset = Offset::new(self.end_offset.load(Ordering::Acquire));
         ReplicaStatus {
@@ -249,6 +259,7 @@ impl StatusCell {
             term: Term::new(self.term.load(Ordering::Relaxed)),
             log_start,
             high_watermark,
+            last_stable_offset,
             end_offset,
             size_bytes: self.size_bytes.load(Ordering::Relaxed),
             records: self.records.load(Ordering::Relaxed),
@@ -268,6 +279,7 @@ impl StatusCell {
         self.records.store(now.records, Ordering::Relaxed);
         self.end_offset.store(now.end_offset.get(), Ordering::Release);
         self.high_watermark.store(now.high_watermark.get(), Ordering::Release);
+        self.last_stable_offset.store(now.last_stable_offset.get(), Ordering::Release);
         self.log_start.store(now.log_start.get(), Ordering::Release);
         let role = role_to_u8(now.role);
         let mut changed = self.term.swap(now.term.get(), Ordering::Relaxed) != now.term.get();

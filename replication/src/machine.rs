@@ -3,7 +3,9 @@
 use std::fmt::Debug;
 
 use bytes::Bytes;
-use flowstone_protocol::{BatchHeader, ControlType, Error, Offset, RaftIndex, Term, Timestamp};
+use flowstone_protocol::{
+    BatchHeader, ControlType, Error, ErrorCode, Marker, Offset, ProducerId, RaftIndex, Term, Timestamp,
+};
 
 /// A deterministic state machine that is fed from one log.
 ///
@@ -23,6 +25,35 @@ pub trait Machine: Debug + Send + 'static {
     /// Leader only: may this batch of a client be proposed? Reflects what is in flight; changes nothing by itself, as
     /// the batch may still be refused for another reason: [`Machine::appended`] follows if it was not.
     fn admit(&mut self, batch: &BatchHeader, now: Timestamp) -> Admission;
+
+    /// Leader only: may this end of a transaction be proposed? [`Machine::appended`] follows if it is.
+    fn admit_marker(&mut self, marker: &Marker, now: Timestamp) -> Admission {
+        let _ = (marker, now);
+        Admission::Refuse(Error::new(ErrorCode::InternalTopic, "no transaction writes into this log"))
+    }
+
+    /// Leader only: the payload of a [`ControlType::ProducerExpiry`], where the leader's clock says that producers have been
+    /// idle for too long. Asked for now and then; nothing changes before that is committed.
+    fn expired(&mut self, now: Timestamp) -> Option<Bytes> {
+        let _ = now;
+        None
+    }
+
+    /// Whether [`Machine::expired`] may ever say something.
+    fn may_expire(&self) -> bool {
+        false
+    }
+
+    /// Where the oldest open transaction begins; `high_watermark` where none is open. From what is committed alone.
+    fn last_stable_offset(&self, high_watermark: Offset) -> Offset {
+        high_watermark
+    }
+
+    /// Transactions that were aborted and have batches between two offsets: producer and first offset of each.
+    fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
+        let _ = (from, to);
+        Vec::new()
+    }
 
     /// Leader only: the entry was appended and is not committed yet. In log order, in the same step as its proposal.
     fn appended(&mut self, entry: &MachineEntry<'_>);
@@ -107,7 +138,7 @@ pub struct MachineEntry<'a> {
 pub enum MachineBody<'a> {
     /// Records; the machine asked for headers only.
     Header,
-    /// Records: the whole batch. Only the base offset and the epoch inside may not be stamped yet.
+    /// Records, or a transaction's marker (which every machine is handed so): the whole batch. Only the base offset and the epoch inside may not be stamped yet.
     Records(&'a Bytes),
     /// A control batch.
     Control {

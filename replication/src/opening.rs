@@ -334,7 +334,9 @@ fn replay<M: Machine>(log: &mut Log, machine: &mut M, index: RaftIndex) -> Resul
     let reads_records = machine.reads_records();
     let mut give = |body| machine.committed(&MachineEntry { index, term, base_offset, header: &header, body });
     match log.entry(index)?.body {
-        EntryBody::Batch(batch) if reads_records => give(MachineBody::Records(&batch)),
+        EntryBody::Batch(batch) if reads_records || header.attributes.is_control() => {
+            give(MachineBody::Records(&batch))
+        }
         EntryBody::Batch(_) => give(MachineBody::Header),
         EntryBody::Control { ctype, payload } => {
             give(MachineBody::Control { ctype, payload: &payload });

@@ -15,6 +15,7 @@ pub(crate) enum Waiting<M: Machine> {
     Produce { reply: Reply<Result<Produced, Error>>, produced: Produced, permit: Permit },
     Command { reply: Reply<Result<M::Reply, Error>>, answer: M::Reply },
     Trim { reply: Reply<Result<Offset, Error>>, to: Offset },
+    Marker { reply: Reply<Result<(), Error>> },
     Membership { reply: Reply<Result<(), Error>> },
 }
 
@@ -24,6 +25,7 @@ impl<M: Machine> Waiting<M> {
             Self::Produce { reply, produced, permit } => Answer::Produce { reply, result: Ok(produced), permit },
             Self::Command { reply, answer } => Answer::Command { reply, result: Ok(answer) },
             Self::Trim { reply, to } => Answer::Trim { reply, result: Ok(log_start.max(to)) },
+            Self::Marker { reply } => Answer::Marker { reply, result: Ok(()) },
             Self::Membership { reply } => Answer::ChangeMembership { reply, result: Ok(()) },
         }
     }
@@ -41,6 +43,7 @@ impl<M: Machine> Waiting<M> {
                 Answer::Command { reply, result: Err(error) }
             }
             Self::Trim { reply, .. } => Answer::Trim { reply, result: Err(error) },
+            Self::Marker { reply } => Answer::Marker { reply, result: Err(error) },
             Self::Membership { reply } => Answer::ChangeMembership { reply, result: Err(error) },
         }
     }
@@ -157,12 +160,15 @@ impl ParkedReads {
         }
     }
 
-    /// Those for which there is something below the high watermark now.
-    pub(crate) fn take_below(&mut self, high_watermark: Offset) -> Vec<WaitingRead> {
-        if self.reads.iter().all(|(request, _)| request.from < high_watermark) {
+    /// Those for which there is something below the high watermark now, or below the last stable offset where they want
+    /// no more.
+    pub(crate) fn take_below(&mut self, high_watermark: Offset, last_stable_offset: Offset) -> Vec<WaitingRead> {
+        let has_something =
+            |request: &ReadRequest| request.from < if request.committed { last_stable_offset } else { high_watermark };
+        if self.reads.iter().all(|(request, _)| has_something(request)) {
             return std::mem::take(&mut self.reads);
         }
-        self.reads.extract_if(.., |(request, _)| request.from < high_watermark).collect()
+        self.reads.extract_if(.., |(request, _)| has_something(request)).collect()
     }
 
     /// Those that only a leader may answer.

@@ -17,9 +17,9 @@ use std::cell::Ref;
 use std::collections::VecDeque;
 
 use bytes::Bytes;
-use flowstone_protocol::control::{log_start_of, log_start_payload};
+use flowstone_protocol::control::{encode_marker, log_start_of, log_start_payload};
 use flowstone_protocol::{
-    BatchHeader, ControlType, Error, ErrorCode, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term, Timestamp,
+    BatchHeader, ControlType, Error, ErrorCode, LeaderEpoch, Marker, Offset, RaftIndex, ReplicaId, Term, Timestamp,
     TimestampType, TopicPartition,
 };
 use flowstone_storage::planted::{Bug, is_planted};
@@ -595,6 +595,7 @@ impl<M: Machine> Replica<M> {
             term: self.raft.term(),
             log_start: log.log_start(),
             high_watermark: log.high_watermark(),
+            last_stable_offset: self.last_stable_offset(),
             end_offset: log.end_offset(),
             size_bytes: log.size_bytes(),
             records: self.records,
@@ -607,7 +608,8 @@ impl<M: Machine> Replica<M> {
 
     fn on_event(&mut self, event: Event<M>, now: Timestamp, fx: &mut Effects<M>) -> Result<(), Ended> {
         let report = matches!(event, Event::Flushed(_) | Event::HardStateFlushed(_) | Event::CheckpointWritten(_));
-        let request = matches!(event, Event::Produce(_) | Event::Command { .. } | Event::Trim { .. });
+        let request =
+            matches!(event, Event::Produce(_) | Event::Command { .. } | Event::Trim { .. } | Event::Marker { .. });
         if (self.truncation.is_some() && !report) || (request && self.holds_back()) {
             // Settings are few, and never lost.
             if self.held.len() < HELD_MAX || matches!(event, Event::Reconfigure(_)) {
@@ -623,11 +625,13 @@ impl<M: Machine> Replica<M> {
             Event::Read { request, reply } => self.read(request, reply, fx),
             Event::ListOffset { query, reply } => self.list_offset(query, reply, fx),
             Event::Trim { to, reply } => self.trim(to, reply, fx),
+            Event::Marker { marker, reply } => self.marker(&marker, reply, now, fx),
             Event::ChangeMembership { change, reply } => self.propose_membership(change, reply, fx),
             Event::Reconfigure(change) => self.reconfigure(change),
             Event::Retain => {
                 self.raft.log_mut().roll_if_due(now)?;
                 self.retain(now);
+                self.expire(now);
                 delete_trimmed(self.raft.log_mut());
             }
             Event::RoomAgain => {
@@ -807,6 +811,11 @@ impl<M: Machine> Replica<M> {
             return Err(error);
         }
         self.reserve(batch.len())?;
+        Ok(self.take_in(batch, header))
+    }
+
+    /// Takes a batch that has its room into this step's proposals.
+    fn take_in(&mut self, batch: Bytes, header: &BatchHeader) -> (RaftIndex, Offset) {
         let index = self.next_index();
         let term = self.raft.term();
         let base_offset = self.next_offset;
@@ -815,12 +824,13 @@ impl<M: Machine> Replica<M> {
             leader_epoch: LeaderEpoch::from_term(term).unwrap_or(LeaderEpoch::NONE),
             ..*header
         };
-        let body = if self.machine.reads_records() { MachineBody::Records(&batch) } else { MachineBody::Header };
+        let reads = self.machine.reads_records() || header.attributes.is_control();
+        let body = if reads { MachineBody::Records(&batch) } else { MachineBody::Header };
         self.machine.appended(&MachineEntry { index, term, base_offset, header: &header, body });
         self.next_offset = base_offset.plus(header.offsets());
         self.bytes_unflushed += batch.len() as u64;
         self.proposals.push(raft_adapter::proposal(EntryBody::Batch(batch)));
-        Ok((index, base_offset))
+        (index, base_offset)
     }
 
     /// Room on the disk for a batch, before anything is decided about it: nothing that was proposed fails for want of it.
@@ -846,15 +856,48 @@ impl<M: Machine> Replica<M> {
         })
     }
 
+    fn marker(&mut self, marker: &Marker, reply: Reply<Result<(), Error>>, now: Timestamp, fx: &mut Effects<M>) {
+        match self.try_marker(marker, now) {
+            Ok(index) if index > self.applied => self.parked.park(index, false, Waiting::Marker { reply }),
+            result => fx.answers.push(Answer::Marker { reply, result: result.map(|_| ()) }),
+        }
+    }
+
+    /// Where the marker is, or goes.
+    fn try_marker(&mut self, marker: &Marker, now: Timestamp) -> Result<RaftIndex, Error> {
+        if let Some(error) = self.unavailable().or_else(|| self.handing_over()) {
+            return Err(error);
+        }
+        if self.parked.len() >= PARKED_MAX {
+            return Err(self.overloaded("too much waits to be committed"));
+        }
+        match self.machine.admit_marker(marker, now) {
+            Admission::Append => {}
+            Admission::Duplicate { index, .. } => return Ok(index),
+            Admission::Refuse(error) => return Err(error.with_partition(self.config.tp.partition)),
+        }
+        let batch = encode_marker(marker, now);
+        // A transaction that could not end for want of room would hold back all readers.
+        self.reserve_cure(batch.len())?;
+        let header = BatchHeader::parse(&batch)
+            .unwrap_or_else(|error| unreachable!("a marker of {} is no batch: {error}", self.config.tp));
+        Ok(self.take_in(batch, &header).0)
+    }
+
+    /// Room for what the log itself writes: it may use what is kept for a full disk's cure.
+    fn reserve_cure(&mut self, bytes: usize) -> Result<(), Error> {
+        self.raft.log_mut().reserve_privileged(bytes).map_err(|error| {
+            let code = if error.is_disk_full() { ErrorCode::DiskFull } else { ErrorCode::StorageFailed };
+            Error::new(code, error.to_string()).with_partition(self.config.tp.partition)
+        })
+    }
+
     /// Takes a control batch into this step's proposals; it may use the room that is kept for a full disk's cure.
     fn accept_control(&mut self, ctype: ControlType, payload: Bytes) -> Result<RaftIndex, Error> {
         if let Some(error) = self.handing_over() {
             return Err(error);
         }
-        self.raft.log_mut().reserve_privileged(CONTROL_BYTES + payload.len()).map_err(|error| {
-            let code = if error.is_disk_full() { ErrorCode::DiskFull } else { ErrorCode::StorageFailed };
-            Error::new(code, error.to_string()).with_partition(self.config.tp.partition)
-        })?;
+        self.reserve_cure(CONTROL_BYTES + payload.len())?;
         let index = self.next_index();
         self.next_offset = self.next_offset.next();
         self.proposals.push(raft_adapter::proposal(EntryBody::Control { ctype, payload }));
@@ -1248,6 +1291,24 @@ impl<M: Machine> Replica<M> {
         }
     }
 
+    /// Producers that were idle for too long by the leader's clock: everyone learns it from the log.
+    fn expire(&mut self, now: Timestamp) {
+        if self.serving
+            && self.raft.takes_proposals()
+            && let Some(payload) = self.machine.expired(now)
+            // Without room it is tried again at the next round.
+            && let Err(error) = self.accept_control(ControlType::ProducerExpiry, payload)
+        {
+            tracing::debug!(tp = %self.config.tp, %error, "idle producers are forgotten later");
+        }
+    }
+
+    /// Up to where readers of what is committed may read.
+    fn last_stable_offset(&self) -> Offset {
+        let log = self.log();
+        self.machine.last_stable_offset(log.high_watermark()).max(log.log_start())
+    }
+
     fn reconfigure(&mut self, change: Reconfigure) {
         let Reconfigure { log, retention, flush, max_message_bytes } = change;
         self.raft.log_mut().set_config(log);
@@ -1312,12 +1373,13 @@ impl<M: Machine> Replica<M> {
             }
         }
         // At the end, or in what is appended and not committed yet: there is nothing to read, and nothing is wrong.
-        if request.from >= high_watermark && request.from <= end {
+        let readable = if request.committed { self.last_stable_offset() } else { high_watermark };
+        if request.from >= readable && request.from <= end {
             if request.wait {
                 self.park_read(request, reply, || unreachable!("it waits"), fx);
             } else {
-                // The log gives nothing at its high watermark.
-                self.read_now(ReadRequest { from: high_watermark, ..request }, reply, fx);
+                // The log gives nothing there.
+                self.read_now(ReadRequest { from: request.from.min(high_watermark), ..request }, reply, fx);
             }
             return;
         }
@@ -1375,6 +1437,7 @@ impl<M: Machine> Replica<M> {
     }
 
     fn read_now(&mut self, request: ReadRequest, reply: Reply<Result<ReadAnswer, Error>>, fx: &mut Effects<M>) {
+        let last_stable_offset = self.last_stable_offset();
         let log = self.raft.log_mut();
         // What the reader was told elsewhere does not go back. A leader, too, may be behind what its followers know to be
         // committed: while its own disk is slow.
@@ -1383,11 +1446,25 @@ impl<M: Machine> Replica<M> {
             request.known_high_watermark.filter(|&known| if self.serving { known <= end } else { request.any_replica });
         let high_watermark = log.high_watermark().max(known.unwrap_or(Offset::ZERO));
         let log_start = log.log_start();
-        match log.read(request.from, request.max_bytes) {
+        let below = if request.committed { last_stable_offset } else { log.high_watermark() };
+        let read = log.read_below(request.from, request.max_bytes, below);
+        // Whoever reads there was told that it is stable.
+        let last_stable_offset =
+            if request.committed { last_stable_offset.max(request.from) } else { last_stable_offset };
+        let aborted = |to| match request.committed {
+            true => self.machine.aborted_between(request.from, to),
+            false => Vec::new(),
+        };
+        match read {
             Ok(Read::Bytes(bytes)) => {
-                fx.answers.push(Answer::Read { reply, result: Ok(ReadAnswer { bytes, log_start, high_watermark }) });
+                let aborted = aborted(bytes.next);
+                let answer = ReadAnswer { bytes, log_start, high_watermark, last_stable_offset, aborted };
+                fx.answers.push(Answer::Read { reply, result: Ok(answer) });
             }
-            Ok(Read::Ticket(ticket)) => fx.tickets.push(ReadOrder { ticket, reply, log_start, high_watermark }),
+            Ok(Read::Ticket(ticket)) => {
+                let aborted = aborted(below);
+                fx.tickets.push(ReadOrder { ticket, reply, log_start, high_watermark, last_stable_offset, aborted });
+            }
             Err(error) => {
                 let result = Err(read_error(&error).with_partition(self.config.tp.partition));
                 fx.answers.push(Answer::Read { reply, result });
@@ -1761,7 +1838,7 @@ impl<M: Machine> Replica<M> {
         if !self.reads.is_empty() {
             // Those that wait at one that does not lead are content with that.
             let high_watermark = self.log().high_watermark();
-            for (request, reply) in self.reads.take_below(high_watermark) {
+            for (request, reply) in self.reads.take_below(high_watermark, self.last_stable_offset()) {
                 self.read_now(request, reply, fx);
             }
         }

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use flowstone_protocol::{
-    BatchHeader, BrokerId, Error, LeaderEpoch, Offset, RaftIndex, ReplicaId, Term, Timestamp, TopicPartition,
+    BatchHeader, BrokerId, Error, LeaderEpoch, Offset, ProducerId, RaftIndex, ReplicaId, Term, Timestamp,
+    TopicPartition,
 };
 use flowstone_storage::{LogConfig, ReadBytes, RetentionConfig};
 
@@ -116,12 +117,22 @@ pub struct ReadRequest {
     /// The highest high watermark that the reader was told: a replica that is behind it waits (where `wait` is set) or
     /// answers with a retriable error, never with an offset out of range.
     pub known_high_watermark: Option<Offset>,
+    /// Only up to the last stable offset, with what was aborted below it; at that it waits, as at the high watermark.
+    pub committed: bool,
 }
 
 impl ReadRequest {
     /// A read from the leader.
     pub const fn new(from: Offset, max_bytes: usize) -> Self {
-        Self { from, max_bytes, last_epoch: None, wait: false, any_replica: false, known_high_watermark: None }
+        Self {
+            from,
+            max_bytes,
+            last_epoch: None,
+            wait: false,
+            any_replica: false,
+            known_high_watermark: None,
+            committed: false,
+        }
     }
 }
 
@@ -134,6 +145,11 @@ pub struct ReadAnswer {
     pub log_start: Offset,
     /// One past the last committed offset.
     pub high_watermark: Offset,
+    /// Where the oldest open transaction begins; the high watermark where none is open.
+    pub last_stable_offset: Offset,
+    /// With [`ReadRequest::committed`]: the transactions that were aborted and have batches in `bytes`, as producer and first
+    /// offset.
+    pub aborted: Vec<(ProducerId, Offset)>,
 }
 
 /// Which offset to look up.
@@ -230,6 +246,8 @@ pub struct ReplicaStatus {
     pub log_start: Offset,
     /// One past the last committed offset.
     pub high_watermark: Offset,
+    /// Where the oldest open transaction begins; the high watermark where none is open.
+    pub last_stable_offset: Offset,
     /// One past the last appended offset.
     pub end_offset: Offset,
     /// Bytes of its segments.

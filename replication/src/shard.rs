@@ -51,7 +51,7 @@ use crate::opening::{Lost, OpenJob, Opened, close_log, mark_running, mark_stoppe
 use crate::peer::PeerMessage;
 use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
-use crate::request::{FlushMode, Health, ReadAnswer, Reconfigure, ReplicaSpec, ReplicaStatus, Role, Start};
+use crate::request::{FlushMode, Health, Reconfigure, ReplicaSpec, ReplicaStatus, Role, Start};
 use crate::stripe::{Stripe, Waiter, Written};
 use crate::transport::{GroupMessage, PeerTransport, PullAnswer, PullRequest};
 use crate::workers::{JobKind, ThreadPools, Workers, run_or_stop};
@@ -943,6 +943,7 @@ impl<M: Machine> Shard<M> {
                 term: Term::new(0),
                 log_start: Offset::ZERO,
                 high_watermark: Offset::ZERO,
+                last_stable_offset: Offset::ZERO,
                 end_offset: Offset::ZERO,
                 size_bytes: 0,
                 records: 0,
@@ -1531,9 +1532,8 @@ impl<M: Machine> Shard<M> {
         self.workers.submit(
             JobKind::Read,
             Box::new(move || {
-                let ReadOrder { ticket, reply, log_start, high_watermark } = order;
-                if !reply.is_abandoned() {
-                    let answer = ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
+                if !order.reply.is_abandoned() {
+                    let (reply, answer) = order.run();
                     if let Err(ReadError::Corrupt { offset, .. }) = &answer {
                         drop(port.inbox.report(Message::Corrupt { slot, offset: *offset }));
                     }
@@ -1753,7 +1753,10 @@ impl<M: Machine> Shard<M> {
             let mut any = false;
             for index in 0..self.slots.len() as u32 {
                 let slot = &self.slots[index as usize];
-                if slot.spec.retention != RetentionConfig::default() && !matches!(slot.state, State::Free) {
+                let may_expire = matches!(&slot.state, State::Running(replica) if replica.machine().may_expire());
+                if may_expire
+                    || (slot.spec.retention != RetentionConfig::default() && !matches!(slot.state, State::Free))
+                {
                     any = true;
                     if index % RETENTION_SLICES == slice {
                         self.event(index, Event::Retain);

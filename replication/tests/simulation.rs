@@ -346,9 +346,8 @@ impl World {
             answer.send();
         }
         for order in tickets {
-            let (log_start, high_watermark) = (order.log_start, order.high_watermark);
-            if let Ok(bytes) = order.ticket.run() {
-                order.reply.send(Ok(ReadAnswer { bytes, log_start, high_watermark }));
+            if let (reply, Ok(answer)) = order.run() {
+                reply.send(Ok(answer));
             }
         }
         if flush.is_some() {

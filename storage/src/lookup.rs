@@ -38,6 +38,14 @@ impl Log {
     /// Fails with [`ReadError::OutOfRange`] below the log start or above the high watermark. CRCs are not checked here:
     /// [`ReadBytes::verify`] does.
     pub fn read(&mut self, from: Offset, max_bytes: usize) -> Result<Read, ReadError> {
+        self.read_below(from, max_bytes, self.high_watermark)
+    }
+
+    /// As [`Log::read`], of batches that begin below `below` alone: none where `from` is not.
+    ///
+    /// # Errors
+    /// As [`Log::read`]; `below` changes nothing about that.
+    pub fn read_below(&mut self, from: Offset, max_bytes: usize, below: Offset) -> Result<Read, ReadError> {
         if from < self.log_start || from > self.high_watermark {
             return Err(ReadError::OutOfRange {
                 offset: from,
@@ -47,16 +55,16 @@ impl Log {
         }
         let which = self.segment_of_offset(from);
         let name = self.name_of(which);
-        if from == self.high_watermark {
+        if from >= below.min(self.high_watermark) {
             let place = Place { segment: name, position: 0 };
             return Ok(Read::Bytes(ReadBytes::new(Vec::new(), from, from, place)));
         }
-        match self.with_slots(which, false, |slots, view| view.extent(slots, from, max_bytes)) {
+        match self.with_slots(which, false, |slots, view| view.extent(slots, from, max_bytes, below)) {
             Ok(extent) => Ok(self.give(which, extent)),
             Err(NoSlot::NotCached) => {
                 let Which::Sealed(number) = which else { unreachable!("the active segment's index is in memory") };
                 let files = Arc::clone(&self.sealed[number].files);
-                Ok(Read::Ticket(ReadTicket::search(files, self.view(which), from, max_bytes)))
+                Ok(Read::Ticket(ReadTicket::search(files, self.view(which), from, max_bytes, below)))
             }
             Err(NoSlot::Failed(error)) => Err(error.into()),
         }

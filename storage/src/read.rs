@@ -125,7 +125,7 @@ enum Ticket {
     /// It is known where the bytes lie.
     Bytes { source: Source, extent: Extent },
     /// The index has to be asked first.
-    Search { files: Arc<SealedFiles>, view: View, from: Offset, bytes_max: usize },
+    Search { files: Arc<SealedFiles>, view: View, from: Offset, bytes_max: usize, below: Offset },
 }
 
 /// A segment's log file.
@@ -183,16 +183,16 @@ impl Source {
 }
 
 impl ReadTicket {
-    pub(crate) fn search(files: Arc<SealedFiles>, view: View, from: Offset, bytes_max: usize) -> Self {
-        Self(Ticket::Search { files, view, from, bytes_max })
+    pub(crate) fn search(files: Arc<SealedFiles>, view: View, from: Offset, bytes_max: usize, below: Offset) -> Self {
+        Self(Ticket::Search { files, view, from, bytes_max, below })
     }
 
     /// Reads, waiting for the disk.
     pub fn run(self) -> Result<ReadBytes, ReadError> {
         let (source, extent) = match self.0 {
             Ticket::Bytes { source, extent } => (source, extent),
-            Ticket::Search { files, view, from, bytes_max } => {
-                let extent = view.extent(&mut WaitingSlots::of(&files), from, bytes_max)?;
+            Ticket::Search { files, view, from, bytes_max, below } => {
+                let extent = view.extent(&mut WaitingSlots::of(&files), from, bytes_max, below)?;
                 (Source::Sealed(files), extent)
             }
         };

@@ -103,16 +103,23 @@ impl View {
         if self.readable < self.batches { Ok(u64::from(slots.slot(self.readable)?.position)) } else { Ok(self.end) }
     }
 
-    /// The committed batches from the one that holds `from` on that fit in `bytes_max`, at least one.
-    pub(crate) fn extent(&self, slots: &mut dyn Slots, from: Offset, bytes_max: usize) -> Result<Extent, NoSlot> {
+    /// The committed batches from the one that holds `from` on that begin below `below` and fit in `bytes_max`, at least one.
+    pub(crate) fn extent(
+        &self,
+        slots: &mut dyn Slots,
+        from: Offset,
+        bytes_max: usize,
+        below: Offset,
+    ) -> Result<Extent, NoSlot> {
         let (number, first) = self.batch_of(slots, from)?;
         let position = u64::from(first.position);
         let limit = position.saturating_add(bytes_max as u64);
         // The usual read, at the tail, takes all there is: one look instead of a search.
-        let end = if self.readable == self.batches && self.end <= limit {
+        let end = if self.readable == self.batches && self.end <= limit && self.end_offset <= below {
             self.readable
         } else {
-            Self::search(slots, number + 1, self.readable, |slot| slot.end_position() <= limit)?
+            let fits = |slot: &Slot| slot.end_position() <= limit && slot.base_offset(self.base_offset) < below;
+            Self::search(slots, number + 1, self.readable, fits)?
         };
         let bytes = (slots.slot(end - 1)?.end_position() - position) as usize;
         let next = self.offset_behind(slots, end - 1)?;

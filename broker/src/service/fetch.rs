@@ -408,6 +408,7 @@ impl FetchSession {
                 wait: true,
                 any_replica: position.any_replica,
                 known_high_watermark: position.known_high_watermark,
+                committed: false,
             };
             let arrivals = Arc::downgrade(&self.arrivals);
             let parked = parks.then(|| self.node.metrics.read_parks());

@@ -178,11 +178,8 @@ impl<M: Machine> Shell<M> {
             answer.send();
         }
         for order in tickets {
-            let (log_start, high_watermark) = (order.log_start, order.high_watermark);
-            let answer = order.ticket.run().map(|bytes| ReadAnswer { bytes, log_start, high_watermark });
-            order
-                .reply
-                .send(answer.map_err(|error| Error::new(flowstone_protocol::ErrorCode::Internal, error.to_string())));
+            let (reply, answer) = order.run();
+            reply.send(answer.map_err(|error| Error::new(flowstone_protocol::ErrorCode::Internal, error.to_string())));
         }
         for order in fetches {
             let ticket = self.replica.log().range(order.first, order.last, order.max_bytes as usize);
