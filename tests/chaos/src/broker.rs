@@ -3,7 +3,7 @@
 use crate::failure::{Failure, Outcome};
 use crate::network::{Network, Node};
 use crate::proxy::{Dialers, Proxy};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -202,6 +202,32 @@ impl Broker {
         self.signal(Signal::CONT)?;
         self.process.iter_mut().for_each(|process| process.paused = false);
         Ok(())
+    }
+
+    /// Lets its process have so many open files from now on, fewer than it has already perhaps; what it was allowed before.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn limit_open_files(&self, files: u64) -> Outcome<u64> {
+        let process = Pid::from_child(&self.running()?.child);
+        let failure = || Failure::of(format!("the limits of broker {}", self.id));
+        let maximum = rustix::process::getrlimit(Resource::Nofile).maximum;
+        let limit = Rlimit { current: Some(files), maximum };
+        let before = prlimit(Some(process), Resource::Nofile, limit).map_err(failure())?;
+        Ok(before.current.unwrap_or(u64::MAX))
+    }
+
+    /// Bytes of memory that are its process's own: what it maps of files is not counted.
+    ///
+    /// # Errors
+    /// It does not run.
+    pub fn own_memory(&self) -> Outcome<u64> {
+        let path = format!("/proc/{}/status", self.running()?.child.id());
+        let status = fs::read_to_string(&path).map_err(Failure::of(&path))?;
+        let kib = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:")?.split_whitespace().next()?.parse::<u64>().ok());
+        kib.map(|kib| kib << 10).ok_or_else(|| Failure::new(format!("{path} has no RssAnon")))
     }
 
     /// Whether it is paused.

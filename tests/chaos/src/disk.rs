@@ -58,7 +58,22 @@ fn run(command: &mut Command) -> Outcome {
 /// # Errors
 /// A folder cannot be read.
 pub fn sealed_segments(data_dir: &Path) -> Outcome<Vec<PathBuf>> {
-    let mut sealed = Vec::new();
+    Ok(segments(data_dir)?.0)
+}
+
+/// The segments below a data directory that are still written: in each folder the newest, those with the most content first.
+///
+/// # Errors
+/// A folder cannot be read.
+pub fn active_segments(data_dir: &Path) -> Outcome<Vec<PathBuf>> {
+    let mut active = segments(data_dir)?.1;
+    active.sort_by_key(|path| std::cmp::Reverse(content_of(path).map_or(0, |bytes| bytes.len())));
+    Ok(active)
+}
+
+/// Those that are written no more, and those that are.
+fn segments(data_dir: &Path) -> Outcome<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let (mut sealed, mut active) = (Vec::new(), Vec::new());
     let mut folders = vec![data_dir.to_owned()];
     while let Some(folder) = folders.pop() {
         let mut segments = Vec::new();
@@ -71,11 +86,32 @@ pub fn sealed_segments(data_dir: &Path) -> Outcome<Vec<PathBuf>> {
             }
         }
         segments.sort();
-        segments.pop();
+        active.extend(segments.pop());
         sealed.append(&mut segments);
     }
     sealed.sort();
-    Ok(sealed)
+    Ok((sealed, active))
+}
+
+/// A file without the zeros at its end.
+fn content_of(path: &Path) -> Outcome<Vec<u8>> {
+    let mut bytes = fs::read(path).map_err(Failure::of(path.display()))?;
+    let content = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
+    bytes.truncate(content);
+    Ok(bytes)
+}
+
+/// Overwrites the second half of a file's content with zeros, as a disk does that forgot what it had flushed.
+///
+/// # Errors
+/// The file cannot be read or written, or holds nothing.
+pub fn forget_tail(path: &Path) -> Outcome {
+    let content = content_of(path)?.len();
+    if content < 2 {
+        return Err(Failure::new(format!("{}: there is no content to forget", path.display())));
+    }
+    let file = OpenOptions::new().write(true).open(path).map_err(Failure::of(path.display()))?;
+    file.write_all_at(&vec![0; content - content / 2], (content / 2) as u64).map_err(Failure::of(path.display()))
 }
 
 /// Changes one byte in the middle of a file's content, as a rotten sector would; where. Zeros at its end are no content.
@@ -83,12 +119,11 @@ pub fn sealed_segments(data_dir: &Path) -> Outcome<Vec<PathBuf>> {
 /// # Errors
 /// The file cannot be read or written, or holds nothing.
 pub fn flip_byte(path: &Path) -> Outcome<u64> {
-    let bytes = fs::read(path).map_err(Failure::of(path.display()))?;
-    let content = bytes.iter().rposition(|byte| *byte != 0).map_or(0, |last| last + 1);
-    if content < 2 {
+    let bytes = content_of(path)?;
+    if bytes.len() < 2 {
         return Err(Failure::new(format!("{}: there is no content to damage", path.display())));
     }
-    let at = content / 2;
+    let at = bytes.len() / 2;
     let file: File = OpenOptions::new().write(true).open(path).map_err(Failure::of(path.display()))?;
     file.write_all_at(&[bytes[at] ^ 0x10], at as u64).map_err(Failure::of(path.display()))?;
     Ok(at as u64)

@@ -19,6 +19,7 @@ mod cluster;
 mod dialer;
 mod disk;
 mod failure;
+mod namespaces;
 mod network;
 pub mod proxy;
 mod run;
@@ -27,8 +28,9 @@ mod workload;
 
 pub use broker::{Broker, Ended};
 pub use cluster::{Cluster, HANG, Setup, flowstone_binary};
-pub use disk::{SmallDisk, flip_byte, sealed_segments};
+pub use disk::{SmallDisk, active_segments, flip_byte, forget_tail, sealed_segments};
 pub use failure::{Failure, Outcome};
+pub use namespaces::Namespaces;
 pub use network::{Link, Network, Node};
 pub use run::{Report, Settings, run};
 pub use schedule::{Fault, FaultKind, Schedule, Step};

@@ -3,6 +3,7 @@
 
 mod disks;
 mod joining;
+mod namespaces;
 mod network;
 mod operations;
 mod processes;

@@ -1,7 +1,7 @@
 //! Brokers that do not reach each other, or late.
 
 use crate::{all_is_well, alone, three};
-use flowstone_chaos::{Link, Node, flowstone_binary};
+use flowstone_chaos::{Link, Node, Setup, Workload, flowstone_binary};
 use std::time::Duration;
 
 #[test]
@@ -73,6 +73,35 @@ fn delay_and_loss_are_only_slow() {
         }
     }
     workload.goes_on(&cluster).expect("it goes on");
+    cluster.network().heal();
+    all_is_well(&cluster, workload);
+}
+
+#[test]
+fn of_five_the_larger_half_goes_on_and_so_does_a_ring() {
+    let _alone = alone();
+    let cluster = Setup::new(5).start().expect("five brokers form a cluster");
+    cluster.ok(&["topic", "create", "checked", "-p", "1", "-r", "5"]).expect("a topic on all of them");
+    let mut workload = Workload::start(&cluster, "checked", 1, &[]).expect("records in, records out");
+    let leader = cluster.leader("checked", 0).expect("asked").expect("a leader");
+    let others: Vec<i32> = cluster.ids().into_iter().filter(|id| *id != leader).collect();
+    // The leader and one more on one side, three on the other.
+    for one in [leader, others[0]] {
+        for other in &others[1..] {
+            cluster.network().cut(Node::Broker(one), Node::Broker(*other));
+        }
+    }
+    workload.goes_on(&cluster).expect("three of five are a majority");
+    cluster.network().heal();
+    cluster.wait_healthy().expect("it heals");
+    // A ring: each reaches its two neighbours, which are a majority with it, and nobody reaches all.
+    let ids = cluster.ids();
+    for (at, id) in ids.iter().enumerate() {
+        for step in [2, 3] {
+            cluster.network().cut_one_way(Node::Broker(*id), Node::Broker(ids[(at + step) % ids.len()]));
+        }
+    }
+    workload.goes_on(&cluster).expect("whoever leads has a majority");
     cluster.network().heal();
     all_is_well(&cluster, workload);
 }

@@ -1,7 +1,9 @@
 //! Processes that are killed, paused and stopped.
 
 use crate::{all_is_well, alone, three};
-use std::time::Duration;
+use flowstone_chaos::{HANG, Setup};
+use std::net::TcpStream;
+use std::time::{Duration, Instant};
 
 #[test]
 fn the_leader_is_killed() {
@@ -65,4 +67,56 @@ fn one_after_another_is_restarted() {
         cluster.wait_healthy().expect("it catches up");
     }
     all_is_well(&cluster, workload);
+}
+
+#[test]
+fn a_broker_without_file_descriptors_holds_up_nobody_and_recovers() {
+    let _alone = alone();
+    let (mut cluster, mut workload) = three();
+    let open = cluster.broker(2).metric("flowstone_process_open_files").expect("asked");
+    // What it has it keeps; it gets none for new connections, segments and maps.
+    let before = cluster.broker(2).limit_open_files(open as u64).expect("it runs");
+    let address = cluster.broker(2).client().address();
+    let held: Vec<TcpStream> = (0..100).map_while(|_| TcpStream::connect(address).ok()).collect();
+    assert_eq!(held.len(), 100, "the proxy takes them");
+    workload.goes_on(&cluster).expect("those that have what they need go on");
+    assert!(cluster.broker(2).is_running());
+    drop(held);
+    cluster.broker(2).limit_open_files(before).expect("it still runs");
+    cluster.wait_ready(2).expect("it recovers");
+    all_is_well(&cluster, workload);
+}
+
+#[test]
+fn memory_stays_bounded_while_a_follower_takes_nothing() {
+    let _alone = alone();
+    let mut cluster = Setup::new(3)
+        .set("storage.in_flight_bytes_max=16 MiB")
+        .set("limits.receiving_bytes=32 MiB")
+        .start()
+        .expect("three brokers form a cluster");
+    cluster.ok(&["topic", "create", "wide", "-r", "3"]).expect("a topic");
+    cluster.wait_healthy().expect("all copies are whole");
+    let leader = cluster.leader("wide", 0).expect("asked").expect("a leader");
+    let paused = cluster.ids().into_iter().find(|id| *id != leader).expect("two follow");
+    let before = cluster.broker(leader).own_memory().expect("it runs");
+    cluster.broker(paused).pause().expect("it runs");
+    // Far more than may wait for the one that takes nothing: 64 MiB of appends.
+    let arguments =
+        ["bench", "produce", "--topic", "wide", "--records", "4000", "--size", "100000", "--timeout", "90s"];
+    let mut produce = cluster.command(&arguments).spawn().expect("it starts");
+    let (began, mut most) = (Instant::now(), 0);
+    let status = loop {
+        most = most.max(cluster.broker(leader).own_memory().expect("it runs"));
+        match produce.try_wait().expect("our child") {
+            Some(status) => break status,
+            None => assert!(began.elapsed() < HANG * 2, "400 MB are not written"),
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert!(status.success(), "two are a majority");
+    let grown = most.saturating_sub(before) >> 20;
+    assert!(grown < 256, "the leader's memory has grown by {grown} MiB over 400 MB that one follower did not take");
+    cluster.broker(paused).resume().expect("it runs");
+    cluster.wait_healthy().expect("it catches up");
 }

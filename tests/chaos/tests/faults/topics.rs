@@ -24,3 +24,22 @@ fn a_topic_is_deleted_and_made_again_while_a_broker_is_down() {
     cluster.start_all().expect("it comes back, and deletes what is deleted");
     crate::all_is_well(&cluster, after);
 }
+
+#[test]
+fn a_topic_is_deleted_while_it_is_written() {
+    let _alone = alone();
+    let cluster = Setup::new(3).start().expect("three brokers form a cluster");
+    for round in 0..3 {
+        cluster.ok(&["topic", "create", "short-lived", "-p", "3", "-r", "3"]).expect("a topic, again");
+        let arguments = ["bench", "produce", "--topic", "short-lived", "--records", "100000000", "--rate", "2000"];
+        let mut produce = cluster.command(&arguments).spawn().expect("it starts");
+        cluster.eventually(&["consume", "short-lived", "-n", "100", "--timeout", "5s"]).expect("it is written");
+        cluster.ok(&["topic", "delete", "short-lived", "--yes"]).expect("deleted while it is written");
+        let status = produce.wait().expect("our child");
+        // The topic is unknown, and stays so.
+        assert!(!status.success(), "round {round}");
+        let listed = cluster.ok(&["topic", "list", "-o", "name"]).expect("asked");
+        assert!(!listed.contains("short-lived"), "{listed}");
+        cluster.wait_healthy().expect("nothing of it is left to be healed");
+    }
+}
