@@ -151,12 +151,12 @@ const CALM: Duration = Duration::from_secs(3);
 
 impl Schedule {
     /// Faults of these kinds upon these brokers, for so long. The same seed gives the same faults; each kind comes once
-    /// before any comes again.
+    /// before any comes again, and so does each broker.
     pub fn new(seed: u64, length: Duration, brokers: &[i32], kinds: &[FaultKind]) -> Schedule {
         let mut random = StdRng::seed_from_u64(seed);
         let mut steps = Vec::new();
         let mut at = CALM;
-        let mut left: Vec<FaultKind> = Vec::new();
+        let (mut left, mut turns): (Vec<FaultKind>, Vec<i32>) = (Vec::new(), Vec::new());
         while !kinds.is_empty() && !brokers.is_empty() {
             if left.is_empty() {
                 left = kinds.to_vec();
@@ -168,7 +168,11 @@ impl Schedule {
             if at + lasts + CALM > length {
                 break;
             }
-            let broker = brokers[random.random_range(0..brokers.len())];
+            if turns.is_empty() {
+                turns = brokers.to_vec();
+                turns.shuffle(&mut random);
+            }
+            let Some(broker) = turns.pop() else { break };
             steps.push(Step { at, fault: Fault { kind, broker }, lasts });
             at += lasts + random.random_range(Duration::from_millis(2_000)..Duration::from_millis(5_000));
         }
@@ -198,6 +202,10 @@ mod tests {
             assert!(steps.iter().all(|step| step.at + step.lasts + CALM <= length));
             for kind in FaultKind::ALL {
                 assert!(steps.iter().any(|step| step.fault.kind == kind), "seed {seed}: no {kind}");
+            }
+            for round in steps.chunks_exact(3) {
+                let hit: std::collections::BTreeSet<i32> = round.iter().map(|step| step.fault.broker).collect();
+                assert_eq!(hit.len(), 3, "seed {seed}: {round:?}");
             }
         }
     }
