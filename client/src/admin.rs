@@ -1,6 +1,8 @@
 //! Administration: topics, offsets, the cluster.
 
+mod groups;
 mod operations;
+mod transactions;
 
 use std::sync::Arc;
 
@@ -14,10 +16,14 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::metadata::TopicInfo;
 use crate::retry::{Backoff, BackoffPolicy};
 
+pub use groups::{
+    CommittedOffset, GroupDescription, GroupMember, GroupState, GroupSummary, MemberPartition, PartitionLag,
+};
 pub use operations::{
     BrokerHealth, BrokerState, ClusterHealth, MoveDescription, PartitionHealth, PartitionProblem, PlannedMove,
     RebalancePlan, RecoveredPartition,
 };
+pub use transactions::{TransactionDescription, TransactionState, TransactionSummary};
 
 /// Creates, lists, describes, changes and deletes; made by [`Client::admin`](crate::Client::admin).
 ///
@@ -295,7 +301,8 @@ impl Admin {
     /// `TOPIC_ALREADY_EXISTS`, `INVALID_TOPIC_NAME`, `INVALID_PARTITIONS`, `INVALID_REPLICATION_FACTOR`,
     /// `INVALID_CONFIG`, `INTERNAL_TOPIC`.
     pub async fn create_topic(&self, topic: NewTopic) -> Result<TopicDescription> {
-        let request = topic.request;
+        let mut request = topic.request;
+        request.request_id = Bytes::copy_from_slice(&rand::random::<u128>().to_be_bytes());
         let name = request.name.clone();
         // A retry must know whose topic it is that exists already.
         let before = match self.cluster.ask_for_topic(&name).await {
@@ -569,6 +576,16 @@ pub(crate) async fn list_offsets(
     queries: &[(&str, i32, OffsetSpec)],
     linearizable: bool,
 ) -> Result<Vec<OffsetInfo>> {
+    let queries: Vec<_> = queries.iter().map(|(topic, partition, at)| (*topic, *partition, at.to_pb())).collect();
+    query_offsets(cluster, &queries, linearizable).await
+}
+
+/// As [`list_offsets`], for all that a broker can be asked.
+async fn query_offsets(
+    cluster: &Arc<Cluster>,
+    queries: &[(&str, i32, pb::offset_query::At)],
+    linearizable: bool,
+) -> Result<Vec<OffsetInfo>> {
     let deadline = tokio::time::Instant::now() + cluster.request_timeout();
     let mut found: Vec<Option<OffsetInfo>> = vec![None; queries.len()];
     let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
@@ -587,7 +604,7 @@ pub(crate) async fn list_offsets(
             for number in &numbers {
                 let (name, partition, at) = queries[*number];
                 let topic_id = cluster.topic(name).await?.id.clone();
-                request.queries.push(pb::OffsetQuery { topic_id, partition, at: Some(at.to_pb()) });
+                request.queries.push(pb::OffsetQuery { topic_id, partition, at: Some(at) });
             }
             let response = cluster
                 .call_log(address.as_ref(), |mut log| {

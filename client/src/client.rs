@@ -9,6 +9,7 @@ use crate::cluster::Cluster;
 use crate::connection::ConnectionSettings;
 use crate::consumer::ConsumerBuilder;
 use crate::error::{Error, ErrorCode, Result};
+use crate::group::GroupBuilder;
 use crate::producer::ProducerBuilder;
 
 /// A cluster that was reached. Cheap to clone; the last clone, producer, consumer or [`Admin`] that goes ends its
@@ -25,6 +26,7 @@ use crate::producer::ProducerBuilder;
 #[derive(Clone, Debug)]
 pub struct Client {
     cluster: Arc<Cluster>,
+    client_id: Arc<str>,
 }
 
 /// How to connect; made by [`Client::builder`].
@@ -74,6 +76,11 @@ impl Client {
     /// A consumer to be set up.
     pub fn consumer(&self) -> ConsumerBuilder {
         ConsumerBuilder::new(self.cluster.clone())
+    }
+
+    /// A member of this group, to be set up.
+    pub fn group(&self, group: impl Into<String>) -> GroupBuilder {
+        GroupBuilder::new(self.cluster.clone(), group.into(), self.client_id.to_string())
     }
 
     /// The cluster's id.
@@ -145,7 +152,7 @@ impl ClientBuilder {
             message_bytes_max: self.message_bytes_max,
         };
         let cluster = Cluster::connect(bootstrap, settings, self.request_timeout).await?;
-        Ok(Client { cluster })
+        Ok(Client { cluster, client_id: self.client_id.into() })
     }
 }
 

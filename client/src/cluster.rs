@@ -289,6 +289,20 @@ impl Cluster {
         self.call(first, |address| Ok(attempt(self.connections.log(address)?)), &mut false).await
     }
 
+    /// As [`call_log`](Self::call_log), for any service.
+    pub(crate) async fn call_channel<T, F: Future<Output = Answered<T>>>(
+        &self,
+        first: Option<&ServerAddress>,
+        attempt: impl Fn(tonic::transport::Channel) -> F,
+    ) -> Result<T> {
+        self.call(first, |address| Ok(attempt(self.connections.channel(address)?)), &mut false).await
+    }
+
+    /// The shared connection to one broker.
+    pub(crate) fn channel(&self, address: &ServerAddress) -> Result<tonic::transport::Channel> {
+        self.connections.channel(address)
+    }
+
     /// Asks the controller first; the other brokers hand the request on to whoever it is.
     pub(crate) async fn call_admin<T, F: Future<Output = Answered<T>>>(
         &self,

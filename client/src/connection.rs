@@ -117,7 +117,7 @@ impl ControlConnections {
         &self.settings
     }
 
-    fn channel(&self, address: &ServerAddress) -> Result<Channel> {
+    pub(crate) fn channel(&self, address: &ServerAddress) -> Result<Channel> {
         let mut channels = crate::locked(&self.channels);
         if let Some(channel) = channels.get(address) {
             return Ok(channel.clone());

@@ -20,6 +20,7 @@ use crate::admin::{OffsetInfo, OffsetSpec, known_partition, list_offsets};
 use crate::cluster::{Cluster, MetadataChanges};
 use crate::connection::CREDIT_BYTES_MAX;
 use crate::error::{Error, ErrorCode, Result};
+use crate::group::Place;
 use crate::metadata::{Snapshot, TopicInfo};
 use crate::record::unix_millis;
 use crate::retry::BackoffPolicy;
@@ -241,6 +242,18 @@ impl ConsumerBuilder {
         self
     }
 
+    /// Whether the settings that hold for any partition make sense.
+    fn check(&self) -> Result<()> {
+        let invalid = |message: &str| Err(Error::new(ErrorCode::InvalidRequest, message));
+        if !(1..=CREDIT_BYTES_MAX).contains(&self.prefetch_bytes) {
+            return invalid("prefetch_bytes must be 1 byte to 32 MiB");
+        }
+        if !(1..=i32::MAX as usize).contains(&self.decompressed_bytes_max) {
+            return invalid("decompressed_bytes_max must be 1 byte to 2 GiB");
+        }
+        Ok(())
+    }
+
     /// Looks up where to begin and to end. Reading begins with the first poll.
     ///
     /// The ends are asked for [linearizably](crate::Admin::list_offsets_linearizable): with [`StopAt::End`], all that was
@@ -254,12 +267,7 @@ impl ConsumerBuilder {
         if self.topics.is_empty() && self.partitions.is_empty() {
             return invalid("a consumer needs a topic or a partition to read");
         }
-        if !(1..=CREDIT_BYTES_MAX).contains(&self.prefetch_bytes) {
-            return invalid("prefetch_bytes must be 1 byte to 32 MiB");
-        }
-        if !(1..=i32::MAX as usize).contains(&self.decompressed_bytes_max) {
-            return invalid("decompressed_bytes_max must be 1 byte to 2 GiB");
-        }
+        self.check()?;
         let mut wanted: Vec<(Arc<TopicInfo>, i32, StartAt)> = Vec::new();
         let mut add = |topic: &Arc<TopicInfo>, partition: i32, start_at: StartAt| {
             if !wanted.iter().any(|(known, number, _)| known.name == topic.name && *number == partition) {
@@ -326,20 +334,7 @@ impl ConsumerBuilder {
             };
             partitions.push(Partition { high_watermark, ..Partition::new(topic, *partition, start, until) });
         }
-        let mut consumer = Consumer {
-            changed: next_change(self.cluster.changes()),
-            settings: self,
-            topics,
-            partitions: Vec::new(),
-            by_name: HashMap::new(),
-            streams: Vec::new(),
-            turn: 0,
-            current: None,
-            errors: VecDeque::new(),
-            lookups: FuturesUnordered::new(),
-            wake_at: None,
-            dirty: true,
-        };
+        let mut consumer = Consumer { topics, ..Consumer::empty(self) };
         for partition in partitions {
             consumer.add(partition);
         }
@@ -390,6 +385,8 @@ enum Fetching {
     Stopped,
     /// It is where it should stop.
     Done,
+    /// It is read no more; its place is free.
+    Gone,
 }
 
 impl Partition {
@@ -462,6 +459,12 @@ pub struct Consumer {
     /// By fetch id.
     partitions: Vec<Partition>,
     by_name: HashMap<(Arc<str>, i32), usize>,
+    /// Its partitions are a group's: it waits while it has none.
+    of_group: bool,
+    /// Places of partitions that are gone.
+    free: Vec<usize>,
+    /// Partitions whose position moved without a record; for groups alone.
+    passed_over: Vec<usize>,
     streams: Vec<BrokerStream>,
     /// Which stream is polled first.
     turn: usize,
@@ -592,6 +595,82 @@ impl Consumer {
         self.seek(topic, partition, found.first().map_or(0, |info| info.offset))
     }
 
+    /// One whose partitions come and go; it never ends.
+    pub(crate) fn of_group(settings: ConsumerBuilder) -> Result<Self> {
+        settings.check()?;
+        Ok(Self { of_group: true, ..Self::empty(settings) })
+    }
+
+    fn empty(settings: ConsumerBuilder) -> Self {
+        Self {
+            changed: next_change(settings.cluster.changes()),
+            settings,
+            topics: Vec::new(),
+            partitions: Vec::new(),
+            by_name: HashMap::new(),
+            of_group: false,
+            free: Vec::new(),
+            passed_over: Vec::new(),
+            streams: Vec::new(),
+            turn: 0,
+            current: None,
+            errors: VecDeque::new(),
+            lookups: FuturesUnordered::new(),
+            wake_at: None,
+            dirty: true,
+        }
+    }
+
+    /// Reads this partition too, from here on. `last_epoch`: leader epoch of the last record before it, -1 if unknown.
+    pub(crate) fn assign(&mut self, topic: &TopicInfo, partition: i32, offset: i64, last_epoch: i32) {
+        self.unassign(&topic.id, partition);
+        let mut partition = Partition { last_epoch, ..Partition::new(topic, partition, offset, i64::MAX) };
+        match self.free.pop() {
+            Some(index) => {
+                // Answers for the place's last partition are of an older session.
+                partition.session = self.partitions[index].session.wrapping_add(1);
+                self.by_name.insert((partition.topic.clone(), partition.partition), index);
+                self.partitions[index] = partition;
+                self.dirty = true;
+            }
+            None => self.add(partition),
+        }
+    }
+
+    /// Reads this partition no more.
+    pub(crate) fn unassign(&mut self, topic_id: &Bytes, partition: i32) {
+        let is = |known: &Partition| known.topic_id == *topic_id && known.partition == partition;
+        let gone = |known: &Partition| known.state == Fetching::Gone;
+        let Some(index) = self.partitions.iter().position(|known| is(known) && !gone(known)) else { return };
+        self.current.take_if(|(current, ..)| *current == index);
+        self.unset(index);
+        let partition = &mut self.partitions[index];
+        partition.state = Fetching::Gone;
+        self.by_name.remove(&(partition.topic.clone(), partition.partition));
+        self.free.push(index);
+    }
+
+    /// The id of the topic of a partition that is read here.
+    pub(crate) fn topic_id(&self, topic: &str, partition: i32) -> Option<Bytes> {
+        self.index(topic, partition).ok().map(|index| self.partitions[index].topic_id.clone())
+    }
+
+    /// Leader epoch of the last record handed out of this partition, -1 for none.
+    pub(crate) fn last_epoch(&self, topic: &str, partition: i32) -> i32 {
+        self.index(topic, partition).map_or(-1, |index| self.partitions[index].last_epoch)
+    }
+
+    /// Partitions whose position moved without a record, since the last call.
+    pub(crate) fn take_passed_over(&mut self) -> Vec<(Bytes, i32, Place)> {
+        let moved = std::mem::take(&mut self.passed_over);
+        let place = |index: usize| {
+            let partition = &self.partitions[index];
+            let place = Place { offset: partition.position, epoch: partition.last_epoch };
+            (partition.topic_id.clone(), partition.partition, place)
+        };
+        moved.into_iter().filter(|index| self.partitions[*index].state != Fetching::Gone).map(place).collect()
+    }
+
     /// Hands out nothing more of this partition until it is resumed; its position stays.
     ///
     /// # Errors
@@ -715,12 +794,14 @@ impl Consumer {
             if !self.errors.is_empty() {
                 continue;
             }
-            let ended = |partition: &Partition| matches!(partition.state, Fetching::Done | Fetching::Stopped);
+            let ended =
+                |partition: &Partition| matches!(partition.state, Fetching::Done | Fetching::Stopped | Fetching::Gone);
             let Poll::Ready((at, event)) = self.poll_streams(context) else {
                 if self.dirty {
                     continue;
                 }
-                return if self.partitions.iter().all(ended) { Poll::Ready(None) } else { Poll::Pending };
+                let ended = !self.of_group && self.partitions.iter().all(ended);
+                return if ended { Poll::Ready(None) } else { Poll::Pending };
             };
             match event {
                 FetchEvent::Up | FetchEvent::Rested => self.dirty = true,
@@ -844,7 +925,12 @@ impl Consumer {
             let known = snapshot.topic(&partition.topic).is_some_and(|topic| topic.id == partition.topic_id);
             let source = partition.source(&snapshot, &self.settings.rack, Instant::now());
             match partition.state {
-                Fetching::Done | Fetching::Stopped => {}
+                Fetching::Done | Fetching::Stopped | Fetching::Gone => {}
+                // The group takes it away.
+                _ if !known && self.of_group => {
+                    self.unset(index);
+                    self.partitions[index].state = Fetching::Stopped;
+                }
                 _ if !known => {
                     let error = Error::new(ErrorCode::UnknownTopic, "the topic was deleted");
                     self.stop(index, error);
@@ -899,7 +985,7 @@ impl Consumer {
         };
         let decoded = batch::decode(
             &partition.topic,
-            partition.partition,
+            (&partition.topic_id, partition.partition),
             response.batches,
             response.high_watermark,
             wanted,
@@ -911,6 +997,9 @@ impl Consumer {
         }
         if decoded.batch.is_empty() {
             partition.position = partition.fetch_position;
+            if self.of_group {
+                self.passed_over.push(index);
+            }
         }
         if partition.fetch_position >= partition.until {
             self.unset(index);

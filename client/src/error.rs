@@ -46,6 +46,11 @@ impl Error {
         Self::from(flowstone_protocol::Error::from_detail(detail))
     }
 
+    /// Its form in messages.
+    pub(crate) fn to_detail(&self) -> pb::ErrorDetail {
+        self.0.detail.to_detail()
+    }
+
     /// From the end of a call to this server: the broker's own words where it sent them, else what gRPC says.
     pub(crate) fn from_status(server: &ServerAddress, status: tonic::Status) -> Self {
         if let Some(error) = flowstone_protocol::Error::from_status(&status) {

@@ -62,19 +62,24 @@ mod client;
 mod cluster;
 mod connection;
 pub mod consumer;
+mod coordinator;
 pub mod error;
+pub mod group;
 mod metadata;
 pub mod producer;
 mod record;
 mod retry;
 #[cfg(feature = "testkit")]
 pub mod testkit;
+pub mod transaction;
 mod wire;
 
 pub use admin::{
-    Admin, AlterTopic, BrokerDescription, BrokerHealth, BrokerState, ClusterDescription, ClusterHealth, ConfigSource,
-    ConfigValue, MoveDescription, NewTopic, OffsetInfo, OffsetSpec, PartitionDescription, PartitionHealth,
-    PartitionProblem, PlannedMove, RebalancePlan, RecoveredPartition, TopicDescription, TopicSummary,
+    Admin, AlterTopic, BrokerDescription, BrokerHealth, BrokerState, ClusterDescription, ClusterHealth,
+    CommittedOffset, ConfigSource, ConfigValue, GroupDescription, GroupMember, GroupState, GroupSummary,
+    MemberPartition, MoveDescription, NewTopic, OffsetInfo, OffsetSpec, PartitionDescription, PartitionHealth,
+    PartitionLag, PartitionProblem, PlannedMove, RebalancePlan, RecoveredPartition, TopicDescription, TopicSummary,
+    TransactionDescription, TransactionState, TransactionSummary,
 };
 pub use client::{Client, ClientBuilder};
 pub use consumer::{
@@ -83,8 +88,10 @@ pub use consumer::{
 };
 pub use error::{Error, ErrorCode, ErrorKind, Result};
 pub use flowstone_protocol::Compression;
+pub use group::{Assignor, GroupBuilder, GroupConsumer, GroupEvent, GroupEvents, Revocation};
 pub use producer::{Ack, Acks, Partitioner, Producer, ProducerBuilder, ProducerStats};
 pub use record::{Payload, Record, RecordMetadata};
+pub use transaction::{Transaction, TransactionalBuilder, TransactionalProducer};
 
 /// Locks, whatever became of the thread that held it last: what these locks guard is whole between any two statements
 /// that can panic.

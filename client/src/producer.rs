@@ -15,11 +15,13 @@ use flowstone_protocol::pb;
 use crate::cluster::Cluster;
 use crate::error::{Error, ErrorCode, Result};
 use crate::record::Record;
+use crate::transaction::TransactionalBuilder;
 
 pub use ack::Ack;
 pub use partitioner::Partitioner;
 
 use batcher::BatchSettings;
+pub(crate) use batcher::Identity;
 use sender::{Attempt, ProducerCore, SenderSettings};
 
 /// When a record counts as acknowledged.
@@ -189,15 +191,39 @@ impl ProducerBuilder {
     /// # Errors
     /// `INVALID_REQUEST` for settings that make no sense; `TIMED_OUT` where no broker gives a producer id.
     pub async fn build(self) -> Result<Producer> {
+        self.check()?;
+        let identity = if self.is_idempotent() { Some(sender::init_producer(&self.cluster).await?) } else { None };
+        Ok(self.start(identity, None))
+    }
+
+    /// Makes a transactional producer of it: its records are stored in transactions alone, under this id, which stays the
+    /// same across restarts and is used by one producer at a time. A later one fences the earlier one.
+    pub fn transactional_id(self, transactional_id: impl Into<String>) -> TransactionalBuilder {
+        TransactionalBuilder::new(self, transactional_id.into())
+    }
+
+    pub(crate) fn is_idempotent(&self) -> bool {
+        self.idempotent.unwrap_or(self.acks == Acks::Quorum)
+    }
+
+    pub(crate) fn cluster(&self) -> &Arc<Cluster> {
+        &self.cluster
+    }
+
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// `INVALID_REQUEST` for settings that make no sense.
+    pub(crate) fn check(&self) -> Result<()> {
         let invalid = |message: String| Err(Error::new(ErrorCode::InvalidRequest, message));
-        let idempotent = self.idempotent.unwrap_or(self.acks == Acks::Quorum);
+        let idempotent = self.is_idempotent();
         if idempotent && self.acks != Acks::Quorum {
             return invalid(format!(
                 "an idempotent producer needs acks=quorum, not acks={}; set one or the other",
                 self.acks
             ));
         }
-        let in_flight = self.in_flight.unwrap_or(if idempotent { IN_FLIGHT_MAX } else { 1 });
+        let in_flight = self.batches_in_flight();
         if !(1..=IN_FLIGHT_MAX).contains(&in_flight) {
             return invalid(format!("batches in flight must be 1 to {IN_FLIGHT_MAX}, not {in_flight}"));
         }
@@ -213,25 +239,35 @@ impl ProducerBuilder {
         if self.delivery_timeout.is_zero() || self.delivery_timeout <= self.linger {
             return invalid("the delivery timeout must be longer than the linger".to_owned());
         }
-        let identity = if idempotent { Some(sender::init_producer(&self.cluster).await?) } else { None };
+        Ok(())
+    }
+
+    fn batches_in_flight(&self) -> usize {
+        self.in_flight.unwrap_or(if self.is_idempotent() { IN_FLIGHT_MAX } else { 1 })
+    }
+
+    /// The producer under this identity.
+    pub(crate) fn start(self, identity: Option<Identity>, transactional_id: Option<String>) -> Producer {
         let batching = BatchSettings {
             batch_bytes: self.batch_bytes,
             linger: self.linger,
             compression: self.compression,
             compression_level: self.compression_level,
             delivery_timeout: self.delivery_timeout,
-            in_flight_max: in_flight,
-            idempotent,
+            in_flight_max: self.batches_in_flight(),
+            idempotent: self.is_idempotent(),
             answered: self.acks != Acks::None,
+            transactional: transactional_id.is_some(),
         };
         let settings = SenderSettings {
             acks: self.acks.to_pb(),
             partitioner: self.partitioner,
             record_bytes_max: self.record_bytes_max,
             buffer_bytes: self.buffer_bytes,
+            transactional_id,
         };
         let core = ProducerCore::start(self.cluster, batching, settings, identity);
-        Ok(Producer { handle: Arc::new(Handle { core }) })
+        Producer { handle: Arc::new(Handle { core }) }
     }
 }
 
@@ -291,6 +327,10 @@ pub struct ProducerStats {
 }
 
 impl Producer {
+    pub(crate) fn core(&self) -> &Arc<ProducerCore> {
+        &self.handle.core
+    }
+
     /// Takes a record in; waits while the buffer is full. The [`Ack`] tells what became of it; dropping it is fine where
     /// [`flush`](Self::flush) tells enough.
     ///

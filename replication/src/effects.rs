@@ -1,7 +1,7 @@
 //! What goes into a replica's step, and what comes out.
 
 use bytes::Bytes;
-use flowstone_protocol::{Error, LeaderEpoch, Marker, Offset, ProducerId, RaftIndex, ReplicaId, Term};
+use flowstone_protocol::{Error, LeaderEpoch, Marker, Offset, ProducerId, RaftIndex, ReplicaId, Term, Timestamp};
 use flowstone_storage::read::LookupTicket;
 use flowstone_storage::{
     CheckpointDone, CheckpointJob, CountTicket, FlushDone, FlushJob, HardState, LogEntry, ReadError, ReadTicket,
@@ -368,7 +368,7 @@ impl ReadOrder {
 #[derive(Debug)]
 pub struct LookupOrder {
     /// What to run.
-    pub ticket: LookupTicket,
+    pub work: LookupWork,
     /// Where the offset goes.
     pub reply: Reply<Result<Option<FoundOffset>, Error>>,
     /// As the answer will say.
@@ -379,13 +379,23 @@ impl LookupOrder {
     /// Looks it up, waiting for the disk, and answers; not where nobody waits any more. The offset where it met rot, if it
     /// did.
     pub fn run(self) -> Option<Offset> {
-        let Self { ticket, reply, leader_epoch } = self;
+        let Self { work, reply, leader_epoch } = self;
         if reply.is_abandoned() {
             return None;
         }
-        let found = ticket.run().map(|found| {
-            found.map(|found| FoundOffset { offset: found.offset, timestamp: found.timestamp, leader_epoch })
-        });
+        let found = match work {
+            LookupWork::Find(ticket) => ticket.run().map(|found| {
+                found.map(|found| FoundOffset {
+                    offset: found.offset,
+                    timestamp: found.timestamp,
+                    leader_epoch,
+                    records: None,
+                })
+            }),
+            LookupWork::Count { from, ticket } => ticket.run().map(|records| {
+                Some(FoundOffset { offset: from, timestamp: Timestamp::NONE, leader_epoch, records: Some(records) })
+            }),
+        };
         let rot = match &found {
             Err(ReadError::Corrupt { offset, .. }) => Some(*offset),
             _ => None,
@@ -393,6 +403,20 @@ impl LookupOrder {
         reply.send(found.map_err(|error| read_error(&error)));
         rot
     }
+}
+
+/// What a lookup does on the disk.
+#[derive(Debug)]
+pub enum LookupWork {
+    /// Finds an offset.
+    Find(LookupTicket),
+    /// Counts the data records from an offset on.
+    Count {
+        /// That offset.
+        from: Offset,
+        /// Who counts.
+        ticket: CountTicket,
+    },
 }
 
 /// What a leader offered to a follower.

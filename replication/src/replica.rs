@@ -32,7 +32,7 @@ use raft::eraftpb::Entry;
 use raft::{Ready, StateRole};
 
 use crate::effects::{
-    Answer, CountOrder, Counted, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, Offered, Pulled,
+    Answer, CountOrder, Counted, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, LookupWork, Offered, Pulled,
     ReadOrder,
 };
 use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
@@ -1483,7 +1483,7 @@ impl<M: Machine> Replica<M> {
             return;
         }
         let leader_epoch = LeaderEpoch::from_term(self.raft.term()).unwrap_or(LeaderEpoch::NONE);
-        let at = |offset| FoundOffset { offset, timestamp: Timestamp::NONE, leader_epoch };
+        let at = |offset| FoundOffset { offset, timestamp: Timestamp::NONE, leader_epoch, records: None };
         let log = self.raft.log_mut();
         let found = match query {
             OffsetQuery::Start => Ok(Some(at(log.log_start()))),
@@ -1492,14 +1492,27 @@ impl<M: Machine> Replica<M> {
                 let lookup = match query {
                     OffsetQuery::Timestamp(timestamp) => log.find_timestamp(timestamp),
                     OffsetQuery::RecordsFromEnd(records) => log.find_records_from_end(records),
-                    OffsetQuery::Start | OffsetQuery::End => unreachable!("answered above"),
+                    _ => unreachable!("answered above and below"),
                 };
                 match lookup {
                     Ok(Lookup::Found(found)) => {
                         Ok(found.map(|found| FoundOffset { timestamp: found.timestamp, ..at(found.offset) }))
                     }
                     Ok(Lookup::Ticket(ticket)) => {
-                        fx.lookups.push(LookupOrder { ticket, reply, leader_epoch });
+                        fx.lookups.push(LookupOrder { work: LookupWork::Find(ticket), reply, leader_epoch });
+                        return;
+                    }
+                    Err(error) => Err(read_error(&error).with_partition(self.config.tp.partition)),
+                }
+            }
+            OffsetQuery::RecordsFrom(from) => {
+                let end = log.high_watermark();
+                let from = from.clamp(log.log_start(), end);
+                match log.records_between(from, end) {
+                    Ok(RecordCount::Exact(records)) => Ok(Some(FoundOffset { records: Some(records), ..at(from) })),
+                    Ok(RecordCount::About(_, ticket)) => {
+                        let work = LookupWork::Count { from, ticket };
+                        fx.lookups.push(LookupOrder { work, reply, leader_epoch });
                         return;
                     }
                     Err(error) => Err(read_error(&error).with_partition(self.config.tp.partition)),

@@ -163,6 +163,8 @@ pub enum OffsetQuery {
     Timestamp(Timestamp),
     /// The record this many data records before the end; the log start when there are fewer.
     RecordsFromEnd(u64),
+    /// This offset itself, and how many data records there are from it to the high watermark.
+    RecordsFrom(Offset),
 }
 
 /// An offset that was looked up.
@@ -174,6 +176,8 @@ pub struct FoundOffset {
     pub timestamp: Timestamp,
     /// The leader's epoch.
     pub leader_epoch: LeaderEpoch,
+    /// Data records from the offset to the high watermark, where they were asked for.
+    pub records: Option<u64>,
 }
 
 /// Up to where to trim.

@@ -566,7 +566,7 @@ impl Reconciler {
 }
 
 /// Where folders go that the metadata does not know after it went on with a loss; nothing reads them any more.
-pub(crate) const SET_ASIDE: &str = "set-aside";
+const SET_ASIDE: &str = "set-aside";
 
 fn set_aside(data_dir: &DataDir, tp: TopicPartition) -> std::io::Result<()> {
     let (disk, from) = (data_dir.disk(), data_dir.replica_dir(tp));

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use flowstone_protocol::pb::offset_query::At;
-use flowstone_protocol::{Error, ErrorCode, Timestamp, pb};
+use flowstone_protocol::{Error, ErrorCode, Offset, Timestamp, pb};
 use flowstone_replication::{FoundOffset, OffsetQuery, Reply};
 use futures::{StreamExt, stream};
 use tokio::sync::oneshot;
@@ -60,8 +60,12 @@ async fn one(node: &Arc<Node>, query: pb::OffsetQuery, linearizable: bool) -> Re
             return Err(node.explain(error, &partition));
         }
         Some(At::RecordsFromEnd(records)) => OffsetQuery::RecordsFromEnd(records),
+        Some(At::RecordsFrom(offset)) => OffsetQuery::RecordsFrom(Offset::new(offset.max(0))),
         None => {
-            let error = Error::new(ErrorCode::InvalidRequest, "set `at`: start, end, timestamp or records_from_end");
+            let error = Error::new(
+                ErrorCode::InvalidRequest,
+                "set `at`: start, end, timestamp, records_from_end or records_from",
+            );
             return Err(node.explain(error, &partition));
         }
     };
@@ -83,6 +87,7 @@ async fn one(node: &Arc<Node>, query: pb::OffsetQuery, linearizable: bool) -> Re
         .and_then(|answer| answer)
         .map_err(|error| node.explain(error, &partition))?;
     let status = partition.replica.status();
+    let records = found.and_then(|found| found.records).unwrap_or(status.records);
     let (offset, timestamp) = match found {
         Some(found) => (found.offset, found.timestamp),
         // No record is so late: whoever reads from the end on gets the next that is.
@@ -93,7 +98,7 @@ async fn one(node: &Arc<Node>, query: pb::OffsetQuery, linearizable: bool) -> Re
         timestamp: timestamp.get(),
         log_start: status.log_start.get(),
         high_watermark: status.high_watermark.get(),
-        records: status.records,
+        records,
         error: None,
         last_stable_offset: status.high_watermark.get(),
     })

@@ -8,6 +8,7 @@ use flowstone_protocol::record::{headers_at, records};
 use flowstone_protocol::{BatchHeader, pb};
 
 use crate::error::{Error, ErrorCode};
+use crate::group::Member;
 
 /// One record, with memory of its own to hold on to (shared with its batch, not copied).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,12 +46,15 @@ impl ConsumerRecord {
 #[derive(Clone, Debug)]
 pub struct RecordBatch {
     topic: Arc<str>,
+    topic_id: Bytes,
     partition: i32,
     high_watermark: i64,
     next_offset: i64,
     /// Records of uncompressed batches are slices of the message; of compressed ones, what came out.
     chunks: Vec<Bytes>,
     places: Vec<Place>,
+    /// Whose it is, where a group handed it out.
+    member: Option<Member>,
 }
 
 /// Where a record lies. Positions and lengths within one chunk, which is shorter than 2 GiB; -1 is null.
@@ -78,6 +82,10 @@ impl RecordBatch {
     /// The topic.
     pub fn topic(&self) -> &str {
         &self.topic
+    }
+
+    pub(crate) fn topic_id(&self) -> &Bytes {
+        &self.topic_id
     }
 
     /// The partition.
@@ -128,6 +136,14 @@ impl RecordBatch {
     /// Leaves out the records before `index`.
     pub(crate) fn skip_to(&mut self, index: usize) {
         self.places.drain(..index.min(self.places.len()));
+    }
+
+    pub(crate) fn set_member(&mut self, member: Member) {
+        self.member = Some(member);
+    }
+
+    pub(crate) fn member(&self) -> Option<&Member> {
+        self.member.as_ref()
     }
 
     pub(crate) fn offset_at(&self, index: usize) -> Option<i64> {
@@ -299,7 +315,7 @@ pub(crate) struct Decoded {
 /// Batches of `aborted` transactions are passed over.
 pub(crate) fn decode(
     topic: &Arc<str>,
-    partition: i32,
+    (topic_id, partition): (&Bytes, i32),
     bytes: Bytes,
     high_watermark: i64,
     wanted: Wanted,
@@ -307,11 +323,13 @@ pub(crate) fn decode(
 ) -> Decoded {
     let mut batch = RecordBatch {
         topic: topic.clone(),
+        topic_id: topic_id.clone(),
         partition,
         high_watermark,
         next_offset: wanted.from,
         chunks: Vec::new(),
         places: Vec::new(),
+        member: None,
     };
     let mut last_epoch = -1;
     let mut failure = None;
@@ -442,7 +460,7 @@ mod tests {
     }
 
     fn read(bytes: Vec<u8>, wanted: Wanted) -> Decoded {
-        decode(&"t".into(), 5, bytes.into(), 100, wanted, Aborted::default())
+        decode(&"t".into(), (&Bytes::new(), 5), bytes.into(), 100, wanted, Aborted::default())
     }
 
     fn texts(batch: &RecordBatch) -> Vec<(i64, String)> {
@@ -508,7 +526,7 @@ mod tests {
     fn records_share_the_messages_memory() {
         let bytes = Bytes::from(values(0, &["abc"], Compression::None));
         let range = bytes.as_ptr_range();
-        let decoded = decode(&"t".into(), 0, bytes, 1, wanted(0, i64::MAX), Aborted::default());
+        let decoded = decode(&"t".into(), (&Bytes::new(), 0), bytes, 1, wanted(0, i64::MAX), Aborted::default());
         let value = decoded.batch.get(0).unwrap().to_record().value.unwrap();
         assert!(range.contains(&value.as_ptr()));
     }
@@ -555,7 +573,8 @@ mod tests {
         };
         let read = |from: usize, aborted: Aborted| {
             let bytes: Vec<u8> = log[from..].concat();
-            let decoded = decode(&"t".into(), 0, bytes.into(), 10, wanted(from as i64, i64::MAX), aborted);
+            let decoded =
+                decode(&"t".into(), (&Bytes::new(), 0), bytes.into(), 10, wanted(from as i64, i64::MAX), aborted);
             assert!(decoded.failure.is_none());
             assert_eq!(decoded.batch.next_offset(), 10);
             texts(&decoded.batch).into_iter().map(|(_, text)| text).collect::<Vec<_>>()

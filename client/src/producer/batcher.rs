@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use flowstone_protocol::{
-    Compression, HEADER_BYTES, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, Timestamp, rewrite,
+    BatchHeader, Compression, HEADER_BYTES, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, Timestamp, rewrite,
 };
 
 use crate::error::{Error, ErrorCode};
@@ -44,6 +44,9 @@ pub(crate) struct BatchSettings {
     pub(crate) idempotent: bool,
     /// Whether the broker answers (not with `acks=none`).
     pub(crate) answered: bool,
+    /// Batches belong to a transaction, which has one identity and sequence from its first to its last batch: what fails
+    /// for good fails the transaction, and nothing is numbered anew before [`PartitionBatches::begin_transaction`].
+    pub(crate) transactional: bool,
 }
 
 /// Who the broker takes us for, in this partition.
@@ -240,6 +243,7 @@ impl PartitionBatches {
             let capacity = self.last_bytes.min(self.settings.batch_bytes).max(HEADER_BYTES + bytes);
             let builder = RecordBatchBuilder::with_capacity(self.settings.compression, capacity)
                 .level(self.settings.compression_level);
+            let builder = if self.settings.transactional { builder.transactional() } else { builder };
             self.open = Some(Unbuilt { batch, builder });
         }
         let Some(open) = &mut self.open else { return Ok(None) };
@@ -386,6 +390,14 @@ impl PartitionBatches {
         };
         let sent = &mut self.sent[at];
         match error.code() {
+            ErrorCode::OutOfOrderSequence
+            | ErrorCode::UnknownProducer
+            | ErrorCode::ProducerExpired
+            | ErrorCode::ProducerFenced
+                if self.settings.transactional && (at == 0 || error.code() == ErrorCode::ProducerFenced) =>
+            {
+                self.end(at, Outcome::Failed(error))
+            }
             ErrorCode::DuplicateSequence if self.settings.idempotent => {
                 self.end(at, Outcome::Stored { base_offset: -1, log_append_time: None })
             }
@@ -468,6 +480,7 @@ impl PartitionBatches {
         };
         let middle = first.record_count();
         let halves = [sent.batch.delivery.part(), sent.batch.delivery.part()];
+        let sequence = BatchHeader::parse(&sent.bytes).map_or(Sequence::new(0), |header| header.base_sequence);
         for (step, (builder, delivery)) in [first, second].into_iter().zip(halves.clone()).enumerate() {
             let number = self.next_number;
             self.next_number += 1;
@@ -475,12 +488,19 @@ impl PartitionBatches {
             // sent at once and hold what the whole held.
             let batch =
                 Batch { number, delivery, created: sent.batch.created, room: 0, records: builder.record_count() };
+            let mut builder = builder;
+            if let Some(identity) = self.identity.filter(|_| self.settings.transactional) {
+                // The whole is not stored, and the halves take its numbers: no other batch is touched.
+                let base = if step == 0 { sequence } else { sequence.plus(middle) };
+                builder = builder.transactional();
+                builder.set_producer(identity.producer_id, identity.epoch, base);
+            }
             let bytes = builder.build();
             let part = Sent { batch, bytes, state: SentState::Unsent, absent: true, maybe_stored: false };
             self.sent.insert(at + step, part);
         }
-        // The whole was refused and so is not stored; its sequence numbers are of no use to two batches.
-        self.renew |= self.settings.idempotent;
+        // The whole was refused and so is not stored; outside a transaction what is left is numbered anew.
+        self.renew |= self.settings.idempotent && !self.settings.transactional;
         self.draining = true;
         vec![(sent.batch, Outcome::Split { at: middle, halves })]
     }
@@ -513,6 +533,15 @@ impl PartitionBatches {
         }
         self.set_identity(Identity { epoch: ProducerEpoch::new(identity.epoch.get() + 1), ..identity });
         true
+    }
+
+    /// The transaction before is over, and with it all its batches: the next one begins under this identity.
+    pub(crate) fn begin_transaction(&mut self, identity: Identity) {
+        self.closed = None;
+        self.draining = false;
+        self.retry_at = None;
+        self.failures = 0;
+        self.set_identity(identity);
     }
 
     /// Begins a new sequence under this identity.
@@ -606,8 +635,6 @@ fn halves(bytes: &Bytes, settings: &BatchSettings) -> Option<(RecordBatchBuilder
 
 #[cfg(test)]
 mod tests {
-    use flowstone_protocol::BatchHeader;
-
     use super::*;
 
     /// A partition's batches and a clock that only moves when told.
@@ -636,6 +663,7 @@ mod tests {
             in_flight_max: 5,
             idempotent: true,
             answered: true,
+            transactional: false,
         }
     }
 

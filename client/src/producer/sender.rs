@@ -40,6 +40,8 @@ pub(crate) struct SenderSettings {
     pub(crate) partitioner: Partitioner,
     pub(crate) record_bytes_max: usize,
     pub(crate) buffer_bytes: usize,
+    /// Goes with every batch of a transactional producer.
+    pub(crate) transactional_id: Option<String>,
 }
 
 /// What one attempt to take a record in came to.
@@ -57,7 +59,12 @@ pub(crate) struct ProducerCore {
     pub(crate) cluster: Arc<Cluster>,
     batching: Arc<BatchSettings>,
     settings: SenderSettings,
-    identity: Option<Identity>,
+    /// What new partitions begin with; another one after each transaction. Guards the value alone.
+    identity: Mutex<Option<Identity>>,
+    /// Why the transaction can only be aborted: a record of it failed. Guards the error alone.
+    spoiled: Mutex<Option<Error>>,
+    /// As `spoiled`, for those that must not wait.
+    is_spoiled: AtomicBool,
     runtime: tokio::runtime::Handle,
     topics: RwLock<HashMap<Arc<str>, Arc<ProducerTopic>>>,
     /// Every partition of every known topic.
@@ -138,7 +145,9 @@ impl ProducerCore {
         let core = Arc::new_cyclic(|this| Self {
             cluster,
             batching: Arc::new(batching),
-            identity,
+            identity: Mutex::new(identity),
+            spoiled: Mutex::default(),
+            is_spoiled: AtomicBool::new(false),
             runtime: tokio::runtime::Handle::current(),
             topics: RwLock::default(),
             queues: RwLock::default(),
@@ -163,6 +172,9 @@ impl ProducerCore {
     pub(crate) fn try_append(&self, record: &Record<'_>, credit: &mut usize) -> Attempt {
         if self.closing.load(Ordering::Relaxed) {
             return Attempt::Refused(Error::closed("producer"));
+        }
+        if let Some(error) = self.spoiled() {
+            return Attempt::Refused(error);
         }
         let bytes = record.bytes_max();
         if bytes > self.settings.record_bytes_max {
@@ -345,7 +357,7 @@ impl ProducerCore {
                     info.name.clone(),
                     partition,
                     queue.clone(),
-                    self.identity,
+                    *locked(&self.identity),
                 ),
                 link: None,
                 asking_for_id: false,
@@ -396,6 +408,10 @@ impl ProducerCore {
                 let ended = locked(&queue.state).batches.fail_all(&Error::closed("producer"));
                 return self.finish(ended);
             }
+            if let Some(error) = self.spoiled() {
+                let ended = locked(&queue.state).batches.fail_all(&error);
+                return self.finish(ended);
+            }
             let unbuilt = {
                 let mut state = locked(&queue.state);
                 let state = &mut *state;
@@ -414,7 +430,7 @@ impl ProducerCore {
                     }
                     Next::Send { number, bytes } => {
                         let bytes_sent = bytes.len() as u64;
-                        let left = link.push(queue, bytes, self.settings.acks, |request_id| {
+                        let left = link.push(queue, bytes, &self.settings, |request_id| {
                             let unanswered = state.batches.sent(number, request_id)?;
                             Some(Unanswered { core: self.this.clone(), batch: Some(unanswered) })
                         });
@@ -453,6 +469,9 @@ impl ProducerCore {
                 Outcome::Failed(error) => {
                     self.counters.records_failed.fetch_add(batch.records as u64, Ordering::Relaxed);
                     locked(&self.failure).get_or_insert_with(|| error.clone());
+                    if self.batching.transactional && !self.is_spoiled.load(Ordering::SeqCst) {
+                        self.spoil(error);
+                    }
                 }
                 // One goes, two come.
                 Outcome::Split { .. } => {
@@ -513,6 +532,54 @@ impl ProducerCore {
         let now = Instant::now();
         let ended = locked(&queue.state).batches.answered(request_id, Err(error.clone()), now, rand::random::<f64>());
         self.finish(ended);
+    }
+
+    /// The transaction can only be aborted now, for this reason: all its records fail that are not acknowledged.
+    fn spoil(&self, error: &Error) {
+        let spoiled = match error.code() {
+            // Another instance took over: no later transaction of this one can succeed either.
+            ErrorCode::ProducerFenced => error.clone(),
+            _ => Error::new(
+                ErrorCode::TransactionAborted,
+                format!("a record of the transaction failed ({error}); abort it and begin again"),
+            )
+            .caused_by(error.clone()),
+        };
+        locked(&self.spoiled).get_or_insert(spoiled);
+        self.is_spoiled.store(true, Ordering::SeqCst);
+        // Not from here: whoever tells of the failure may hold more of them.
+        if let Some(core) = self.this.upgrade() {
+            self.runtime.spawn(async move {
+                for queue in core.all_queues() {
+                    core.dispatch(&queue);
+                }
+            });
+        }
+    }
+
+    /// Why the transaction can only be aborted, where that is so.
+    pub(crate) fn spoiled(&self) -> Option<Error> {
+        self.is_spoiled.load(Ordering::SeqCst).then(|| locked(&self.spoiled).clone()).flatten()
+    }
+
+    /// Fails what is not acknowledged of the transaction, which is being aborted.
+    pub(crate) fn give_up_transaction(&self) {
+        let error = Error::new(ErrorCode::TransactionAborted, "the transaction was aborted; begin another one");
+        for queue in self.all_queues() {
+            let ended = locked(&queue.state).batches.fail_all(&error);
+            self.finish(ended);
+        }
+    }
+
+    /// The transaction before is over: the next one begins, under this identity.
+    pub(crate) fn begin_transaction(&self, identity: Identity) {
+        *locked(&self.identity) = Some(identity);
+        for queue in self.all_queues() {
+            locked(&queue.state).batches.begin_transaction(identity);
+        }
+        locked(&self.failure).take();
+        locked(&self.spoiled).take();
+        self.is_spoiled.store(false, Ordering::SeqCst);
     }
 
     /// The first failure since this was last asked.
@@ -718,7 +785,7 @@ impl Link {
         &self,
         queue: &Arc<PartitionQueue>,
         batch: Bytes,
-        acks: pb::Acks,
+        settings: &SenderSettings,
         sent: impl FnOnce(u64) -> Option<Unanswered>,
     ) -> bool {
         let mut state = locked(&self.state);
@@ -734,9 +801,9 @@ impl Link {
             request_id,
             topic_id: queue.topic_id.clone(),
             partition: queue.partition,
-            acks: acks.into(),
+            acks: settings.acks.into(),
             batch: Bytes::new(),
-            transactional_id: String::new(),
+            transactional_id: settings.transactional_id.clone().unwrap_or_default(),
         };
         // A stream whose other end is gone is about to be reported by its task, which sends all this again.
         let _ = outbound.send(Outbound { request, batch, unanswered });

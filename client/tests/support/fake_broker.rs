@@ -740,6 +740,7 @@ impl Log for Service {
                 pb::offset_query::At::Start(_) => part.log_start,
                 pb::offset_query::At::End(_) | pb::offset_query::At::Timestamp(_) => part.next,
                 pb::offset_query::At::RecordsFromEnd(records) => (part.next - records as i64).max(part.log_start),
+                pb::offset_query::At::RecordsFrom(offset) => offset.clamp(part.log_start, part.next),
             };
             pb::OffsetAnswer {
                 offset,

@@ -1,0 +1,441 @@
+//! Transactions: records of many partitions and consumed offsets, stored together or not at all.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use bytes::Bytes;
+use flowstone_protocol::pb;
+use flowstone_protocol::pb::CoordinatorKind;
+use flowstone_protocol::pb::groups_client::GroupsClient;
+use flowstone_protocol::pb::transactions_client::TransactionsClient;
+use flowstone_protocol::{ProducerEpoch, ProducerId};
+use tokio::time::Instant;
+
+use crate::consumer::RecordBatch;
+use crate::coordinator::Coordinator;
+use crate::error::{Error, ErrorCode, ErrorKind, Result};
+use crate::group::Member;
+use crate::locked;
+use crate::producer::{Ack, Identity, Producer, ProducerBuilder};
+use crate::record::Record;
+use crate::retry::{Backoff, BackoffPolicy};
+
+/// A transactional producer to be set up; made by
+/// [`ProducerBuilder::transactional_id`](crate::ProducerBuilder::transactional_id).
+#[derive(Clone, Debug)]
+#[must_use = "nothing is set up before build()"]
+pub struct TransactionalBuilder {
+    producer: ProducerBuilder,
+    transactional_id: String,
+    timeout: Duration,
+    retry_for: Duration,
+}
+
+impl TransactionalBuilder {
+    pub(crate) fn new(producer: ProducerBuilder, transactional_id: String) -> Self {
+        let timeout = Duration::from_secs(60);
+        Self { producer, transactional_id, timeout, retry_for: Duration::from_secs(120) }
+    }
+
+    /// After how long the cluster aborts a transaction that was left open; 1 minute unless set. A producer that dies holds
+    /// up readers of committed records for that long at most, or until its successor comes.
+    pub fn transaction_timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = timeout;
+        self
+    }
+
+    /// For how long [`TransactionalProducer::transaction`] runs its closure again after abortable errors; 2 minutes unless
+    /// set.
+    pub fn retry_for(mut self, time: Duration) -> Self {
+        self.retry_for = time;
+        self
+    }
+
+    /// Asks for an identity. Whoever used the transactional id before is fenced, and what it left open is aborted.
+    ///
+    /// # Errors
+    /// `INVALID_REQUEST` for settings that make no sense; `INVALID_TRANSACTIONAL_ID`, `INVALID_TRANSACTION_TIMEOUT`;
+    /// `TIMED_OUT` where no broker answers.
+    pub async fn build(self) -> Result<TransactionalProducer> {
+        self.producer.check()?;
+        if !self.producer.is_idempotent() {
+            return Err(Error::new(
+                ErrorCode::InvalidRequest,
+                "a transactional producer is idempotent, with acks=quorum; leave both as they are",
+            ));
+        }
+        let timeout_ms =
+            i32::try_from(self.timeout.as_millis()).ok().filter(|millis| *millis > 0).ok_or_else(|| {
+                Error::new(ErrorCode::InvalidTransactionTimeout, "a transaction's timeout must be 1 ms to 24 days")
+            })?;
+        let id = self.transactional_id;
+        let coordinator = Coordinator::new(self.producer.cluster().clone(), CoordinatorKind::Transaction, id.clone());
+        let mut sequel = TransactionId { coordinator, id: id.clone(), timeout_ms, identity: None };
+        let identity = sequel.init().await?;
+        let producer = self.producer.start(Some(identity), Some(id));
+        let begun = AtomicBool::new(false);
+        Ok(TransactionalProducer { producer, sequel, open: false, begun, retry_for: self.retry_for })
+    }
+}
+
+/// The transactional id and where it stands.
+#[derive(Debug)]
+struct TransactionId {
+    coordinator: Coordinator,
+    id: String,
+    timeout_ms: i32,
+    /// That of the transaction that is open, or comes next; none where it is not known.
+    identity: Option<Identity>,
+}
+
+impl TransactionId {
+    /// A new identity: everything that was begun under an older one is over.
+    async fn init(&mut self) -> Result<Identity> {
+        let request = pb::InitTransactionsRequest { transactional_id: self.id.clone(), timeout_ms: self.timeout_ms };
+        let answer = self
+            .coordinator
+            .call(|channel| {
+                let request = request.clone();
+                async move { TransactionsClient::new(channel).init_transactions(request).await }
+            })
+            .await?;
+        self.take(answer.producer_id, answer.producer_epoch)
+    }
+
+    fn take(&mut self, producer_id: i64, epoch: i32) -> Result<Identity> {
+        let epoch = i16::try_from(epoch).map_err(|_| {
+            Error::new(ErrorCode::Internal, "the broker gave a producer epoch that is no 16-bit number; report this")
+        })?;
+        let identity = Identity { producer_id: ProducerId::new(producer_id), epoch: ProducerEpoch::new(epoch) };
+        self.identity = Some(identity);
+        Ok(identity)
+    }
+
+    fn reference(&self, identity: Identity) -> pb::TransactionRef {
+        pb::TransactionRef {
+            transactional_id: self.id.clone(),
+            producer_id: identity.producer_id.get(),
+            producer_epoch: identity.epoch.get().into(),
+        }
+    }
+
+    /// Decides the transaction, and takes the next one's identity.
+    async fn end(&mut self, identity: Identity, commit: bool) -> Result<Identity> {
+        let request = pb::EndTransactionRequest { transaction: Some(self.reference(identity)), commit };
+        // Until it is answered, nobody knows which identity comes next.
+        self.identity = None;
+        let answer = self
+            .coordinator
+            .call(|channel| {
+                let request = request.clone();
+                async move { TransactionsClient::new(channel).end_transaction(request).await }
+            })
+            .await?;
+        self.take(answer.producer_id, answer.producer_epoch)
+    }
+}
+
+/// Stores records in transactions: all of one or none, whatever dies in between. Readers with
+/// [`Isolation::ReadCommitted`](crate::Isolation::ReadCommitted) see them once they are committed.
+///
+/// ```no_run
+/// # async fn run(client: flowstone_client::Client) -> flowstone_client::Result<()> {
+/// use flowstone_client::Record;
+/// let mut group = client.group("billing").topics(["orders"]).join().await?;
+/// let mut tx = client.producer().transactional_id("billing-0").build().await?;
+/// while let Some(batch) = group.next_batch().await {
+///     let batch = batch?;
+///     tx.transaction(async |t| {
+///         for order in &batch {
+///             t.send(Record::to("bills").value(order.value_bytes().unwrap_or_default())).await?;
+///         }
+///         t.consumed(&batch);
+///         Ok(())
+///     })
+///     .await?;
+/// }
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug)]
+pub struct TransactionalProducer {
+    producer: Producer,
+    sequel: TransactionId,
+    /// A transaction was begun and neither committed nor aborted.
+    open: bool,
+    /// The cluster may know of it: a record was taken in, or offsets were.
+    begun: AtomicBool,
+    retry_for: Duration,
+}
+
+impl TransactionalProducer {
+    /// Runs `body` within a transaction, and commits what it did. Where that fails in a way that costs the transaction but
+    /// not the producer ([`ErrorKind::Abortable`]), the transaction is aborted and `body` runs again, as long as the
+    /// batches that it [consumed](Transaction::consumed) are still this member's. Any other error aborts and is returned;
+    /// so is what `body` itself makes of things.
+    ///
+    /// # Errors
+    /// What `body` returns; `PRODUCER_FENCED` where another producer took the transactional id; `TIMED_OUT` where the
+    /// coordinator did not answer whether the transaction is committed: it is, as a whole, or it is not. The abortable
+    /// error, where a batch is another member's by now or the time for another attempt is over.
+    pub async fn transaction<T>(&mut self, mut body: impl AsyncFnMut(&Transaction<'_>) -> Result<T>) -> Result<T> {
+        let deadline = Instant::now() + self.retry_for;
+        let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
+        loop {
+            let transaction = self.begin().await?;
+            let done = body(&transaction).await;
+            let (error, owned) = match done {
+                Ok(value) => match transaction.finish().await {
+                    Ok(()) => return Ok(value),
+                    Err((error, owned)) => (error, owned),
+                },
+                Err(error) => {
+                    // A record that could not be taken in is told as what it is: why the transaction is spoiled.
+                    let error = transaction.producer.producer.core().spoiled().unwrap_or(error);
+                    let owned = transaction.is_owned();
+                    transaction.abort().await?;
+                    (error, owned)
+                }
+            };
+            let wait = backoff.failed();
+            if error.kind() != ErrorKind::Abortable || !owned || Instant::now() + wait >= deadline {
+                return Err(error);
+            }
+            tracing::debug!(%error, "the transaction was aborted, and runs again");
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    /// Begins a transaction. One that was left open before is aborted first.
+    ///
+    /// # Errors
+    /// `PRODUCER_FENCED` where another producer took the transactional id; `TIMED_OUT` where the coordinator does not
+    /// answer.
+    pub async fn begin(&mut self) -> Result<Transaction<'_>> {
+        if self.open {
+            self.roll_back().await?;
+        }
+        if self.sequel.identity.is_none() {
+            let identity = self.sequel.init().await?;
+            self.next(identity);
+        }
+        self.open = true;
+        Ok(Transaction { producer: self, consumed: Mutex::default() })
+    }
+
+    /// Ends what is open, without any of it.
+    async fn roll_back(&mut self) -> Result<()> {
+        let core = self.producer.core().clone();
+        let fenced = core.spoiled().filter(|error| error.code() == ErrorCode::ProducerFenced);
+        core.give_up_transaction();
+        // Whatever was under way is told to have failed, and cannot count any more once the epoch is raised.
+        let _ = self.producer.flush().await;
+        if let Some(error) = fenced {
+            return Err(error);
+        }
+        let identity = match self.sequel.identity {
+            Some(identity) if !self.begun.load(Ordering::SeqCst) => Ok(identity),
+            Some(identity) => self.sequel.end(identity, false).await,
+            None => self.sequel.init().await,
+        };
+        let identity = match identity {
+            // The coordinator ended it by itself (its time was over, or an operator said so).
+            Err(error) if error.kind() == ErrorKind::Abortable => self.sequel.init().await?,
+            other => other?,
+        };
+        self.next(identity);
+        Ok(())
+    }
+
+    /// What was open is over.
+    fn next(&mut self, identity: Identity) {
+        self.producer.core().begin_transaction(identity);
+        self.begun.store(false, Ordering::SeqCst);
+        self.open = false;
+    }
+
+    /// Aborts what is open, and ends the producer.
+    ///
+    /// # Errors
+    /// As [`begin`](Self::begin).
+    pub async fn close(mut self, timeout: Duration) -> Result<()> {
+        let rolled_back = match self.open {
+            true => tokio::time::timeout(timeout, self.roll_back()).await.unwrap_or_else(|_| {
+                Err(Error::unreachable("the transaction was not aborted in time; the cluster does so by its timeout"))
+            }),
+            false => Ok(()),
+        };
+        self.producer.close(timeout).await?;
+        rolled_back
+    }
+}
+
+/// A transaction that is open. Dropping it leaves it to be aborted: by the producer's next [`begin`], its
+/// [`close`], its successor, or its timeout.
+///
+/// [`begin`]: TransactionalProducer::begin
+/// [`close`]: TransactionalProducer::close
+#[derive(Debug)]
+#[must_use = "what is not committed is aborted"]
+pub struct Transaction<'a> {
+    producer: &'a mut TransactionalProducer,
+    /// Guards the map alone.
+    consumed: Mutex<Consumed>,
+}
+
+/// By group: whose batches they were, and the next offset of each partition.
+#[derive(Debug, Default)]
+struct Consumed {
+    groups: BTreeMap<String, (Member, BTreeMap<(Bytes, i32), i64>)>,
+}
+
+impl Transaction<'_> {
+    /// As [`Producer::send`], within the transaction: the [`Ack`] tells where the record lies, and committing tells whether
+    /// it counts.
+    ///
+    /// # Errors
+    /// As [`Producer::send`]; an abortable one after any record of the transaction failed.
+    pub async fn send(&self, record: Record<'_>) -> Result<Ack> {
+        // Before it is known to be taken in: what is sent by then may reach a broker.
+        self.producer.begun.store(true, Ordering::SeqCst);
+        self.producer.producer.send(record).await
+    }
+
+    /// The offsets behind this batch become the group's when the transaction commits; never otherwise: from now on the
+    /// group's own commits leave its partition alone.
+    ///
+    /// A batch that no group handed out has no offsets to commit, and is passed over.
+    pub fn consumed(&self, batch: &RecordBatch) {
+        let Some(member) = batch.member() else { return };
+        let (group, ..) = member.identity();
+        let part = (batch.topic_id().clone(), batch.partition());
+        member.in_transactions(&part.0, part.1);
+        let mut consumed = locked(&self.consumed);
+        let (_, offsets) = consumed.groups.entry(group).or_insert_with(|| (member.clone(), BTreeMap::new()));
+        let offset = offsets.entry(part).or_insert(0);
+        *offset = batch.next_offset().max(*offset);
+    }
+
+    /// Whether every batch consumed is still the member's that read it.
+    fn is_owned(&self) -> bool {
+        let consumed = locked(&self.consumed);
+        consumed
+            .groups
+            .values()
+            .all(|(member, offsets)| offsets.keys().all(|(topic_id, partition)| member.owns(topic_id, *partition)))
+    }
+
+    /// Waits until every record is acknowledged, then commits: when this returns `Ok`, all of it counts, whatever dies.
+    ///
+    /// # Errors
+    /// Where it did not: an abortable error (the transaction is aborted by then, and may be tried again),
+    /// `PRODUCER_FENCED`, or `TIMED_OUT` where the coordinator's answer never came and nobody knows yet.
+    pub async fn commit(self) -> Result<()> {
+        self.finish().await.map_err(|(error, _)| error)
+    }
+
+    /// Commits; aborts where that fails. With the error: whether all that was consumed is still owned.
+    async fn finish(self) -> std::result::Result<(), (Error, bool)> {
+        let owned = |this: &Self| this.is_owned();
+        if let Err(error) = self.prepare().await {
+            let owned = owned(&self);
+            return match self.producer.roll_back().await {
+                Ok(()) => Err((error, owned)),
+                Err(fatal) => Err((fatal, owned)),
+            };
+        }
+        let owned = owned(&self);
+        let producer = self.producer;
+        let Some(identity) = producer.sequel.identity else {
+            return Err((Error::closed("transaction"), owned));
+        };
+        if !producer.begun.load(Ordering::SeqCst) {
+            producer.next(identity);
+            return Ok(());
+        }
+        match producer.sequel.end(identity, true).await {
+            Ok(identity) => {
+                producer.next(identity);
+                Ok(())
+            }
+            Err(error) if error.kind() == ErrorKind::Abortable => {
+                // It is over, and not committed: another identity, and it may be tried again.
+                match producer.roll_back().await {
+                    Ok(()) => Err((error, owned)),
+                    Err(fatal) => Err((fatal, owned)),
+                }
+            }
+            Err(error) => Err((error, owned)),
+        }
+    }
+
+    /// Everything but the decision: all records acknowledged, all offsets taken in.
+    async fn prepare(&self) -> Result<()> {
+        let core = self.producer.producer.core();
+        let flushed = self.producer.producer.flush().await;
+        if let Some(error) = core.spoiled() {
+            return Err(error);
+        }
+        flushed?;
+        let Some(identity) = self.producer.sequel.identity else { return Err(Error::closed("transaction")) };
+        let groups: Vec<_> = {
+            let consumed = locked(&self.consumed);
+            consumed
+                .groups
+                .iter()
+                .map(|(group, (member, offsets))| (group.clone(), member.clone(), offsets.clone()))
+                .collect()
+        };
+        for (group, member, offsets) in groups {
+            self.commit_offsets(identity, group, &member, offsets).await?;
+        }
+        Ok(())
+    }
+
+    async fn commit_offsets(
+        &self,
+        identity: Identity,
+        group: String,
+        member: &Member,
+        offsets: BTreeMap<(Bytes, i32), i64>,
+    ) -> Result<()> {
+        self.producer.begun.store(true, Ordering::SeqCst);
+        let (_, member_id, member_epoch) = member.identity();
+        let offset = |((topic_id, partition), offset): ((Bytes, i32), i64)| pb::CommitOffset {
+            topic_id,
+            partition,
+            offset,
+            leader_epoch: -1,
+            metadata: String::new(),
+        };
+        let request = pb::CommitOffsetsRequest {
+            group,
+            member_id,
+            member_epoch,
+            offsets: offsets.into_iter().map(offset).collect(),
+            transaction: Some(self.producer.sequel.reference(identity)),
+        };
+        let coordinator: Arc<Coordinator> = member.coordinator();
+        let answer = coordinator
+            .call(|channel| {
+                let request = request.clone();
+                async move { GroupsClient::new(channel).commit_offsets(request).await }
+            })
+            .await?;
+        match answer.errors.iter().find_map(|failed| failed.error.as_ref()) {
+            Some(detail) => Err(Error::from_detail(detail)),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends it without any of it. Records that are not acknowledged yet fail with `TRANSACTION_ABORTED`.
+    ///
+    /// # Errors
+    /// `PRODUCER_FENCED` where another producer took the transactional id; `TIMED_OUT` where the coordinator does not
+    /// answer: the transaction is aborted by its timeout at the latest.
+    pub async fn abort(self) -> Result<()> {
+        self.producer.roll_back().await
+    }
+}
