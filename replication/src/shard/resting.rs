@@ -196,7 +196,10 @@ impl<M: Machine> Shard<M> {
                 let Some((at, follower)) = quiet.others().find(|&(_, other)| other == message.from) else {
                     return false;
                 };
-                quiet.answered |= 1 << at;
+                // Spoken for it has no clock of its own: when that was could not be said later.
+                if !quiet.is_spoken_for() {
+                    quiet.answered |= 1 << at;
+                }
                 let joins = lane != 0
                     && commit == quiet.rest.commit
                     && quiet.lanes[at].is_none()
@@ -356,6 +359,7 @@ impl<M: Machine> Shard<M> {
                 quiet.lanes[at] = Some(lane);
                 let row = quiet.row(tp, at);
                 if quiet.is_spoken_for() {
+                    quiet.answered = 0;
                     self.wakes[index as usize] = super::NEVER;
                 }
                 told.groups += 1;
