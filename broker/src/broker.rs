@@ -43,9 +43,10 @@ use crate::controller::commands::MetadataRules;
 use crate::controller::reconcile::{Reconciler, SET_ASIDE, Succession, close, metadata_spec, open_handle, settled};
 use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, METADATA_TOPIC, MetadataTable};
 use crate::coordinator::Published;
+use crate::group::state::GroupRules;
 use crate::metrics::{BrokerCollector, Metrics};
 use crate::node::Node;
-use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Peers, Replica, Slot};
+use crate::partition::{LocalReplicas, MachineRules, OpenPartition, PartitionMachine, Peers, Replica, Slot};
 use crate::peer::{PeerBook, PeerConfig, PeerIdentity, PeerNetwork};
 use crate::room::Room;
 use crate::server::{self, Gate};
@@ -410,6 +411,7 @@ impl Starting {
         );
         let mut reconciler =
             Reconciler::new(&shards, Arc::clone(&data_dir), table.clone(), replicas.clone(), self.config.topic.clone());
+        reconciler.machine_rules = MachineRules { groups: Arc::new(group_rules(&self.config)) };
         reconciler.adopt(&Arc::new(own), succession, recoveries);
         reconciler.catch_up().await;
 
@@ -702,6 +704,7 @@ impl Starting {
             partitions_per_topic_max: self.config.limits.partitions_per_topic,
             partitions_max: self.config.limits.partitions,
             batch_bytes_max: self.config.batch_bytes_max(),
+            internal_partitions: self.config.cluster.internal_partitions,
             topic_defaults: self.config.topic.clone(),
         };
         let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules));
@@ -1032,6 +1035,17 @@ async fn start_shards(
         Ok(Err(error @ ShardsError::HardState(_))) => Err(StartError::DataDir { path, reason: error.to_string() }),
         Ok(Err(error)) => Err(StartError::System(error.to_string())),
         Err(error) => Err(StartError::System(error.to_string())),
+    }
+}
+
+/// What the configuration says of consumer groups.
+fn group_rules(config: &Config) -> GroupRules {
+    GroupRules {
+        members_max: config.group.members,
+        groups_max: config.group.groups_per_partition,
+        offsets_max: config.group.offsets,
+        offsets_retention: config.group.offsets_retention,
+        assignor: config.group.assignor.clone(),
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Config {
     pub storage: StorageConfig,
     /// Written maxima.
     pub limits: LimitsConfig,
+    /// Consumer groups.
+    pub group: GroupConfig,
     /// Defaults of topics' configuration, canonical values by Kafka's keys.
     pub topic: TopicOverrides,
     /// Logging.
@@ -76,6 +78,8 @@ pub struct ClusterConfig {
     pub seeds: Vec<String>,
     /// Whether leaderships go back by themselves to the replicas that were meant to lead.
     pub preferred_leaders: bool,
+    /// Partitions of each topic behind coordinators, when it is made.
+    pub internal_partitions: u32,
 }
 
 /// Section `[security]`.
@@ -163,6 +167,31 @@ pub struct LimitsConfig {
     pub pulls_served: usize,
     /// Bytes per second of old segments that are read again to find rot; 0: none.
     pub scrub_bytes_per_second: u64,
+}
+
+/// Section `[group]`: consumer groups.
+#[derive(Clone, Debug, PartialEq)]
+pub struct GroupConfig {
+    /// Silence after which a member is removed, where it does not say.
+    pub session_timeout: Duration,
+    /// The shortest that a member may ask for.
+    pub session_timeout_min: Duration,
+    /// The longest that a member may ask for.
+    pub session_timeout_max: Duration,
+    /// How often members are told to speak.
+    pub heartbeat_interval: Duration,
+    /// Time in which a member gives up what it was asked for, where it does not say.
+    pub rebalance_timeout: Duration,
+    /// Of groups whose members name none.
+    pub assignor: String,
+    /// Members of one group.
+    pub members: usize,
+    /// Groups of one partition of `__consumer_offsets`.
+    pub groups_per_partition: usize,
+    /// Offsets of one group.
+    pub offsets: usize,
+    /// How long an empty group keeps its offsets.
+    pub offsets_retention: Duration,
 }
 
 /// Section `[log]`: the broker's own messages.
@@ -331,6 +360,14 @@ pub const KEYS: &[Key] = &[
         parsed,
         shown,
         "Leaderships go back by themselves to the first replica of each partition once that has caught up."
+    ),
+    key!(
+        "cluster.internal_partitions",
+        "50",
+        cluster.internal_partitions,
+        positive32,
+        shown,
+        "Partitions of `__consumer_offsets` and `__transaction_state`, each when it is first used; fixed afterwards."
     ),
     key!(
         "security.insecure",
@@ -572,6 +609,79 @@ pub const KEYS: &[Key] = &[
         "Bytes per second of old segments that are read again in the background to find rot; 0: none."
     ),
     key!(
+        "group.session_timeout",
+        "10s",
+        group.session_timeout,
+        positive_duration,
+        shown_duration,
+        "Silence after which a member of a consumer group is removed, where it does not say."
+    ),
+    key!(
+        "group.session_timeout_min",
+        "1s",
+        group.session_timeout_min,
+        positive_duration,
+        shown_duration,
+        "The shortest session timeout that a member may ask for."
+    ),
+    key!(
+        "group.session_timeout_max",
+        "30m",
+        group.session_timeout_max,
+        positive_duration,
+        shown_duration,
+        "The longest session timeout that a member may ask for."
+    ),
+    key!(
+        "group.heartbeat_interval",
+        "3s",
+        group.heartbeat_interval,
+        positive_duration,
+        shown_duration,
+        "How often members are told to send a heartbeat; never more seldom than a third of their session timeout."
+    ),
+    key!(
+        "group.rebalance_timeout",
+        "60s",
+        group.rebalance_timeout,
+        positive_duration,
+        shown_duration,
+        "Time in which a member gives partitions up that it was asked for, where it does not say; past it, it is removed."
+    ),
+    key!(
+        "group.assignor",
+        "cooperative",
+        group.assignor,
+        assignor,
+        shown,
+        "Assignor of groups whose members name none: `range`, `roundrobin`, `sticky` or `cooperative`."
+    ),
+    key!("group.members", "10000", group.members, positive, shown, "Members of one consumer group."),
+    key!(
+        "group.groups_per_partition",
+        "10000",
+        group.groups_per_partition,
+        positive,
+        shown,
+        "Consumer groups of one partition of `__consumer_offsets`."
+    ),
+    key!(
+        "group.offsets",
+        "100000",
+        group.offsets,
+        positive,
+        shown,
+        "Committed offsets of one consumer group, those in open transactions included."
+    ),
+    key!(
+        "group.offsets_retention",
+        "7d",
+        group.offsets_retention,
+        positive_duration,
+        shown_duration,
+        "How long a consumer group without members keeps its committed offsets."
+    ),
+    key!(
         "log.level",
         "info",
         log.level,
@@ -716,6 +826,16 @@ impl Config {
                 self.limits.connection_window_bytes, self.limits.stream_window_bytes
             ));
         }
+        let (shortest, longest) = (self.group.session_timeout_min, self.group.session_timeout_max);
+        if !(shortest..=longest).contains(&self.group.session_timeout) {
+            return conflict(format!(
+                "group.session_timeout ({}) is not within group.session_timeout_min ({}) and group.session_timeout_max \
+                 ({}); move one of them",
+                show_duration(self.group.session_timeout),
+                show_duration(shortest),
+                show_duration(longest)
+            ));
+        }
         let mut seeds = self.cluster.seeds.clone();
         seeds.sort();
         if let Some(twice) = seeds.windows(2).find(|pair| pair[0] == pair[1]) {
@@ -752,7 +872,7 @@ impl Config {
             node: NodeConfig { id: BrokerId::new(0), data_dir: PathBuf::new(), rack: String::new() },
             listen: nothing(),
             advertise: nothing(),
-            cluster: ClusterConfig { seeds: Vec::new(), preferred_leaders: false },
+            cluster: ClusterConfig { seeds: Vec::new(), preferred_leaders: false, internal_partitions: 0 },
             security: SecurityConfig { insecure: false },
             storage: StorageConfig {
                 shards: 0,
@@ -792,6 +912,18 @@ impl Config {
                 pull_bytes_per_second: 0,
                 pulls_served: 0,
                 scrub_bytes_per_second: 0,
+            },
+            group: GroupConfig {
+                session_timeout: Duration::ZERO,
+                session_timeout_min: Duration::ZERO,
+                session_timeout_max: Duration::ZERO,
+                heartbeat_interval: Duration::ZERO,
+                rebalance_timeout: Duration::ZERO,
+                assignor: String::new(),
+                members: 0,
+                groups_per_partition: 0,
+                offsets: 0,
+                offsets_retention: Duration::ZERO,
             },
             topic: TopicOverrides::new(),
             log: LogConfig { level: String::new(), format: LogFormat::Auto },
@@ -987,6 +1119,13 @@ fn window(text: &str) -> Result<u32, String> {
 fn positive_duration(text: &str) -> Result<Duration, String> {
     let duration = parse_duration(text)?;
     if duration.is_zero() { Err("must be above 0".to_owned()) } else { Ok(duration) }
+}
+
+fn assignor(text: &str) -> Result<String, String> {
+    match crate::group::assignment::Assignor::named(text) {
+        Some(assignor) => Ok(assignor.name().to_owned()),
+        None => Err("must be range, roundrobin, sticky or cooperative".to_owned()),
+    }
 }
 
 fn log_format(text: &str) -> Result<LogFormat, String> {

@@ -28,6 +28,30 @@ use tokio::sync::watch;
 /// what a damaged log can cost.
 const BATCH_BYTES_MAX: usize = 64 << 20;
 
+/// What a coordinator appends: one record of its log. One with a key is the newest word about that key, and without a value
+/// it removes the key, so that the topic can be compacted.
+pub(crate) trait LoggedRecord: Sized {
+    /// Its key and value.
+    fn to_log(&self) -> (Option<Bytes>, Option<Bytes>);
+
+    /// What was written so.
+    ///
+    /// # Errors
+    /// What is malformed.
+    fn from_log(key: Option<Bytes>, value: Option<Bytes>) -> Result<Self, prost::DecodeError>;
+}
+
+/// A message without a key: its topic is never compacted.
+impl<M: Message + Default> LoggedRecord for M {
+    fn to_log(&self) -> (Option<Bytes>, Option<Bytes>) {
+        (None, Some(self.encode_to_vec().into()))
+    }
+
+    fn from_log(_key: Option<Bytes>, value: Option<Bytes>) -> Result<Self, prost::DecodeError> {
+        M::decode(value.unwrap_or_default())
+    }
+}
+
 /// A coordinator's pure core. Equal records lead to equal states.
 pub(crate) trait StateMachine: Clone + Debug + Send + Sync + 'static {
     /// What a caller asks for.
@@ -35,7 +59,7 @@ pub(crate) trait StateMachine: Clone + Debug + Send + Sync + 'static {
     /// What it is answered.
     type Reply: Debug + Send + 'static;
     /// What is appended.
-    type Record: Message + Default;
+    type Record: LoggedRecord;
 
     /// What follows from a command in this state: records to append (none where nothing changes) and the answer for
     /// when they are committed. Whatever depends on the clock or on chance is in the command or in `now`.
@@ -176,7 +200,8 @@ impl<S: StateMachine> Coordinator<S> {
         }
         let mut batch = RecordBatchBuilder::new(Compression::None);
         for record in &records {
-            if let Err(error) = batch.append(now, None, Some(&record.encode_to_vec()), []) {
+            let (key, value) = record.to_log();
+            if let Err(error) = batch.append(now, key.as_deref(), value.as_deref(), []) {
                 let error = Error::new(ErrorCode::InvalidRequest, format!("the change is too large: {error}"));
                 return Commanded { batch: None, reply: Err(error) };
             }
@@ -218,14 +243,15 @@ impl<S: StateMachine> Coordinator<S> {
 fn apply_entry<S: StateMachine>(state: &mut S, entry: &MachineEntry<'_>) -> Result<(), Error> {
     match entry.body {
         MachineBody::Records(batch) => {
-            let mut at = entry.base_offset;
+            // The bytes may not be stamped yet; and where the log was compacted, offsets have gaps.
+            let unstamped = BatchHeader::parse(batch)?.base_offset.get();
             for record in record::records(batch.clone(), BATCH_BYTES_MAX)? {
-                let Record { value, .. } = record?;
-                let record = S::Record::decode(value.unwrap_or_default()).map_err(|error| {
+                let Record { offset, key, value, .. } = record?;
+                let at = entry.base_offset.plus(offset.get() - unstamped);
+                let record = S::Record::from_log(key, value).map_err(|error| {
                     Error::new(ErrorCode::CorruptLog, format!("the record at offset {at} is malformed: {error}"))
                 })?;
                 state.apply(record, at)?;
-                at = at.next();
             }
             Ok(())
         }

@@ -20,6 +20,8 @@ mod cluster;
 mod connections;
 mod controller;
 mod coordinator;
+mod group;
+mod internal_topics;
 mod metrics;
 mod node;
 mod partition;

@@ -40,10 +40,20 @@ pub(crate) enum Api {
     Metadata,
     ListOffsets,
     Admin,
+    FindCoordinators,
+    Groups,
 }
 
 impl Api {
-    const ALL: [Api; 5] = [Api::Produce, Api::Fetch, Api::Metadata, Api::ListOffsets, Api::Admin];
+    const ALL: [Api; 7] = [
+        Api::Produce,
+        Api::Fetch,
+        Api::Metadata,
+        Api::ListOffsets,
+        Api::Admin,
+        Api::FindCoordinators,
+        Api::Groups,
+    ];
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]

@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, ReplicaId, Term, Timestamp, TopicPartition};
+use flowstone_protocol::{
+    BatchHeader, BrokerId, Error, ErrorCode, Marker, Offset, ProducerId, ReplicaId, Term, Timestamp, TopicPartition,
+};
 use flowstone_replication::{Admission, Commanded, Machine, MachineEntry, ReplicaHandle};
 use parking_lot::RwLock;
 use tokio::sync::watch;
@@ -12,6 +14,9 @@ use tokio::sync::watch;
 use crate::controller::commands::{MetadataCommand, MetadataReply};
 use crate::controller::table::MetadataTable;
 use crate::coordinator::{Coordinator, Published};
+use crate::group::commands::{GroupCommand, GroupReply};
+use crate::group::state::{GroupRules, GroupTable};
+use crate::internal_topics::InternalTopic;
 use crate::producers::Producers;
 use crate::topic_config::TopicConfig;
 
@@ -27,23 +32,52 @@ pub(crate) enum PartitionMachine {
     Records(Producers),
     /// `__cluster_metadata-0`.
     Metadata(Box<Coordinator<MetadataTable>>),
+    /// A partition of `__consumer_offsets`.
+    Groups(Box<Coordinator<GroupTable>>),
+}
+
+/// What the machine behind a replica commits, for those who read it.
+#[derive(Clone, Debug)]
+pub(crate) enum MachineView {
+    /// Nothing but the records themselves.
+    Records,
+    Groups(Published<GroupTable>),
+}
+
+/// What the machines behind the cluster's own topics are made with.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct MachineRules {
+    pub(crate) groups: Arc<GroupRules>,
 }
 
 /// A command to a coordinator.
 #[derive(Debug)]
 pub(crate) enum PartitionCommand {
     Metadata(MetadataCommand),
+    Groups(GroupCommand),
 }
 
 /// A coordinator's answer.
 #[derive(Debug)]
 pub(crate) enum PartitionReply {
     Metadata(MetadataReply),
+    Groups(GroupReply),
 }
 
 impl PartitionMachine {
     pub(crate) fn records() -> Self {
         Self::Records(Producers::default())
+    }
+
+    /// What runs behind a topic of this name, and the view on what it commits.
+    pub(crate) fn behind(topic: &str, rules: &MachineRules) -> (Self, MachineView) {
+        match InternalTopic::named(topic) {
+            Some(InternalTopic::Groups) => {
+                let (coordinator, view) = Coordinator::new(GroupTable::new(Arc::clone(&rules.groups)));
+                (Self::Groups(Box::new(coordinator)), MachineView::Groups(view))
+            }
+            Some(InternalTopic::Transactions) | None => (Self::records(), MachineView::Records),
+        }
     }
 
     /// The metadata's machine, and the view on what it commits.
@@ -68,6 +102,42 @@ impl Machine for PartitionMachine {
         match self {
             Self::Records(producers) => producers.admit(batch),
             Self::Metadata(coordinator) => coordinator.admit(batch),
+            Self::Groups(coordinator) => coordinator.admit(batch),
+        }
+    }
+
+    fn admit_marker(&mut self, marker: &Marker, _now: Timestamp) -> Admission {
+        match self {
+            Self::Records(producers) => producers.admit_marker(marker),
+            _ => Admission::Refuse(Error::new(
+                ErrorCode::InternalTopic,
+                "no transaction writes into a coordinator's log",
+            )),
+        }
+    }
+
+    fn expired(&mut self, now: Timestamp) -> Option<Bytes> {
+        match self {
+            Self::Records(producers) => producers.expired(now),
+            _ => None,
+        }
+    }
+
+    fn may_expire(&self) -> bool {
+        matches!(self, Self::Records(producers) if producers.may_expire())
+    }
+
+    fn last_stable_offset(&self, high_watermark: Offset) -> Offset {
+        match self {
+            Self::Records(producers) => producers.last_stable_offset(high_watermark),
+            _ => high_watermark,
+        }
+    }
+
+    fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
+        match self {
+            Self::Records(producers) => producers.aborted_between(from, to),
+            _ => Vec::new(),
         }
     }
 
@@ -75,6 +145,7 @@ impl Machine for PartitionMachine {
         match self {
             Self::Records(producers) => producers.appended(entry),
             Self::Metadata(coordinator) => coordinator.appended(entry),
+            Self::Groups(coordinator) => coordinator.appended(entry),
         }
     }
 
@@ -82,6 +153,7 @@ impl Machine for PartitionMachine {
         match self {
             Self::Records(producers) => producers.committed(entry),
             Self::Metadata(coordinator) => coordinator.committed(entry),
+            Self::Groups(coordinator) => coordinator.committed(entry),
         }
     }
 
@@ -91,7 +163,11 @@ impl Machine for PartitionMachine {
                 let Commanded { batch, reply } = coordinator.command(command, now);
                 Commanded { batch, reply: reply.map(PartitionReply::Metadata) }
             }
-            (Self::Records(_), command) => {
+            (Self::Groups(coordinator), PartitionCommand::Groups(command)) => {
+                let Commanded { batch, reply } = coordinator.command(command, now);
+                Commanded { batch, reply: reply.map(PartitionReply::Groups) }
+            }
+            (Self::Records(_) | Self::Metadata(_) | Self::Groups(_), command) => {
                 let error = Error::new(ErrorCode::Internal, format!("no coordinator here takes {command:?}"));
                 Commanded { batch: None, reply: Err(error) }
             }
@@ -100,8 +176,9 @@ impl Machine for PartitionMachine {
 
     fn lead(&mut self, term: Term) {
         match self {
-            Self::Records(_) => {}
+            Self::Records(producers) => producers.lead(),
             Self::Metadata(coordinator) => coordinator.lead(term),
+            Self::Groups(coordinator) => coordinator.lead(term),
         }
     }
 
@@ -109,11 +186,15 @@ impl Machine for PartitionMachine {
         match self {
             Self::Records(producers) => producers.step_down(),
             Self::Metadata(coordinator) => coordinator.step_down(),
+            Self::Groups(coordinator) => coordinator.step_down(),
         }
     }
 
     fn reads_records(&self) -> bool {
-        matches!(self, Self::Metadata(_))
+        match self {
+            Self::Records(_) => false,
+            Self::Metadata(_) | Self::Groups(_) => true,
+        }
     }
 
     /// What is in flight lives beside the committed state in both kinds, see [`Coordinator`] and [`Producers`].
@@ -125,6 +206,7 @@ impl Machine for PartitionMachine {
         match self {
             Self::Records(producers) => producers.checkpoint(),
             Self::Metadata(coordinator) => coordinator.checkpoint(),
+            Self::Groups(coordinator) => coordinator.checkpoint(),
         }
     }
 
@@ -132,6 +214,7 @@ impl Machine for PartitionMachine {
         match self {
             Self::Records(producers) => producers.restore(checkpoint),
             Self::Metadata(coordinator) => coordinator.restore(checkpoint),
+            Self::Groups(coordinator) => coordinator.restore(checkpoint),
         }
     }
 }
@@ -147,6 +230,8 @@ pub(crate) struct OpenPartition {
     /// Which of the partition's replicas this is.
     pub(crate) replica_id: ReplicaId,
     pub(crate) replica: Replica,
+    /// What its machine commits.
+    pub(crate) view: MachineView,
     /// Where the group's replicas are, as the reconciler told it last.
     peers: RwLock<Peers>,
     /// Written by the reconciler when the topic's settings change; readers clone it out.
@@ -168,9 +253,16 @@ impl OpenPartition {
             internal,
             replica_id,
             replica,
+            view: MachineView::Records,
             peers: RwLock::new(peers),
             config: RwLock::new(Arc::new(config)),
         }
+    }
+
+    /// The same with what its machine commits.
+    #[must_use]
+    pub(crate) fn viewed(self, view: MachineView) -> Self {
+        Self { view, ..self }
     }
 
     /// Whether there is anybody else in its group.

@@ -15,9 +15,11 @@ use flowstone_protocol::{
 };
 
 use super::table::{MetadataTable, Place, Topic};
+use crate::internal_topics::InternalTopic;
 use crate::topic_config::TopicOverrides;
 
 pub(crate) use partitions::can_replace;
+pub(crate) use topics::REPLICATION_FACTOR_DEFAULT;
 
 /// A change that is asked for. Whatever is random was drawn by the caller, or comes out of the seed in it.
 #[derive(Clone, Debug)]
@@ -41,6 +43,8 @@ pub(crate) enum MetadataCommand {
     CreateTopic(CreateTopic),
     /// Other settings, more partitions, or both.
     AlterTopic(AlterTopic),
+    /// One of the cluster's own topics is needed; answered alike when it is there.
+    EnsureInternalTopic { topic: InternalTopic, topic_id: TopicId, seed: u64 },
     /// Away with it.
     DeleteTopic { name: String },
     /// The partition's replicas shall be on these brokers.
@@ -202,6 +206,8 @@ pub(crate) struct MetadataRules {
     pub(crate) partitions_per_topic_max: u32,
     pub(crate) partitions_max: usize,
     pub(crate) batch_bytes_max: usize,
+    /// Of each topic behind coordinators, when it is made.
+    pub(crate) internal_partitions: u32,
     pub(crate) topic_defaults: TopicOverrides,
 }
 
@@ -224,6 +230,7 @@ pub(crate) fn decide(table: &MetadataTable, command: MetadataCommand, now: Times
         MetadataCommand::ReplaceBroker(replace) => brokers::replace(table, &replace),
         MetadataCommand::CreateTopic(create) => topics::create(table, create),
         MetadataCommand::AlterTopic(alter) => topics::alter(table, alter),
+        MetadataCommand::EnsureInternalTopic { topic, topic_id, seed } => topics::ensure(table, topic, topic_id, seed),
         MetadataCommand::DeleteTopic { name } => topics::delete(table, &name),
         MetadataCommand::MovePartition(wanted) => partitions::move_to(table, &wanted),
         MetadataCommand::CancelMove { topic, partition } => partitions::cancel_move(table, &topic, partition),

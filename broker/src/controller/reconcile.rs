@@ -21,7 +21,7 @@ use crate::cluster::belonging::{Belonging, Kept};
 use crate::cluster::control::Control;
 use crate::cluster::recovery::MetadataRecovery;
 use crate::coordinator::Published;
-use crate::partition::{LocalReplicas, OpenPartition, PartitionMachine, Peers, Replica, Slot};
+use crate::partition::{LocalReplicas, MachineRules, OpenPartition, PartitionMachine, Peers, Replica, Slot};
 use crate::topic_config::{FlushPolicy, TopicConfig, TopicOverrides};
 
 /// Time that all openings of a start are given before the broker serves without those that are left.
@@ -47,6 +47,8 @@ pub(crate) struct Reconciler {
     pub(crate) replicas: LocalReplicas,
     pub(crate) directory: DirectoryId,
     pub(crate) topic_defaults: TopicOverrides,
+    /// What machines behind the cluster's own topics are made with.
+    pub(crate) machine_rules: MachineRules,
     /// Metadata up to here is done; `None` before the first pass.
     done: Option<Offset>,
     /// Openings under way; each is compared with the metadata when it ends: what was altered meanwhile would else reach
@@ -199,6 +201,7 @@ impl Reconciler {
             replicas,
             directory,
             topic_defaults,
+            machine_rules: MachineRules::default(),
             done: None,
             openings: JoinSet::new(),
             opening: HashMap::new(),
@@ -489,6 +492,7 @@ impl Reconciler {
         // Weak while it waits: the shards end when the broker says so.
         let shards = Arc::downgrade(shards);
         let topic = Arc::clone(topic);
+        let rules = self.machine_rules.clone();
         // Whatever had this place is closed first, and what is being deleted is gone first; at the start there is nothing.
         let is_first = self.done.is_none();
         let opening = self.openings.spawn(async move {
@@ -497,11 +501,13 @@ impl Reconciler {
                 close(&shards, tp, false).await;
             }
             drop(earlier);
-            let opened = open_handle(&shards, spec, PartitionMachine::records()).await;
+            let (machine, view) = PartitionMachine::behind(&topic.name, &rules);
+            let opened = open_handle(&shards, spec, machine).await;
             let slot = match opened {
                 Ok(replica) => {
                     let partition =
-                        OpenPartition::new((tp, replica_id), &topic.name, topic.internal, replica, peers, config);
+                        OpenPartition::new((tp, replica_id), &topic.name, topic.internal, replica, peers, config)
+                            .viewed(view);
                     // One that failed is opened again by its shard, and says meanwhile what is wrong with it.
                     if let Err(error) = settled(&partition.replica, partition.has_peers()).await {
                         tracing::error!(topic = topic.name, partition = tp.partition.get(), %error, "cannot open a replica");
@@ -728,6 +734,7 @@ mod tests {
                 partitions_per_topic_max: 10,
                 partitions_max: 10,
                 batch_bytes_max: 8 << 20,
+                internal_partitions: 4,
                 topic_defaults: TopicOverrides::new(),
             };
             let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules));

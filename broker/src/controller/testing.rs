@@ -29,6 +29,7 @@ pub(super) fn rules() -> MetadataRules {
         partitions_per_topic_max: 2_000,
         partitions_max: 10_000,
         batch_bytes_max: 1 << 24,
+        internal_partitions: 4,
         topic_defaults: Default::default(),
     }
 }

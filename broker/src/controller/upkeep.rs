@@ -1,14 +1,17 @@
 //! What a controller does without being asked: replicas whose directory is gone are replaced, draining brokers are
-//! emptied, a few partitions at a time.
+//! emptied, the topics behind coordinators get the replicas that they had no brokers for, a few partitions at a time.
 //!
 //! It needs no memory: each round looks at what is, so a new controller goes on where the last one stopped.
 
-use flowstone_protocol::TopicPartition;
+use std::collections::BTreeMap;
+
+use flowstone_protocol::{BrokerId, TopicPartition};
 
 use super::balance;
-use super::commands::{MetadataCommand, MovePartition, can_replace};
+use super::commands::{MetadataCommand, MovePartition, REPLICATION_FACTOR_DEFAULT, can_replace};
 use super::placement::Draws;
 use super::table::{MetadataTable, Place};
+use crate::internal_topics::InternalTopic;
 
 /// Replacements of one round: they are records in the log, and each of them begins a copy.
 const REPLACEMENTS_MAX: usize = 100;
@@ -41,6 +44,44 @@ pub(crate) fn due(table: &MetadataTable, moves_max: usize, seed: u64) -> Vec<Met
             })
         }));
     }
+    due.extend(raises(table, room, &mut draws));
+    due
+}
+
+/// The topics behind coordinators have as many replicas as there may be, however few brokers there were when they were made.
+fn raises(table: &MetadataTable, room: usize, draws: &mut Draws) -> Vec<MetadataCommand> {
+    let able: Vec<_> = table.brokers().filter(|broker| broker.takes_replicas()).collect();
+    let wanted = able.len().min(REPLICATION_FACTOR_DEFAULT as usize);
+    let topics = InternalTopic::ALL.into_iter().filter_map(|topic| table.topic_named(topic.name()));
+    let short =
+        topics.flat_map(|topic| topic.entries().map(move |(tp, entry)| (topic, tp, entry))).filter(|(_, _, entry)| {
+            let staying = entry.replicas().iter().filter(|place| able.iter().any(|broker| broker.id == place.broker));
+            // One that has a replica on a broker that is down, or is being emptied, is first of all not hurried.
+            !entry.is_changing() && entry.replicas().len() < wanted && staying.count() == entry.replicas().len()
+        });
+    let mut given: BTreeMap<BrokerId, u32> = BTreeMap::new();
+    let mut due = Vec::new();
+    for (topic, tp, entry) in short.take(room) {
+        let mut brokers: Vec<BrokerId> = entry.replicas().iter().map(|place| place.broker).collect();
+        while brokers.len() < wanted {
+            let racks: Vec<&str> =
+                able.iter().filter(|it| brokers.contains(&it.id)).map(|it| it.rack.as_str()).collect();
+            let next = able.iter().filter(|broker| !brokers.contains(&broker.id)).min_by_key(|broker| {
+                let load = table.load(broker.id).replicas + given.get(&broker.id).copied().unwrap_or_default();
+                (racks.contains(&broker.rack.as_str()), load, broker.id)
+            });
+            let Some(next) = next else { break };
+            *given.entry(next.id).or_default() += 1;
+            brokers.push(next.id);
+        }
+        due.push(MetadataCommand::MovePartition(MovePartition {
+            topic: topic.name.clone(),
+            partition: tp.partition.get(),
+            brokers,
+            seed: draws.next(),
+            validate_only: false,
+        }));
+    }
     due
 }
 
@@ -61,7 +102,7 @@ mod tests {
     use super::super::table::METADATA_PARTITION;
     use super::super::testing::Cluster;
     use super::*;
-    use flowstone_protocol::BrokerId;
+    use flowstone_protocol::TopicId;
 
     /// Has the controller do what is due until nothing is, its leaders following at once; returns the rounds.
     fn settle(cluster: &mut Cluster, moves_max: usize) -> usize {
@@ -76,6 +117,37 @@ mod tests {
             cluster.finish_moves();
         }
         panic!("no end");
+    }
+
+    #[test]
+    fn a_topic_behind_coordinators_grows_with_the_cluster() {
+        let mut cluster = Cluster::of(1);
+        let ensure = |id| MetadataCommand::EnsureInternalTopic {
+            topic: InternalTopic::Groups,
+            topic_id: TopicId::new(id),
+            seed: 5,
+        };
+        cluster.run(ensure(70)).expect("made");
+        let before = cluster.topic("__consumer_offsets");
+        assert!(before.internal);
+        assert_eq!((before.id, before.partitions.len(), before.replication_factor), (TopicId::new(70), 4, 1));
+        assert_eq!(cluster.table().partition_count(), 0, "it does not count for the limits");
+        // Asked for again, it is the same one.
+        cluster.run(ensure(71)).expect("there");
+        assert_eq!(cluster.topic("__consumer_offsets"), before);
+        assert_eq!(settle(&mut cluster, 2), 0, "there is nobody else");
+        cluster.register(2);
+        cluster.register(3);
+        cluster.register(4);
+        cluster.fence(4);
+        assert!(settle(&mut cluster, 2) >= 2);
+        for (_, entry) in cluster.topic("__consumer_offsets").entries() {
+            let mut brokers: Vec<i32> = entry.replicas().iter().map(|place| place.broker.get()).collect();
+            assert_eq!(brokers[0], 1, "who led it still may");
+            brokers.sort_unstable();
+            assert_eq!(brokers, [1, 2, 3]);
+        }
+        assert_eq!(settle(&mut cluster, 2), 0, "and that is that");
     }
 
     #[test]

@@ -11,7 +11,7 @@ use futures::future::BoxFuture;
 use prost::Message;
 use tonic::{Request, Response, Status};
 
-use super::{brokers, counted, partitions, repeated, topics};
+use super::{brokers, coordinators, counted, partitions, repeated, topics};
 use crate::cluster::control::{Again, METADATA_END};
 use crate::metrics::Api;
 use crate::node::Node;
@@ -108,6 +108,7 @@ pub(crate) async fn forwarded(node: &Arc<Node>, forwarded: ForwardRequest) -> Re
             let id = TopicId::from_slice(&request_id).unwrap_or_else(topics::fresh_id);
             run(node, request, |node, request| topics::create_here(node, request, id)).await
         }
+        coordinators::ENSURE => run(node, request, coordinators::ensure_here).await,
         "AlterTopic" => run(node, request, topics::alter_here).await,
         "DeleteTopic" => run(node, request, topics::delete_here).await,
         "TrimPartition" => run(node, request, topics::trim_here).await,

@@ -2,6 +2,7 @@
 
 mod admin;
 mod brokers;
+mod coordinators;
 mod early;
 mod fetch;
 mod fetch_body;
@@ -32,6 +33,7 @@ use crate::partition::{OpenPartition, Slot};
 use crate::receiving::Held;
 
 pub(crate) use admin::{AdminService, forwarded};
+pub(crate) use coordinators::{CoordinatorsService, submit};
 pub(crate) use early::{EarlyAdmin, RECOVER_PATH, starting};
 pub(crate) use produce::REQUEST_BYTES_MIN;
 

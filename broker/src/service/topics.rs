@@ -117,7 +117,7 @@ async fn followed(
 }
 
 /// Waits until the topic is known here with that many partitions, and each is led by somebody or has failed to open.
-async fn reached(node: &Arc<Node>, id: TopicId, partitions: usize) {
+pub(super) async fn reached(node: &Arc<Node>, id: TopicId, partitions: usize) {
     drop(node.control.caught_up().await);
     let (mut replicas, mut changes) = (node.replicas.changes(), node.table.changes());
     let is_served = |tp: TopicPartition, entry: &PartitionEntry| {
@@ -201,7 +201,7 @@ async fn describe(node: &Arc<Node>, topic: &Topic) -> pb::TopicDescription {
     described(node, topic, &reports)
 }
 
-fn described(node: &Node, topic: &Topic, reports: &Reports) -> pb::TopicDescription {
+pub(super) fn described(node: &Node, topic: &Topic, reports: &Reports) -> pb::TopicDescription {
     let configs = TOPIC_KEYS.iter().map(|key| {
         let broker = node.config.topic.get(key.name);
         let (value, source) = match (topic.overrides.get(key.name), broker) {

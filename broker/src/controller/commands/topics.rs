@@ -6,17 +6,18 @@ use flowstone_protocol::internal::metadata_record::Record as Kind;
 use flowstone_protocol::internal::{
     PartitionAssignment, PartitionsAdded, TopicConfigChanged, TopicCreated, TopicDeleted,
 };
-use flowstone_protocol::{Error, ErrorCode, TopicName};
+use flowstone_protocol::{Error, ErrorCode, TopicId, TopicName};
 
 use super::super::change::{Assignment, PartitionEntry};
 use super::super::placement::{Draws, Placement};
 use super::super::records::{show_assignment, show_configs, show_topic};
 use super::super::table::{MetadataTable, Topic};
 use super::{AlterTopic, CreateTopic, Decided, MetadataReply, MetadataRules, internal_topic, unknown_topic};
+use crate::internal_topics::InternalTopic;
 use crate::topic_config::{self, TopicConfig, TopicOverrides};
 
 /// Replicas of a topic whose creator does not say, where there are enough brokers.
-const REPLICATION_FACTOR_DEFAULT: u32 = 3;
+pub(crate) const REPLICATION_FACTOR_DEFAULT: u32 = 3;
 
 pub(super) fn create(table: &MetadataTable, create: CreateTopic) -> Result<Decided, Error> {
     let name = TopicName::new(create.name.as_str())
@@ -32,6 +33,13 @@ pub(super) fn create(table: &MetadataTable, create: CreateTopic) -> Result<Decid
         return Err(Error::new(
             ErrorCode::TopicAlreadyExists,
             format!("topic `{name}` exists already; choose another name, or delete that one first"),
+        )
+        .with_topic(name.as_str()));
+    }
+    if table.topic(create.topic_id).is_some() {
+        return Err(Error::new(
+            ErrorCode::InvalidRequest,
+            "request_id is that of another topic's creation; draw one at random for each",
         )
         .with_topic(name.as_str()));
     }
@@ -59,15 +67,43 @@ pub(super) fn create(table: &MetadataTable, create: CreateTopic) -> Result<Decid
         changed_at: table.applied(),
         overrides,
     };
-    let record = TopicCreated {
+    let records = if create.validate_only { Vec::new() } else { vec![show_created(&topic)] };
+    Ok((records, MetadataReply::Topic(Arc::new(topic))))
+}
+
+/// One of the cluster's own topics, made where it is not there yet. It does not count for the cluster's limits.
+pub(super) fn ensure(
+    table: &MetadataTable,
+    wanted: InternalTopic,
+    topic_id: TopicId,
+    seed: u64,
+) -> Result<Decided, Error> {
+    if let Some(existing) = table.topic_named(wanted.name()) {
+        return Ok((Vec::new(), MetadataReply::Topic(Arc::clone(existing))));
+    }
+    let replicas = check_replicas(table, 0).map_err(|error| error.with_topic(wanted.name()))?;
+    let (mut placement, mut draws) = (Placement::of_new(table), Draws::from_seed(seed));
+    let partitions = table.rules().internal_partitions.max(1);
+    let topic = Topic {
+        id: topic_id,
+        name: wanted.name().to_owned(),
+        replication_factor: replicas,
+        internal: true,
+        partitions: (0..partitions).map(|_| place(&mut placement, replicas, &mut draws)).collect(),
+        changed_at: table.applied(),
+        overrides: wanted.overrides(),
+    };
+    Ok((vec![show_created(&topic)], MetadataReply::Topic(Arc::new(topic))))
+}
+
+fn show_created(topic: &Topic) -> Kind {
+    Kind::TopicCreated(TopicCreated {
         topic_id: show_topic(topic.id),
         name: topic.name.clone(),
-        replication_factor: replicas as i32,
+        replication_factor: topic.replication_factor as i32,
         configs: show_configs(&topic.overrides),
         partitions: topic.partitions.iter().map(show_new).collect(),
-    };
-    let records = if create.validate_only { Vec::new() } else { vec![Kind::TopicCreated(record)] };
-    Ok((records, MetadataReply::Topic(Arc::new(topic))))
+    })
 }
 
 pub(super) fn alter(table: &MetadataTable, alter: AlterTopic) -> Result<Decided, Error> {
