@@ -9,7 +9,7 @@
 //! ```
 //! Lost is final for this id: where the group has others it is to be replaced, with one voter it is quarantined.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 
 use flowstone_protocol::control::log_start_of;
@@ -82,8 +82,6 @@ pub(crate) struct OpenJob {
     pub(crate) hard_state: Option<HardState>,
     /// Of the replica whose log goes on under this one's id.
     pub(crate) hard_state_before: Option<HardState>,
-    /// The stripe's file is unreadable in part: what was voted for may be forgotten.
-    pub(crate) rotten: Option<String>,
     pub(crate) config: ReplicaConfig,
     pub(crate) feature_level: u32,
     /// What was only in memory at the end of the last run is gone.
@@ -144,12 +142,15 @@ impl OpenJob {
         };
         if matches!(self.spec.start, Start::Recovered { .. }) && self.hard_state.is_none() {
             self.hard_state = Some(self.recovered_state(&log));
+            self.is_new = true;
         }
-        if self.lost_memory && self.spec.flush == FlushMode::Relaxed {
-            if self.has_peers(&log) && !self.is_new && !self.was_opened_since() {
+        // What the topic's setting is now says nothing of what it was when the power failed.
+        let mark = self.relaxed_in();
+        if self.lost_memory && !self.is_new && matches!(mark, Relaxed::Before) {
+            if self.has_peers(&log) {
                 return Opened::Lost(Lost {
                     message: format!(
-                        "flowstone.flush = relaxed, and the machine was restarted without a clean stop: entries above {} may be gone that this replica answered for",
+                        "it was run with flowstone.flush = relaxed when the machine was restarted without a clean stop: entries above {} may be gone that this replica answered for",
                         log.last_index()
                     ),
                     lost_memory: true,
@@ -158,13 +159,18 @@ impl OpenJob {
                 });
             }
             let end_offset = log.end_offset();
-            if !self.is_new && !self.has_peers(&log) {
-                tracing::warn!(tp = %self.spec.tp, %end_offset, "records above this offset may be lost: flowstone.flush = relaxed, and the machine was restarted");
-            }
-            if let Err(error) = self.note_opened() {
-                let message = format!("cannot note in {} that it was opened: {error}", self.spec.dir.display());
-                return Opened::Failed { machine, message };
-            }
+            tracing::warn!(tp = %self.spec.tp, %end_offset, "records above this offset may be lost: it was run with flowstone.flush = relaxed when the machine was restarted");
+        }
+        // All that was found is flushed by now.
+        let (disk, dir) = (&self.disk, &self.spec.dir);
+        let noted = match (self.spec.flush, mark) {
+            (FlushMode::Relaxed, Relaxed::Now) | (FlushMode::Quorum, Relaxed::Never) => Ok(()),
+            (FlushMode::Relaxed, _) => note_relaxed(disk, dir, &self.boot_id),
+            (FlushMode::Quorum, _) => forget_relaxed(disk, dir),
+        };
+        if let Err(error) = noted {
+            let message = format!("cannot note in {} whether it is flushed: {error}", dir.display());
+            return Opened::Failed { machine, message };
         }
         match Replica::open(log, self.hard_state, machine, self.config) {
             Ok(replica) => Opened::Replica(Box::new(replica)),
@@ -188,6 +194,12 @@ impl OpenJob {
     /// Makes sure that there is a log to open, or says that one is to be pulled.
     fn begin<M: Machine>(&mut self, machine: &mut M) -> Result<Begun, Unusable> {
         let Self { disk, spec, .. } = &*self;
+        if self.hard_state.is_some_and(|state| state.is_lost()) {
+            return Err(Unusable::Lost(format!(
+                "the file of hard states that replica {} was in could not be read: what it voted for is forgotten; where no other replica can take its place, recover the partition explicitly: flowstone partition recover",
+                spec.replica
+            )));
+        }
         // One that is whole takes the replica's place now; one that is not goes on.
         match Install::resume(disk, &spec.dir, spec.log.clone())? {
             // Begun in place of a log that reaches further: whether it covers what the replica answers for is not known
@@ -208,10 +220,6 @@ impl OpenJob {
         let exists = Log::exists(disk, &spec.dir)
             .map_err(|error| Unusable::Io(format!("cannot look into {}: {error}", spec.dir.display())))?;
         let holds = if exists { Some(ReplicaIdentity::read(disk, &spec.dir)?.replica) } else { None };
-        let is_new = self.hard_state.is_none() && holds != Some(spec.replica);
-        if let Some(rotten) = self.rotten.as_ref().filter(|_| !(is_new && spec.start == Start::Learner)) {
-            return Err(Unusable::Lost(rotten.clone()));
-        }
         match (holds, &spec.start) {
             (Some(holds), _) if holds == spec.replica => Ok(Begun::Open { is_new: false }),
             // It voted, or it wrote: what it answered for is gone, and a new one must not take its name.
@@ -259,7 +267,7 @@ impl OpenJob {
     /// Lets a survivor's log go on under this replica's id, as the only voter of its group: all that is in it counts as
     /// committed from now on.
     fn recover<M: Machine>(&mut self, machine: &mut M) -> Result<(), Unusable> {
-        let flushed = self.hard_state_before.map_or(CREATION_INDEX, |state| state.flushed);
+        let flushed = self.state_before().map_or(CREATION_INDEX, |state| state.flushed);
         let Self { disk, spec, .. } = &*self;
         let mut log = Log::open(Arc::clone(disk), &spec.dir, spec.log.clone(), flushed, self.now)?;
         let (first, last) = (log.checkpoint().applied.next(), log.last_index());
@@ -285,45 +293,63 @@ impl OpenJob {
         Ok(())
     }
 
+    /// What is known of what the replica said whose log goes on.
+    fn state_before(&self) -> Option<HardState> {
+        self.hard_state_before.filter(|state| !state.is_lost())
+    }
+
     /// What a recovered replica begins with, as often as it does before that is durable.
     fn recovered_state(&self, log: &Log) -> HardState {
-        let term = self.hard_state_before.map_or(log.last_term(), |state| state.term.max(log.last_term()));
+        let term = self.state_before().map_or(log.last_term(), |state| state.term.max(log.last_term()));
         HardState { term: Term::new(term.get() + RECOVERED_TERMS), vote: None, flushed: log.checkpoint().applied }
     }
 
-    fn opened_file(&self) -> PathBuf {
-        self.spec.dir.join(OPENED_FILE)
-    }
-
-    /// Whether this replica was opened in this start of the machine: what it wrote since is still in memory.
-    fn was_opened_since(&self) -> bool {
-        let read = || {
-            let path = self.opened_file();
-            if !self.disk.exists(&path)? {
-                return Ok(None);
-            }
-            read_note(&*self.disk, &path).map(Some)
-        };
+    /// Since when it may answer for what is only in memory, by its note.
+    fn relaxed_in(&self) -> Relaxed {
+        let path = self.spec.dir.join(RELAXED_FILE);
+        let read = || if self.disk.exists(&path)? { read_note(&*self.disk, &path).map(Some) } else { Ok(None) };
         match read() {
-            Ok(note) => !self.boot_id.is_empty() && note.as_deref() == Some(self.boot_id.as_bytes()),
+            Ok(None) => Relaxed::Never,
+            Ok(Some(note)) if !self.boot_id.is_empty() && note == self.boot_id.as_bytes() => Relaxed::Now,
+            Ok(Some(_)) => Relaxed::Before,
             Err(error) => {
                 let error: std::io::Error = error;
-                tracing::warn!(tp = %self.spec.tp, %error, "cannot see when a replica was opened last: it counts as lost");
-                false
+                tracing::warn!(tp = %self.spec.tp, %error, "cannot see when a replica answered for what was not flushed: the worse is assumed");
+                Relaxed::Before
             }
         }
     }
+}
 
-    fn note_opened(&self) -> std::io::Result<()> {
-        let path = self.opened_file();
-        if self.disk.exists(&path)? {
-            self.disk.remove_file(&path)?;
-        }
-        let file = self.disk.open(&path, OpenMode::CreateNew)?;
-        file.write_at(self.boot_id.as_bytes(), 0)?;
-        file.sync_data()?;
-        self.disk.sync_dir(&self.spec.dir)
+/// When a replica answered for what was only in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Relaxed {
+    /// All of it was flushed before.
+    Never,
+    /// In this start of the machine, which remembers.
+    Now,
+    /// Perhaps in another one.
+    Before,
+}
+
+/// Notes that the replica in `dir` answers for what is only in memory; durable when this returns.
+pub(crate) fn note_relaxed(disk: &Arc<dyn Disk>, dir: &Path, boot_id: &str) -> std::io::Result<()> {
+    let (path, new) = (dir.join(RELAXED_FILE), dir.join(format!("{RELAXED_FILE}.new")));
+    if disk.exists(&new)? {
+        disk.remove_file(&new)?;
     }
+    let file = disk.open(&new, OpenMode::CreateNew)?;
+    file.write_at(boot_id.as_bytes(), 0)?;
+    file.sync_data()?;
+    drop(file);
+    disk.rename(&new, &path)?;
+    disk.sync_dir(dir)
+}
+
+/// Notes that all that the replica in `dir` answers for is flushed, and will be.
+pub(crate) fn forget_relaxed(disk: &Arc<dyn Disk>, dir: &Path) -> std::io::Result<()> {
+    disk.remove_file(&dir.join(RELAXED_FILE))?;
+    disk.sync_dir(dir)
 }
 
 /// Gives one entry to a machine, as if it had just been committed.
@@ -377,7 +403,7 @@ pub(crate) fn mark_running(disk: &Arc<dyn Disk>, data_dir: &DataDir, boot_id: &s
     Ok(false)
 }
 
-fn read_note(disk: &dyn Disk, path: &std::path::Path) -> std::io::Result<Vec<u8>> {
+fn read_note(disk: &dyn Disk, path: &Path) -> std::io::Result<Vec<u8>> {
     let file = disk.open(path, OpenMode::Read)?;
     let mut note = vec![0; usize::try_from(file.len()?.min(256)).unwrap_or(256)];
     let length = file.read_at(&mut note, 0)?;

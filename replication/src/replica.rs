@@ -120,6 +120,8 @@ pub struct Replica<M: Machine> {
     flush_in_flight: Option<u64>,
     /// Clients' bytes that no flush covers yet.
     bytes_unflushed: u64,
+    /// What is answered may be unflushed, up to this write: all of it while the mode is relaxed.
+    relaxed_writes: Option<u64>,
     /// Relaxed only: flush although nobody waits.
     flush_wanted: bool,
     /// Readies that are not persisted yet, in order, each with what it waits for.
@@ -300,6 +302,7 @@ impl<M: Machine> Replica<M> {
             parked: Parked::default(),
             reads: ParkedReads::new(config.parked_reads_max),
             unheard_since: None,
+            relaxed_writes: (config.flush == FlushMode::Relaxed).then_some(u64::MAX),
             config,
             raft,
             machine,
@@ -454,6 +457,15 @@ impl<M: Machine> Replica<M> {
         self.raft.heard_follower(replica);
     }
 
+    /// Gives back the memory that only a busy replica needs.
+    pub(crate) fn shed(&mut self) {
+        self.unflushed.shrink_to_fit();
+        self.proposals.shrink_to_fit();
+        self.held.shrink_to_fit();
+        self.parked.shed();
+        self.raft.shed();
+    }
+
     pub(crate) fn rested(&mut self, until: u64, heard: &[(ReplicaId, u64)]) {
         self.raft.rested(until, heard);
     }
@@ -471,6 +483,11 @@ impl<M: Machine> Replica<M> {
     /// Whether something is written and not flushed, nor being flushed.
     pub fn is_dirty(&self) -> bool {
         self.writes > self.flush_in_flight.unwrap_or(self.writes_flushed)
+    }
+
+    /// Whether it may answer for what is only in memory.
+    pub fn is_relaxed(&self) -> bool {
+        self.relaxed_writes.is_some()
     }
 
     /// Whether writes are refused for want of room.
@@ -651,6 +668,7 @@ impl<M: Machine> Replica<M> {
                     flushed.map_err(Ended::Storage)?;
                 }
                 self.writes_flushed = write;
+                self.relaxed_writes = self.relaxed_writes.filter(|&owed| owed > write);
                 fx.flushed = Some(self.hard_state());
             }
             Event::HardStateFlushed(number) => {
@@ -1317,6 +1335,10 @@ impl<M: Machine> Replica<M> {
         if self.config.flush == FlushMode::Relaxed && flush == FlushMode::Quorum {
             // Everything that was acknowledged unflushed is flushed first.
             self.flush_wanted = true;
+            self.relaxed_writes = Some(self.writes).filter(|&owed| owed > self.writes_flushed);
+        }
+        if flush == FlushMode::Relaxed {
+            self.relaxed_writes = Some(u64::MAX);
         }
         self.config.flush = flush;
     }

@@ -21,7 +21,7 @@ mod resting;
 mod scrubbing;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
@@ -30,8 +30,8 @@ use std::time::{Duration, Instant, SystemTime};
 use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
 use flowstone_storage::{
-    CheckpointDone, DataDir, Disk, FlushDone, HardState, OpenError, RangeTicket, ReadError, RetentionConfig, Scrubbed,
-    StorageError,
+    CheckpointDone, DataDir, DataDirError, Disk, FlushDone, HardState, OpenError, RangeTicket, ReadError,
+    RetentionConfig, Scrubbed, StorageError,
 };
 
 use self::peers::{NEVER, Places};
@@ -47,7 +47,7 @@ use crate::handle::{Port, ReplicaHandle, SlotKey, StatusCell, shutting_down};
 use crate::inbox::{Inbox, Refused};
 use crate::machine::Machine;
 use crate::metrics::{Counters, ShardMetrics};
-use crate::opening::{Lost, OpenJob, Opened, close_log, mark_running, mark_stopped};
+use crate::opening::{Lost, OpenJob, Opened, close_log, forget_relaxed, mark_running, mark_stopped, note_relaxed};
 use crate::peer::PeerMessage;
 use crate::replica::{Replica, ReplicaConfig, read_error};
 use crate::reply::{ByteBudget, Reply};
@@ -182,6 +182,9 @@ pub enum StartError {
     /// A stripe's file of hard states can not be opened.
     #[error(transparent)]
     HardState(#[from] OpenError),
+    /// A stripe's file of hard states is rotten, and can not be made anew.
+    #[error(transparent)]
+    DataDir(#[from] DataDirError),
     /// The file system or the system's limits refused.
     #[error("cannot {action}: {source}")]
     Io {
@@ -242,7 +245,7 @@ impl<M: Machine> Shards<M> {
         let hard_state_dir = data_dir.hard_state_dir();
         let mut stripes: Vec<BTreeMap<u32, Stripe>> = (0..shards).map(|_| BTreeMap::new()).collect();
         for number in 0..data_dir.stripes() {
-            let stripe = Stripe::open(&disk, &hard_state_dir, number)?;
+            let stripe = Stripe::start(&data_dir, number)?;
             stripes[number as usize % shards].insert(number, stripe);
         }
         let mut all = Self {
@@ -581,6 +584,10 @@ pub(crate) enum Message<M: Machine> {
         slot: SlotKey,
         counted: Counted,
     },
+    Noted {
+        slot: SlotKey,
+        relaxed: RelaxedNote,
+    },
     SetPeers {
         slot: SlotKey,
         peers: Arc<[(ReplicaId, BrokerId)]>,
@@ -617,6 +624,7 @@ impl<M: Machine> Message<M> {
             | Self::Corrupt { .. }
             | Self::Fetched { .. }
             | Self::Counted { .. }
+            | Self::Noted { .. }
             | Self::Pulled { .. }
             | Self::Installed { .. }
             | Self::Scrubbed { .. }
@@ -656,6 +664,18 @@ struct Slot<M: Machine> {
     repair: Option<Repairing>,
     /// Its log was copied from others a moment ago.
     is_copied: bool,
+    relaxed: RelaxedNote,
+}
+
+/// The note in a replica's folder that it answers for what is only in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RelaxedNote {
+    Not,
+    There,
+    /// On the pool.
+    Changing,
+    /// It could not be changed: looked at again when the replica is opened anew.
+    Unknown,
 }
 
 #[derive(Debug)]
@@ -830,6 +850,7 @@ impl<M: Machine> Shard<M> {
             Message::Repaired { slot, outcome } => self.on_repaired(slot, outcome),
             Message::Fetched { slot, fetched } => self.report(slot, Event::Fetched(fetched)),
             Message::Counted { slot, counted } => self.report(slot, Event::Counted(counted)),
+            Message::Noted { slot, relaxed } => self.on_noted(slot, relaxed),
             Message::Shutdown { done } => self.on_shutdown(done),
         }
     }
@@ -843,9 +864,11 @@ impl<M: Machine> Shard<M> {
             slot.spec.retention = change.retention;
             slot.spec.flush = change.flush;
             slot.spec.max_message_bytes = change.max_message_bytes;
+            self.reconfigure(key.index);
             if change.retention != RetentionConfig::default() {
                 self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
             }
+            return;
         }
         if let Some(slot) = self.slots.get(key.index as usize).filter(|slot| slot.life == key.life)
             && matches!(slot.state, State::Pulling { .. })
@@ -961,6 +984,7 @@ impl<M: Machine> Shard<M> {
             hint: None,
             repair: None,
             is_copied: false,
+            relaxed: RelaxedNote::Not,
         };
         let index = match self.free.pop() {
             Some(index) => {
@@ -1000,7 +1024,6 @@ impl<M: Machine> Shard<M> {
             spec: slot.spec.clone(),
             hard_state: stripe.state(slot.spec.replica),
             hard_state_before: before,
-            rotten: stripe.rotten(),
             boot_id: self.config.boot_id.clone(),
             is_new: std::mem::take(&mut slot.is_copied),
             config: ReplicaConfig {
@@ -1044,21 +1067,17 @@ impl<M: Machine> Shard<M> {
             Opened::Replica(mut replica) => {
                 let alone = replica.is_only_voter();
                 replica.begin_at(self.ticks);
+                slot.relaxed = if replica.is_relaxed() { RelaxedNote::There } else { RelaxedNote::Not };
                 slot.state = State::Running(replica);
                 slot.running_since = self.now;
                 slot.events.clear();
-                // They may have changed while it was opened.
-                slot.events.push(Event::Reconfigure(Reconfigure {
-                    log: slot.spec.log.clone(),
-                    retention: slot.spec.retention,
-                    flush: slot.spec.flush,
-                    max_message_bytes: slot.spec.max_message_bytes,
-                }));
                 if slot.spec.retention != RetentionConfig::default() {
                     self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
                 }
+                // Settings may have changed while it was opened.
+                self.reconfigure(key.index);
                 if alone {
-                    slot.events.push(Event::Campaign);
+                    self.slots[key.index as usize].events.push(Event::Campaign);
                 }
                 self.touch(key.index);
             }
@@ -1095,6 +1114,65 @@ impl<M: Machine> Shard<M> {
         if slot.closing.is_some() {
             self.close_if_idle(key.index);
         }
+    }
+
+    /// Tells a replica its settings. It may answer for what is only in memory once it is noted, durably, that it does.
+    fn reconfigure(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        if !matches!(slot.state, State::Running(_)) || slot.closing.is_some() {
+            return;
+        }
+        let is_noted = slot.relaxed == RelaxedNote::There;
+        let must_note = slot.spec.flush == FlushMode::Relaxed && slot.relaxed == RelaxedNote::Not;
+        slot.events.push(Event::Reconfigure(Reconfigure {
+            log: slot.spec.log.clone(),
+            retention: slot.spec.retention,
+            flush: if is_noted { slot.spec.flush } else { FlushMode::Quorum },
+            max_message_bytes: slot.spec.max_message_bytes,
+        }));
+        if must_note {
+            let boot_id = self.config.boot_id.clone();
+            self.note_relaxed(index, RelaxedNote::There, move |disk, dir| note_relaxed(disk, dir, &boot_id));
+        }
+        self.touch(index);
+    }
+
+    /// Changes the note that a replica answers for what is only in memory, on a pool.
+    fn note_relaxed(
+        &mut self,
+        index: u32,
+        then: RelaxedNote,
+        change: impl FnOnce(&Arc<dyn Disk>, &Path) -> std::io::Result<()> + Send + 'static,
+    ) {
+        let key = self.key(index);
+        let slot = &mut self.slots[index as usize];
+        slot.relaxed = RelaxedNote::Changing;
+        slot.jobs += 1;
+        let (port, disk, dir) = (Arc::clone(&self.port), Arc::clone(&self.disk), slot.spec.dir.clone());
+        self.workers.submit(
+            JobKind::Work,
+            Box::new(move || {
+                let noted = change(&disk, &dir);
+                if let Err(error) = &noted {
+                    tracing::warn!(dir = %dir.display(), %error, "cannot note whether a replica is flushed: all of it is, until it is opened anew");
+                }
+                let relaxed = if noted.is_ok() { then } else { RelaxedNote::Unknown };
+                drop(port.inbox.report(Message::Noted { slot: key, relaxed }));
+            }),
+        );
+    }
+
+    fn on_noted(&mut self, key: SlotKey, relaxed: RelaxedNote) {
+        let slot = &mut self.slots[key.index as usize];
+        assert_eq!(slot.life, key.life, "a place is not given away while a job of its replica is in flight");
+        slot.jobs -= 1;
+        slot.relaxed = relaxed;
+        if matches!(slot.state, State::Running(_)) {
+            // What is wanted may have changed meanwhile.
+            self.reconfigure(key.index);
+        }
+        self.close_if_idle(key.index);
+        self.drive_pull(key.index);
     }
 
     fn set_failed(&mut self, index: u32, machine: M, message: String) {
@@ -1343,6 +1421,13 @@ impl<M: Machine> Shard<M> {
         self.show(index);
         self.arm(index);
         self.wake(index);
+        let slot = &self.slots[index as usize];
+        if slot.relaxed == RelaxedNote::There
+            && slot.spec.flush == FlushMode::Quorum
+            && matches!(&slot.state, State::Running(replica) if !replica.is_relaxed())
+        {
+            self.note_relaxed(index, RelaxedNote::Not, forget_relaxed);
+        }
         if let Some(offered) = offered {
             self.on_offered(index, offered);
         }

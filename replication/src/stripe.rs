@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use flowstone_protocol::ReplicaId;
 use flowstone_storage::hard_state::{HardStateFlushDone, HardStateFlushJob};
-use flowstone_storage::{Disk, HardState, HardStateFile, HardStateRot, OpenError, StorageError};
+use flowstone_storage::{DataDir, Disk, HardState, HardStateFile, HardStateRot, OpenError, StorageError};
 
 use crate::effects::HardStateNumber;
 use crate::handle::SlotKey;
+use crate::shard::StartError;
 
 /// Who waits for a hard state to be durable.
 pub(crate) type Waiter = (SlotKey, HardStateNumber);
@@ -20,8 +21,6 @@ pub(crate) type Waiter = (SlotKey, HardStateNumber);
 pub(crate) struct Stripe {
     number: u32,
     file: HardStateFile,
-    /// Something in it is unreadable: what its replicas voted may be forgotten.
-    rot: Option<HardStateRot>,
     /// To be appended at the end of this round; of a file that failed: by the file that follows it.
     to_append: Vec<(ReplicaId, HardState)>,
     /// Who waits for the next flush, and who for the one in flight.
@@ -43,34 +42,44 @@ pub(crate) struct Written {
 }
 
 impl Stripe {
-    pub(crate) fn open(disk: &Arc<dyn Disk>, dir: &Path, number: u32) -> Result<Self, OpenError> {
+    /// Opens its file; one that is rotten takes nothing more.
+    fn open(disk: &Arc<dyn Disk>, dir: &Path, number: u32) -> Result<(Self, Option<HardStateRot>), OpenError> {
         let (file, _, rot) = HardStateFile::open(Arc::clone(disk), dir, number)?;
-        Ok(Self {
+        let stripe = Self {
             number,
             file,
-            rot,
             to_append: Vec::new(),
             waiting: Vec::new(),
             in_flight: None,
             marked_since: None,
             failed: None,
-        })
+        };
+        Ok((stripe, rot))
+    }
+
+    /// Opens its file when a broker starts. One that is rotten is made anew: its replicas, which may have forgotten a vote,
+    /// can not go on, and those that come in their places can.
+    pub(crate) fn start(data_dir: &DataDir, number: u32) -> Result<Self, StartError> {
+        let dir = data_dir.hard_state_dir();
+        let rot = match Self::open(data_dir.disk(), &dir, number)? {
+            (stripe, None) => return Ok(stripe),
+            (_, Some(rot)) => rot,
+        };
+        let lost = data_dir.renew_hard_states(number)?;
+        tracing::error!(
+            stripe = number,
+            position = rot.position,
+            detail = rot.detail,
+            ?lost,
+            "a file of hard states is unreadable, and is made anew: what these replicas voted for is forgotten, they are to be replaced"
+        );
+        Ok(Self::open(data_dir.disk(), &dir, number)?.0)
     }
 
     /// What a replica said last, whether it is durable yet or not.
     pub(crate) fn state(&self, replica: ReplicaId) -> Option<HardState> {
         let new = self.to_append.iter().rev().find(|(other, _)| *other == replica).map(|(_, state)| *state);
         new.or_else(|| self.file.state(replica))
-    }
-
-    /// Why its replicas must not take part, if so.
-    pub(crate) fn rotten(&self) -> Option<String> {
-        self.rot.as_ref().map(|rot| {
-            format!(
-                "the hard states of stripe {} are unreadable at byte {} ({}): what its replicas voted for may be forgotten; restore the file from a backup, or recover the partition explicitly",
-                self.number, rot.position, rot.detail
-            )
-        })
     }
 
     pub(crate) fn failed(&self) -> Option<&str> {
@@ -109,7 +118,9 @@ impl Stripe {
             self.file.append(&self.to_append)?;
             self.to_append.clear();
         }
-        if self.in_flight.is_some() || (self.waiting.is_empty() && !flush_marks) {
+        // One that is almost full is replaced while there is room for what comes meanwhile.
+        let is_due = flush_marks || !self.waiting.is_empty() || self.file.is_almost_full();
+        if self.in_flight.is_some() || !is_due {
             return Ok(Written::default());
         }
         self.marked_since = None;
@@ -146,7 +157,13 @@ impl Stripe {
 
     /// Opens it anew after a failure, and makes durable what its replicas said: it may be more than what is found.
     pub(crate) fn reopen(&mut self, disk: &Arc<dyn Disk>, dir: &Path) -> Result<(), String> {
-        let mut anew = Self::open(disk, dir, self.number).map_err(|error| error.to_string())?;
+        let (mut anew, rot) = Self::open(disk, dir, self.number).map_err(|error| error.to_string())?;
+        if rot.is_some() {
+            // All that was ever said is known here.
+            let states = self.file.states().collect();
+            HardStateFile::replace(disk, dir, self.number, &states).map_err(|error| error.to_string())?;
+            anew = Self::open(disk, dir, self.number).map_err(|error| error.to_string())?.0;
+        }
         let gone: Vec<_> = anew.file.states().map(|(replica, _)| replica).collect();
         for replica in gone.into_iter().filter(|&replica| self.state(replica).is_none()) {
             anew.file.forget(replica);
@@ -188,7 +205,7 @@ mod tests {
     }
 
     fn open(disk: &Arc<dyn Disk>) -> Stripe {
-        Stripe::open(disk, Path::new(DIR), 0).unwrap()
+        Stripe::open(disk, Path::new(DIR), 0).unwrap().0
     }
 
     fn state(term: u64) -> HardState {

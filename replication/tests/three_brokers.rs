@@ -6,7 +6,7 @@ mod shell;
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,8 @@ use flowstone_protocol::{
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{
     Acks, FlushMode, GroupMessage, GroupStatus, Health, LogConfig, MembershipChange, PeerBody, PeerTransport, Permit,
-    Produced, PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, ReplicaHandle, ReplicaSpec, ReplicaStatus,
-    Reply, RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
+    Produced, PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle, ReplicaSpec,
+    ReplicaStatus, Reply, RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
 };
 use flowstone_storage::{DataDir, Disk, RealDisk};
 use ledger::{Ledger, batch};
@@ -34,6 +34,8 @@ struct Network {
     cut: Mutex<HashSet<BrokerId>>,
     /// So many ranges that are pulled arrive with a flipped bit.
     spoiled: AtomicU32,
+    /// How long a range is on its way, in milliseconds.
+    pull_takes: AtomicU64,
     /// Followers get heartbeats, and no entries.
     without_appends: AtomicBool,
     /// What each broker was asked for, and by whom.
@@ -75,6 +77,17 @@ impl PeerTransport for Link {
                 .try_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
                 .is_ok();
         let reply = if spoil { Reply::new(move |answer: Result<_, _>| reply.send(answer.map(spoiled))) } else { reply };
+        let takes = Duration::from_millis(self.network.pull_takes.load(Ordering::Relaxed));
+        let reply = if takes.is_zero() {
+            reply
+        } else {
+            Reply::new(move |answer| {
+                std::thread::spawn(move || {
+                    std::thread::sleep(takes);
+                    reply.send(answer);
+                });
+            })
+        };
         match self.network.reach(self.own, from) {
             Some(shards) => shards.serve_pull(request, reply),
             None => reply.send(Err(Error::new(ErrorCode::TimedOut, "not reached"))),
@@ -897,4 +910,160 @@ fn rot_is_found_and_repaired_from_another_replica() {
     assert_eq!(std::fs::read(&files[0]).unwrap(), good);
     assert_eq!(cluster.status(victim).health, Health::Ok);
     cluster.until_equal(&[0, 1, 2]);
+}
+
+impl Cluster {
+    /// The machine of a broker is restarted, without a clean stop: what was in its memory is gone, as far as anyone knows.
+    fn lose_memory(&mut self, at: usize, boot_id: &str) {
+        let note = self.folders[at].path().join("running");
+        let kept = std::fs::read(&note).unwrap();
+        self.kill(at, true);
+        std::fs::write(&note, kept).unwrap();
+        self.config.boot_id = boot_id.to_owned();
+        self.restart(at);
+    }
+
+    /// In the first start of its machines, with this mode.
+    fn founded_in(boot_id: &str, flush: FlushMode) -> Self {
+        let mut cluster = Self::new(ShardsConfig { boot_id: boot_id.to_owned(), ..config() }, LogConfig::default());
+        cluster.flush = flush;
+        cluster.open_founders();
+        cluster.write_many(10);
+        cluster.until_equal(&[0, 1, 2]);
+        cluster
+    }
+
+    fn note_of_relaxed(&self, at: usize) -> PathBuf {
+        self.brokers[at].as_ref().unwrap().data_dir.replica_dir(TP).join("relaxed")
+    }
+
+    fn reconfigure(&self, at: usize, flush: FlushMode) {
+        self.handle(at).reconfigure(Reconfigure {
+            log: self.log.clone(),
+            retention: RetentionConfig::default(),
+            flush,
+            max_message_bytes: 1 << 20,
+        });
+    }
+}
+
+#[test]
+fn a_mode_that_is_set_after_a_power_failure_does_not_hide_what_was_lost_in_it() {
+    let mut cluster = Cluster::founded_in("first", FlushMode::Relaxed);
+    let away = (cluster.leader() + 1) % 3;
+    cluster.flush = FlushMode::Quorum;
+    cluster.lose_memory(away, "second");
+    cluster.open_founder(away);
+    assert!(
+        matches!(cluster.status(away).health, Health::Lost { lost_memory: true, .. }),
+        "{:?}",
+        cluster.status(away)
+    );
+}
+
+#[test]
+fn a_replica_that_was_always_flushed_lost_nothing_whatever_its_mode_is_now() {
+    let mut cluster = Cluster::founded_in("first", FlushMode::Quorum);
+    let away = (cluster.leader() + 1) % 3;
+    cluster.flush = FlushMode::Relaxed;
+    cluster.lose_memory(away, "second");
+    cluster.open_founder(away);
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    assert_eq!(cluster.status(away).health, Health::Ok);
+    // From now on it may lose something.
+    cluster.lose_memory(away, "third");
+    cluster.open_founder(away);
+    assert!(
+        matches!(cluster.status(away).health, Health::Lost { lost_memory: true, .. }),
+        "{:?}",
+        cluster.status(away)
+    );
+}
+
+#[test]
+fn that_a_replica_may_lose_something_is_noted_for_as_long_as_it_may() {
+    let mut cluster = Cluster::founded_in("first", FlushMode::Quorum);
+    let (at, note) = (0, cluster.note_of_relaxed(0));
+    assert!(!note.exists());
+    cluster.reconfigure(at, FlushMode::Relaxed);
+    until("it is noted", || note.exists().then_some(()));
+    cluster.write_many(10);
+    cluster.reconfigure(at, FlushMode::Quorum);
+    until("all of it is flushed", || (!note.exists()).then_some(()));
+    // One after the other, however quickly they come.
+    for _ in 0..20 {
+        cluster.reconfigure(at, FlushMode::Relaxed);
+        cluster.reconfigure(at, FlushMode::Quorum);
+    }
+    cluster.reconfigure(at, FlushMode::Relaxed);
+    until("it is noted again", || note.exists().then_some(()));
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    assert!(note.exists());
+}
+
+#[test]
+fn in_a_file_of_hard_states_that_was_rotten_new_replicas_live_and_old_ones_stay_lost() {
+    use std::os::unix::fs::FileExt as _;
+    let mut cluster = Cluster::founded(config(), small_segments());
+    cluster.write_many(100);
+    cluster.until_equal(&[0, 1, 2]);
+    let away = (cluster.leader() + 1) % 3;
+    let stripe = cluster.brokers[away].as_ref().unwrap().data_dir.stripe_of(TP);
+    cluster.kill(away, true);
+    let path = cluster.folders[away].path().join(format!("hard-state-{stripe:05}"));
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 4096 + 40).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 4096 + 40).unwrap();
+    // Found once, it is not forgotten by the starts that follow.
+    for _ in 0..2 {
+        cluster.restart(away);
+        cluster.open_founder(away);
+        assert!(matches!(cluster.status(away).health, Health::Lost { lost_memory: false, .. }));
+        cluster.kill(away, true);
+    }
+    cluster.restart(away);
+    let mut places = founders();
+    places.push((replica_id(99), broker_id(away)));
+    cluster.open(away, 99, Start::Learner, &places);
+    for at in 0..3 {
+        cluster.handle(at).set_peers(places.clone().into());
+    }
+    let others: Vec<_> = (0..3).filter(|&at| at != away).map(|at| 11 + at as u64).collect();
+    cluster.drive(&[others[0], others[1], 99], &[11 + away as u64], true);
+    cluster.until_equal(&[0, 1, 2]);
+    cluster.kill(away, true);
+    cluster.restart(away);
+    cluster.open(away, 99, Start::Learner, &places);
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    assert_eq!((cluster.status(away).health, cluster.status(away).is_voter), (Health::Ok, true));
+}
+
+#[test]
+fn a_follower_that_catches_up_does_not_keep_a_dead_leader_alive() {
+    let config = ShardsConfig { checkpoint_entries: 200, offer_after_bytes: 16 << 10, pull_bytes: 1 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(100);
+    let old = cluster.leader();
+    let (away, third) = ((old + 1) % 3, (old + 2) % 3);
+    cluster.cut(away);
+    for _ in 0..20 {
+        cluster.write_many(100);
+    }
+    cluster.until_equal(&[old, third]);
+    // A batch at a time, each after a while: it takes longer than anyone here waits.
+    cluster.network.pull_takes.store(20, Ordering::Relaxed);
+    cluster.join(away);
+    let pulled = cluster.metrics(away).pulled_bytes;
+    until("it catches up", || (cluster.metrics(away).pulled_bytes > pulled + 10_000).then_some(()));
+    cluster.kill(old, false);
+    let both = || format!("{:?}\n{:?}\n", cluster.status(away), cluster.status(third));
+    // It serves once the other one has what is committed: a majority needs that one.
+    let leads = || matches!(cluster.status(third).role, Role::Elected | Role::Leader).then_some(());
+    until_or("another leads", both, leads);
+    cluster.network.pull_takes.store(0, Ordering::Relaxed);
+    cluster.until_equal(&[away, third]);
 }

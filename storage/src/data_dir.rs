@@ -14,11 +14,12 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::{BufMut, Bytes, BytesMut};
-use flowstone_protocol::{ClusterId, DirectoryId, PartitionId, TopicId, TopicPartition};
+use flowstone_protocol::{ClusterId, DirectoryId, PartitionId, ReplicaId, TopicId, TopicPartition};
 
+use crate::checkpoint::ReplicaIdentity;
 use crate::disk::{DirLock, Disk};
-use crate::error::StorageError;
-use crate::hard_state::HardStateFile;
+use crate::error::{OpenError, StorageError};
+use crate::hard_state::{HardState, HardStateFile};
 use crate::install::{INCOMING_SUFFIX, incoming_dir};
 use crate::small_file::{self, Fields, FrameError};
 
@@ -265,6 +266,33 @@ impl DataDir {
         found.sort_unstable();
         found.dedup();
         Ok(found)
+    }
+
+    /// Makes a stripe's file of hard states anew where it is rotten, so that new replicas can live in that stripe. Those that
+    /// have a folder here are noted as [`HardState::LOST`]: what they voted for is forgotten, for good. Says which.
+    ///
+    /// Durable when this returns; a crash leaves the rotten file, or the new one.
+    pub fn renew_hard_states(&self, stripe: u32) -> Result<Vec<ReplicaId>, DataDirError> {
+        let mut lost = Vec::new();
+        for topic_partition in self.replicas()?.into_iter().filter(|&it| self.stripe_of(it) == stripe) {
+            let dir = self.replica_dir(topic_partition);
+            // One that was about to take another's place may be half way there.
+            for dir in [&incoming_dir(&dir), &dir] {
+                match ReplicaIdentity::read(&self.disk, dir) {
+                    Ok(identity) => lost.push(identity.replica),
+                    Err(OpenError::Io { path, source, .. }) if source.kind() != io::ErrorKind::NotFound => {
+                        return Err(DataDirError::io(&path)(source));
+                    }
+                    // Nobody is opened from a folder that does not say whose it is.
+                    Err(_) => {}
+                }
+            }
+        }
+        lost.sort_unstable();
+        lost.dedup();
+        let states = lost.iter().map(|&replica| (replica, HardState::LOST)).collect();
+        HardStateFile::replace(&self.disk, &self.path, stripe, &states).map_err(DataDirError::storage(&self.path))?;
+        Ok(lost)
     }
 
     /// Removes a replica's folder, and that of an install; fine if there is none. Durable when this returns.

@@ -14,7 +14,7 @@
 //! is neither zeros nor valid has rotted; so has a sector of zeros among the first `durable sectors` that a later one
 //! vouches for. The last entry of a replica counts.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,6 +49,9 @@ const FILE_GROWTH: u64 = 16;
 /// A file longer than this is none of ours.
 const FILE_BYTES_MAX: u64 = 256 << 20;
 
+/// A file is replaced once this part of it is left: what is written meanwhile finds room in it.
+const SPARE_PART: u64 = 4;
+
 /// What stands for a replica that is gone: no replica has term 0, its creation is of term 1.
 const FORGOTTEN: HardState = HardState { term: Term::new(0), vote: None, flushed: RaftIndex::new(0) };
 
@@ -61,6 +64,17 @@ pub struct HardState {
     pub vote: Option<ReplicaId>,
     /// Up to where its log is flushed.
     pub flushed: RaftIndex,
+}
+
+impl HardState {
+    /// Stands for what a replica said that can not be read any more: it may have voted for anyone, in any term, and must
+    /// not take part under that id again.
+    pub const LOST: Self = Self { term: Term::new(u64::MAX), vote: None, flushed: RaftIndex::new(u64::MAX) };
+
+    /// Whether what the replica said is lost.
+    pub fn is_lost(&self) -> bool {
+        *self == Self::LOST
+    }
 }
 
 /// A part of a stripe's file is unreadable: what its replicas voted may be forgotten, so none of them may take part
@@ -94,8 +108,10 @@ pub struct HardStateFile {
     /// Sectors below this are known to be flushed: what a sector written now vouches for.
     durable: u64,
     flush_in_flight: bool,
-    /// `closed`, as the flush in flight found it; 0 once its file was replaced.
+    /// `closed`, as the flush in flight found it.
     in_flight_to: u64,
+    /// Said since the job began that replaces the file: to be written into the new one as well.
+    late: Option<BTreeMap<ReplicaId, HardState>>,
     /// The newest state of every replica: what a new file begins with.
     states: HashMap<ReplicaId, HardState>,
     /// Replicas to be written as forgotten with the next append.
@@ -104,24 +120,45 @@ pub struct HardStateFile {
     poison: Option<String>,
 }
 
-/// A flush to run on a pool.
+/// A flush to run on a pool. Where the file is almost full it makes a new one, which takes a few flushes.
 #[derive(Debug)]
 pub struct HardStateFlushJob {
     path: PathBuf,
-    file: Arc<dyn DiskFile>,
+    what: FlushWhat,
+}
+
+#[derive(Debug)]
+enum FlushWhat {
+    Sync { file: Arc<dyn DiskFile> },
+    Replace { disk: Arc<dyn Disk>, stripe: u32, states: HashMap<ReplicaId, HardState> },
 }
 
 impl HardStateFlushJob {
     /// Flushes.
     pub fn run(&self) -> HardStateFlushDone {
-        HardStateFlushDone { flushed: self.file.sync_data().map_err(StorageError::io("flush", &self.path)) }
+        let flushed = match &self.what {
+            FlushWhat::Sync { file } => file.sync_data().map(|()| None).map_err(StorageError::io("flush", &self.path)),
+            FlushWhat::Replace { disk, stripe, states } => replace_file(disk, &self.path, *stripe, states)
+                .map(Some)
+                .map_err(StorageError::io("replace", &self.path)),
+        };
+        HardStateFlushDone { flushed }
     }
 }
 
 /// How it ended; give it to [`HardStateFile::flush_done`].
 #[derive(Debug)]
 pub struct HardStateFlushDone {
-    flushed: Result<(), StorageError>,
+    /// The new file, if one was made.
+    flushed: Result<Option<NewFile>, StorageError>,
+}
+
+/// A file that took another one's place, with the sectors that it has room for, and those that it begins with.
+#[derive(Debug)]
+struct NewFile {
+    file: Arc<dyn DiskFile>,
+    sectors_max: u64,
+    used: u64,
 }
 
 /// What [`HardStateFile::open`] found: the file, what each replica said last, and what is unreadable.
@@ -133,11 +170,22 @@ impl HardStateFile {
         format!("hard-state-{stripe:05}")
     }
 
-    /// Makes the file of a new data directory, or makes it anew once all its replicas have new ids. Durable when this
-    /// returns.
+    /// Makes the file of a new data directory. Durable when this returns.
     pub fn create(disk: &Arc<dyn Disk>, dir: &Path, stripe: u32) -> Result<(), StorageError> {
         let path = dir.join(Self::file_name(stripe));
         replace_file(disk, &path, stripe, &HashMap::new()).map(|_| ()).map_err(StorageError::io("create", &path))
+    }
+
+    /// Makes a new file with these states, in the place of one that is of no use any more. Durable when this returns; a
+    /// crash leaves the old one or the new one.
+    pub fn replace(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        stripe: u32,
+        states: &HashMap<ReplicaId, HardState>,
+    ) -> Result<(), StorageError> {
+        let path = dir.join(Self::file_name(stripe));
+        replace_file(disk, &path, stripe, states).map(|_| ()).map_err(StorageError::io("replace", &path))
     }
 
     /// Opens a stripe's file, and makes durable what it holds.
@@ -182,6 +230,7 @@ impl HardStateFile {
             durable: found.durable,
             flush_in_flight: false,
             in_flight_to: 0,
+            late: None,
             states: found.states.clone(),
             forgotten: Vec::new(),
             poison: found.rot.as_ref().map(|rot| format!("unreadable at byte {}: {}", rot.position, rot.detail)),
@@ -215,9 +264,8 @@ impl HardStateFile {
         Ok(())
     }
 
-    /// Writes new states, without flushing. A replica's newest one counts.
-    ///
-    /// When the file is full this makes a new one, which takes a few flushes. Any failure poisons the file.
+    /// Writes new states, without flushing. A replica's newest one counts. What a full file has no room for is kept until
+    /// the next flush, which makes a new one. Any failure poisons the file.
     pub fn append(&mut self, states: &[(ReplicaId, HardState)]) -> Result<(), StorageError> {
         let file = self.writable()?;
         let mut first_changed = usize::MAX;
@@ -226,6 +274,9 @@ impl HardStateFile {
         for (replica, state) in forgotten.chain(states.iter().copied()) {
             if state != FORGOTTEN {
                 self.states.insert(replica, state);
+            }
+            if let Some(late) = &mut self.late {
+                late.insert(replica, state);
             }
             let (sector, place) = match self.open_at.get(&replica) {
                 Some(&(sector, place)) => {
@@ -245,7 +296,7 @@ impl HardStateFile {
             first_changed = first_changed.min(sector);
         }
         if self.closed + self.open.len() as u64 > self.sectors_max {
-            return self.compact();
+            return Ok(());
         }
         let mut sectors = Vec::new();
         for (at, entries) in self.open.iter().enumerate().skip(first_changed) {
@@ -277,12 +328,25 @@ impl HardStateFile {
         }
     }
 
+    /// Whether the file is almost full: the next flush makes a new one, and should come soon.
+    pub fn is_almost_full(&self) -> bool {
+        self.closed + self.open.len() as u64 > self.sectors_max - self.sectors_max / SPARE_PART
+    }
+
     /// A flush of all that was appended; `None` when all of it is durable, or a flush is in flight.
     pub fn flush_job(&mut self) -> Option<HardStateFlushJob> {
-        if self.open.is_empty() || self.flush_in_flight {
+        let is_almost_full = self.is_almost_full();
+        if (self.open.is_empty() && !is_almost_full) || self.flush_in_flight {
             return None;
         }
         let file = self.writable().ok()?;
+        if is_almost_full {
+            self.flush_in_flight = true;
+            self.late = Some(BTreeMap::new());
+            let (disk, stripe, states) = (Arc::clone(&self.disk), self.stripe, self.states.clone());
+            let what = FlushWhat::Replace { disk, stripe, states };
+            return Some(HardStateFlushJob { path: self.path.clone(), what });
+        }
         let end = self.closed + self.open.len() as u64;
         let closed = end.next_multiple_of(BLOCK_SECTORS);
         let padding: Vec<u8> = (end..closed).flat_map(|number| encode_sector(number, self.durable, &[])).collect();
@@ -297,16 +361,27 @@ impl HardStateFile {
         self.open_at.clear();
         self.flush_in_flight = true;
         self.in_flight_to = closed;
-        Some(HardStateFlushJob { path: self.path.clone(), file })
+        Some(HardStateFlushJob { path: self.path.clone(), what: FlushWhat::Sync { file } })
     }
 
     /// Takes note of a flush that ended. One that failed poisons the file.
     pub fn flush_done(&mut self, done: HardStateFlushDone) -> Result<(), StorageError> {
         assert!(self.flush_in_flight, "a flush of {} ended that never began", self.path.display());
         self.flush_in_flight = false;
-        done.flushed.map_err(|error| self.poisoned_by(error))?;
-        self.durable = self.durable.max(self.in_flight_to);
-        self.writable().map(|_| ())
+        let late = self.late.take();
+        let Some(NewFile { file, sectors_max, used }) = done.flushed.map_err(|error| self.poisoned_by(error))? else {
+            self.durable = self.durable.max(self.in_flight_to);
+            return self.writable().map(|_| ());
+        };
+        self.writable()?;
+        self.file = Some(file);
+        self.sectors_max = sectors_max;
+        self.closed = used;
+        self.durable = used;
+        self.open.clear();
+        self.open_at.clear();
+        let late: Vec<_> = late.unwrap_or_default().into_iter().collect();
+        self.append(&late)
     }
 
     /// Flushes here and now; no flush may be in flight.
@@ -335,24 +410,6 @@ impl HardStateFile {
             self.poison = Some(error.to_string());
         }
         error
-    }
-
-    /// Begins a new file with the newest states: written, flushed, renamed over the old one, the folder flushed.
-    fn compact(&mut self) -> Result<(), StorageError> {
-        let replaced = replace_file(&self.disk, &self.path, self.stripe, &self.states);
-        let (file, sectors_max, used) = match replaced.map_err(StorageError::io("replace", &self.path)) {
-            Ok(replaced) => replaced,
-            Err(error) => return Err(self.poisoned_by(error)),
-        };
-        self.file = Some(file);
-        self.sectors_max = sectors_max;
-        self.closed = used;
-        self.durable = used;
-        self.open.clear();
-        self.open_at.clear();
-        // A flush in flight is of the old file: it says nothing of sectors of this one.
-        self.in_flight_to = 0;
-        Ok(())
     }
 }
 
@@ -480,14 +537,13 @@ pub(crate) fn read_sectors(stripe: u32, bytes: &[u8]) -> Result<Found, FrameErro
     Ok(found)
 }
 
-/// Writes a new file with these states, flushed, in place of the one at `path`. Returns it with the sectors that it has
-/// room for, and those that it begins with.
+/// Writes a new file with these states, flushed, in place of the one at `path`.
 fn replace_file(
     disk: &Arc<dyn Disk>,
     path: &Path,
     stripe: u32,
     states: &HashMap<ReplicaId, HardState>,
-) -> io::Result<(Arc<dyn DiskFile>, u64, u64)> {
+) -> io::Result<NewFile> {
     let mut entries: Vec<_> = states.iter().map(|(replica, state)| (*replica, *state)).collect();
     // The same states make the same bytes.
     entries.sort_unstable_by_key(|(replica, _)| *replica);
@@ -512,5 +568,5 @@ fn replace_file(
         bytes[at..at + SECTOR_BYTES].copy_from_slice(&sector);
     }
     let file = small_file::replace_file(disk, path, &bytes)?;
-    Ok((file, room, used))
+    Ok(NewFile { file, sectors_max: room, used })
 }

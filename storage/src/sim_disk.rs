@@ -115,7 +115,8 @@ struct State {
     unreadable: Vec<(u64, Range<u64>)>,
     /// Nothing counts as cached: reads that must not wait get nothing.
     cold: bool,
-    flush_horizon: Option<u64>,
+    /// And when that was set.
+    flush_horizon: Option<(u64, u64)>,
     read_only: bool,
     locks: BTreeSet<PathBuf>,
     counts: SimCounts,
@@ -209,12 +210,12 @@ impl File {
         image[from + seen.len()..to].fill(0);
     }
 
-    /// Flushes what was changed by operations up to `horizon`.
-    fn flush(&mut self, horizon: u64) {
+    /// Flushes what was changed by operations up to `horizon`, and by those after `since`.
+    fn flush(&mut self, horizon: u64, since: u64) {
         let mut image = std::mem::take(&mut self.durable);
         image.resize(self.seen.len(), 0);
         for (sector, operation) in std::mem::take(&mut self.dirty) {
-            if operation <= horizon {
+            if operation <= horizon || operation > since {
                 self.sector_to(&mut image, sector);
             } else {
                 self.dirty.insert(sector, operation);
@@ -388,10 +389,11 @@ impl SimDisk {
         self.lock().loses_dirs = loses_dirs;
     }
 
-    /// Flushes make durable only what was changed up to this operation, as counted by [`SimCounts::operations`]: for
-    /// flushes that began then and end now. `None`: all there is.
+    /// Flushes make durable only what was changed up to this operation, as counted by [`SimCounts::operations`], and what
+    /// is changed from now on: for jobs that began then and end now. `None`: all there is.
     pub fn set_flush_horizon(&self, operation: Option<u64>) {
-        self.lock().flush_horizon = operation;
+        let mut state = self.lock();
+        state.flush_horizon = operation.map(|operation| (operation, state.counts.operations));
     }
 
     /// While cold, reads that must not wait get nothing.
@@ -645,8 +647,8 @@ impl Disk for SimDisk {
             // A name that was given up cannot be taken again before that is durable.
             state.dir_renames.retain(|(from, _)| !path.starts_with(from));
             for dir in path.ancestors() {
-                if state.dirs.insert(dir.to_owned()) && dir.parent().is_some() && state.loses_dirs {
-                    state.new_dirs.insert(dir.to_owned());
+                if state.dirs.insert(dir.into()) && dir.parent().is_some() && state.loses_dirs {
+                    state.new_dirs.insert(dir.into());
                 }
             }
         })
@@ -704,16 +706,16 @@ impl Disk for SimDisk {
             return Err(system_error(rustix::io::Errno::NOENT));
         }
         state.change_at_once(Operation::Remove, |state| {
-            state.names.retain(|name, _| !name.starts_with(path));
-            state.durable_names.retain(|name, _| !name.starts_with(path));
+            state.names.retain(|name, _| !Path::new(name).starts_with(path));
+            state.durable_names.retain(|name, _| !Path::new(name).starts_with(path));
             state.name_changes.retain(|change| {
                 let (NameChange::Create { path: name, .. }
                 | NameChange::Remove { path: name }
                 | NameChange::Rename { to: name, .. }) = change;
                 !name.starts_with(path)
             });
-            state.dirs.retain(|dir| !dir.starts_with(path));
-            state.new_dirs.retain(|dir| !dir.starts_with(path));
+            state.dirs.retain(|dir| !Path::new(dir).starts_with(path));
+            state.new_dirs.retain(|dir| !Path::new(dir).starts_with(path));
             state.dir_renames.retain(|(_, to)| !to.starts_with(path));
         })
     }
@@ -831,7 +833,8 @@ impl DiskFile for SimFile {
     fn write_vectored_at(&self, parts: &[IoSlice<'_>], position: u64) -> io::Result<()> {
         let mut state = self.writable()?;
         let is_last = state.change()?;
-        let bytes: Vec<u8> = parts.iter().flat_map(|part| part.iter().copied()).collect();
+        let mut bytes = Vec::with_capacity(parts.iter().map(|part| part.len()).sum());
+        parts.iter().for_each(|part| bytes.extend_from_slice(part));
         let position = position as usize;
         if state.is_faulty(Operation::Write) || is_last {
             let mut written = state.random.below(bytes.len() as u64 + 1) as usize;
@@ -906,7 +909,7 @@ impl DiskFile for SimFile {
         let is_last = state.change()?;
         let number = self.number;
         let fails = state.is_faulty(Operation::Sync);
-        let horizon = state.flush_horizon.unwrap_or(u64::MAX);
+        let (horizon, since) = state.flush_horizon.unwrap_or((u64::MAX, u64::MAX));
         let State { files, random, .. } = &mut *state;
         let file = files.entry(number).or_default();
         if fails {
@@ -918,7 +921,7 @@ impl DiskFile for SimFile {
             // How much of it was done shows when the power is back.
             return Err(crashed());
         }
-        file.flush(horizon);
+        file.flush(horizon, since);
         Ok(())
     }
 
