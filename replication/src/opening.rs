@@ -26,8 +26,9 @@ use crate::request::{FlushMode, ReplicaSpec, Start};
 
 /// Names the file that says that a broker is running here, and since which start of the machine.
 const RUNNING_FILE: &str = "running";
-/// Names the file in a replica's folder that says in which start of the machine it was opened last.
-const OPENED_FILE: &str = "opened";
+/// Names the file in a replica's folder that says that it may answer for what is only in memory, and in which start of the
+/// machine: it is there, durably, before that may be so, and goes once all is flushed and nothing is answered unflushed.
+const RELAXED_FILE: &str = "relaxed";
 /// A recovered log goes on with a term that its lost majority is not likely to have reached: what readers saw of that is
 /// then known to be of another history.
 const RECOVERED_TERMS: u64 = 10;
