@@ -13,6 +13,7 @@ use parking_lot::RwLock;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use crate::controller::table::METADATA_PARTITION;
 use crate::metrics::Metrics;
 use crate::partition::{LocalReplicas, Slot};
 
@@ -65,6 +66,10 @@ impl Readiness {
                             recovering.push(format!("partition {name}: {message}"));
                         }
                         Health::Quarantined { message } => lost.push(format!("partition {name}: {message}")),
+                        // Without it nothing is followed here that the cluster decides.
+                        Health::Lost { message, .. } if tp == METADATA_PARTITION => {
+                            recovering.push(format!("partition {name}: {message}"));
+                        }
                         // The cluster gives it another one by itself, for as long as there is a majority.
                         Health::Lost { message, .. } => lost.push(format!("partition {name}: {message}")),
                         Health::Ok | Health::DiskFull if status.role == Role::Opening => {
@@ -78,6 +83,9 @@ impl Readiness {
                     }
                 }
                 Slot::Opening => recovering.push(format!("partition {tp}: it is being opened")),
+                Slot::Failed(error) | Slot::Refused(error) if tp == METADATA_PARTITION => {
+                    recovering.push(format!("partition {tp}: {error}"));
+                }
                 Slot::Failed(error) | Slot::Refused(error) => lost.push(format!("partition {tp}: {error}")),
             }
         }
@@ -150,5 +158,25 @@ async fn show_metrics(State(served): State<Served>) -> impl IntoResponse {
             let kind = "text/plain; charset=utf-8";
             (StatusCode::INTERNAL_SERVER_ERROR, [(header::CONTENT_TYPE, kind)], "cannot gather metrics\n".to_owned())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowstone_protocol::{Error, ErrorCode, PartitionId, TopicId, TopicPartition};
+
+    use super::*;
+
+    #[test]
+    fn a_broker_whose_metadata_cannot_be_opened_is_not_ready_and_says_why() {
+        let replicas = LocalReplicas::default();
+        let readiness = Readiness::new(replicas.clone());
+        let broken = || Slot::Failed(Error::new(ErrorCode::StorageFailed, "no such disk; mend it"));
+        replicas.set(TopicPartition { topic: TopicId::new(7), partition: PartitionId::new(0) }, broken());
+        let (recovering, lost) = readiness.sick();
+        assert_eq!((recovering.len(), lost.len()), (0, 1), "one partition is not all of a broker");
+        replicas.set(METADATA_PARTITION, broken());
+        let (recovering, _) = readiness.sick();
+        assert!(recovering.iter().any(|reason| reason.contains("no such disk")), "{recovering:?}");
     }
 }

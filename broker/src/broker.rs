@@ -262,8 +262,20 @@ impl Broker {
     /// # Errors
     /// What is missing, and what to do about it.
     pub async fn start_on(config: Config, listeners: Listeners) -> Result<RunningBroker, StartError> {
+        Self::start_as(config, listeners, FEATURE_LEVEL).await
+    }
+
+    /// As [`Broker::start_on`], as a release would that knows feature levels up to `feature_level`: to try out upgrades.
+    ///
+    /// # Errors
+    /// What is missing, and what to do about it.
+    pub async fn start_as(
+        config: Config,
+        listeners: Listeners,
+        feature_level: i32,
+    ) -> Result<RunningBroker, StartError> {
         config.check()?;
-        Starting::new(config, &listeners).run(listeners).await
+        Starting::new(config, &listeners, feature_level).run(listeners).await
     }
 }
 
@@ -272,6 +284,8 @@ struct Starting {
     config: Config,
     started: Instant,
     incarnation: u64,
+    /// The newest feature level that this release knows.
+    feature_level: i32,
     client_address: String,
     peer_address: String,
     metrics: Arc<Metrics>,
@@ -296,13 +310,14 @@ struct OpenMetadata {
 }
 
 impl Starting {
-    fn new(config: Config, listeners: &Listeners) -> Self {
+    fn new(config: Config, listeners: &Listeners, feature_level: i32) -> Self {
         let replicas = LocalReplicas::default();
         let readiness = Readiness::new(replicas.clone());
         readiness.hold("metadata", "the broker is starting");
         Self {
             started: Instant::now(),
             incarnation: rand::random(),
+            feature_level,
             client_address: advertised(&config.advertise.client, &config.listen.client, listeners.client_addr),
             peer_address: advertised(&config.advertise.peer, &config.listen.peer, listeners.peer_addr),
             metrics: Arc::new(Metrics::new()),
@@ -336,9 +351,10 @@ impl Starting {
             incarnation: self.incarnation,
             peer_address: self.peer_address.clone(),
             cluster: data_dir.cluster(),
+            feature_level: self.feature_level,
         };
         let refused = |reason: String| StartError::DataDir { path: self.config.node.data_dir.clone(), reason };
-        let known = Belonging::load(&data_dir, me.broker, &me.peer_address).map_err(refused)?;
+        let known = Belonging::load(&data_dir, me.broker, &me.peer_address, self.feature_level).map_err(refused)?;
         let book = PeerBook::new();
         let calls = Calls::new(me.clone(), self.config.cluster.seeds.clone(), book.clone());
         if let Some(known) = &known {
@@ -383,6 +399,7 @@ impl Starting {
             room: room.clone(),
             stopping: self.life.stopping.subscribe(),
             metadata_replica,
+            registration: self.registration(),
             door: Door { gate: Arc::clone(&gate), readiness: readiness.clone(), ends: ends.clone() },
         };
         let (mut drains, ended) = (self.life.drain.subscribe(), ends.clone());
@@ -393,6 +410,11 @@ impl Starting {
         }));
         // From here on the controller hears of this broker: opening many replicas may take longer than a session lives.
         self.life.background.push(tokio::spawn(session.run()));
+        let (broken, held) = (table.clone(), readiness.clone());
+        self.life.background.push(tokio::spawn(async move {
+            let error = broken.broken().await;
+            held.hold("metadata", format!("it is not followed any more: {error}"));
+        }));
         self.life.background.push(tokio::spawn(book::follow(
             table.clone(),
             network.book().clone(),
@@ -411,10 +433,9 @@ impl Starting {
         );
         let mut reconciler =
             Reconciler::new(&shards, Arc::clone(&data_dir), table.clone(), replicas.clone(), self.config.topic.clone());
-        reconciler.machine_rules = MachineRules { groups: Arc::new(group_rules(&self.config)) };
+        reconciler.machine_rules = MachineRules { groups: Arc::new(group_rules(&self.config)), ..MachineRules::default() };
         reconciler.adopt(&Arc::new(own), succession, recoveries);
-        reconciler.catch_up().await;
-
+        // Opening many replicas may take long: whoever scrapes sees how far that is.
         metrics.watch(BrokerCollector {
             shards: Arc::downgrade(&shards),
             network: Arc::downgrade(&network),
@@ -428,6 +449,8 @@ impl Starting {
             partitions_max: self.config.limits.metrics_partitions,
             started: self.started,
         });
+        reconciler.catch_up().await;
+
         let gives_back = self.config.cluster.preferred_leaders;
         let driver = Driver::new(Arc::clone(&control), replicas.clone(), led, gives_back);
         self.life.background.extend([
@@ -475,6 +498,7 @@ impl Starting {
         let config = PeerConfig::new(&self.config.limits);
         let network = PeerNetwork::start(config, identity, book, tokio::runtime::Handle::current());
         self.life.network = Some(Arc::clone(&network));
+        calls.attach(&network);
         let (drains, cuts) = (self.life.drain.subscribe(), self.life.cut.subscribe());
         let (served, calls) = (Arc::clone(&network), Arc::clone(calls));
         let client_address = self.client_address.clone();
@@ -496,7 +520,16 @@ impl Starting {
         let (data_dir, belonging) = match known {
             Some(known) if data_dir.cluster().is_some() => {
                 if self.config.has_other_seeds(&me.peer_address) {
-                    let checked = join::check(&me, &self.config.cluster.seeds, self.hello(network)).await;
+                    let mut asked = self.config.cluster.seeds.clone();
+                    // Where this directory's broker was reached last: on a copy of it the other one runs there still.
+                    let itself = known.brokers.iter().chain(&known.founding.voters);
+                    let itself = itself.filter(|broker| broker.directory == me.directory && broker.broker == me.broker);
+                    for earlier in itself.map(|broker| &broker.peer_address) {
+                        if !earlier.is_empty() && !asked.contains(earlier) {
+                            asked.push(earlier.clone());
+                        }
+                    }
+                    let checked = join::check(&me, &asked, self.hello(network)).await;
                     checked.map_err(StartError::Cluster)?;
                 }
                 (Arc::new(data_dir), known)
@@ -530,7 +563,7 @@ impl Starting {
             caller: None,
             seeds: self.config.cluster.seeds.clone(),
             peer_address: self.peer_address.clone(),
-            feature_level: FEATURE_LEVEL,
+            feature_level: self.feature_level,
         };
         move |address: String| {
             let (client, request) = (client.clone(), request.clone());
@@ -587,6 +620,8 @@ impl Starting {
                 };
                 tokio::select! {
                     response = entering => break response?,
+                    // What a newer release wrote: no waiting helps.
+                    error = opened.table.broken() => return Err(StartError::Metadata(error)),
                     // Without a majority nobody is ever registered: here an operator gives up what the others had.
                     Some(recovery) = recoveries.recv() => {
                         self.recover_metadata(&shards, data_dir, belonging, &mut opened, &control, recovery).await?;
@@ -648,7 +683,11 @@ impl Starting {
                 .hold("metadata", format!("its replica here is lost, another one is asked for: {}", lost.reason));
             let request = BrokerHeartbeatRequest { lost: vec![lost], ..BrokerHeartbeatRequest::default() };
             match session::tell(control, calls, &request).await {
-                Ok(answer) => response.metadata_replica_id = answer.metadata_replica_id,
+                // Of a controller that has not heard of the registration yet it is none.
+                Ok(answer) if answer.metadata_replica_id != 0 => {
+                    response.metadata_replica_id = answer.metadata_replica_id;
+                }
+                Ok(_) => {}
                 Err(error) => tracing::debug!(%error, "the loss of the metadata's replica was not taken"),
             }
             tokio::time::sleep(TELL_EVERY).await;
@@ -707,7 +746,7 @@ impl Starting {
             internal_partitions: self.config.cluster.internal_partitions,
             topic_defaults: self.config.topic.clone(),
         };
-        let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules));
+        let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules).supporting(self.feature_level));
         let Some(replica_id) = belonging.metadata_replica else {
             return Err(StartError::System("no replica of the metadata was given to this broker".to_owned()));
         };
@@ -734,6 +773,18 @@ impl Starting {
         Ok(OpenMetadata { replica_id, peers, replica, table })
     }
 
+    /// What this start registers with.
+    fn registration(&self) -> RegisterRequest {
+        RegisterRequest {
+            caller: None,
+            client_address: self.client_address.clone(),
+            peer_address: self.peer_address.clone(),
+            rack: self.config.node.rack.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            feature_level: self.feature_level,
+        }
+    }
+
     /// Registers at the controller, whoever that is: `control` knows, once the metadata is open here.
     async fn register(
         &self,
@@ -741,14 +792,7 @@ impl Starting {
         control: Option<&Arc<Control>>,
         calls: &Arc<Calls>,
     ) -> Result<RegisterResponse, StartError> {
-        let request = RegisterRequest {
-            caller: None,
-            client_address: self.client_address.clone(),
-            peer_address: self.peer_address.clone(),
-            rack: self.config.node.rack.clone(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            feature_level: FEATURE_LEVEL,
-        };
+        let request = self.registration();
         let me = self.config.node.id;
         // Those that the seeds know are asked as well: addresses may have changed while this broker was away.
         let looking = AbortOnDrop(tokio::spawn(book::look_around(

@@ -74,6 +74,12 @@ pub(crate) trait StateMachine: Clone + Debug + Send + Sync + 'static {
     /// Offset of the last record taken in, -1 for none.
     fn applied(&self) -> Offset;
 
+    /// Number of the last recovery with a possible loss that this state has seen; 0 for none. A state of a later one goes
+    /// before a state of an earlier one, even where that had seen more records: these were given up.
+    fn recovery(&self) -> i64 {
+        0
+    }
+
     /// The whole state.
     fn checkpoint(&self) -> Bytes;
 
@@ -92,22 +98,41 @@ pub(crate) struct Published<S> {
     state: Arc<RwLock<S>>,
     /// Offset after the last committed record taken in.
     version: Arc<watch::Sender<Offset>>,
+    /// Why it goes no further.
+    broken: Arc<watch::Sender<Option<Error>>>,
 }
 
 impl<S> Clone for Published<S> {
     fn clone(&self) -> Self {
-        Self { state: Arc::clone(&self.state), version: Arc::clone(&self.version) }
+        Self { state: Arc::clone(&self.state), version: Arc::clone(&self.version), broken: Arc::clone(&self.broken) }
     }
 }
 
 impl<S> Published<S> {
     fn new(state: S) -> Self {
-        Self { state: Arc::new(RwLock::new(state)), version: Arc::new(watch::Sender::new(Offset::ZERO)) }
+        Self {
+            state: Arc::new(RwLock::new(state)),
+            version: Arc::new(watch::Sender::new(Offset::ZERO)),
+            broken: Arc::new(watch::Sender::new(None)),
+        }
     }
 
     /// Reads under the lock; `read` must be short.
     pub(crate) fn with<R>(&self, read: impl FnOnce(&S) -> R) -> R {
         read(&self.state.read())
+    }
+
+    /// Waits until a record cannot be taken in, and says why; pends while all can.
+    pub(crate) async fn broken(&self) -> Error {
+        let mut broken = self.broken.subscribe();
+        loop {
+            if let Some(error) = broken.borrow_and_update().clone() {
+                return error;
+            }
+            if broken.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        }
     }
 
     /// Told of every commit.
@@ -123,7 +148,7 @@ pub(crate) struct Coordinator<S: StateMachine> {
     /// Committed state and what is in flight; on the leader only.
     live: Option<S>,
     /// After the replica was opened anew: the committed state as far as it was replayed, until it has caught up with what
-    /// was published before. Readers never see it go back.
+    /// was published before, or has seen a recovery that this had not. Readers never see it go back but for that.
     replayed: Option<S>,
     /// Why this machine goes no further: a record that it could not take in. Nothing is answered any more.
     broken: Option<Error>,
@@ -167,11 +192,12 @@ impl<S: StateMachine> Coordinator<S> {
             };
             if let Err(error) = applied {
                 tracing::error!(offset = entry.base_offset.get(), %error, "a committed record cannot be taken in");
+                self.committed.broken.send_replace(Some(error.clone()));
                 self.broken = Some(error);
             }
         }
-        let published = self.committed.with(S::applied);
-        if self.replayed.as_ref().is_some_and(|replayed| replayed.applied() >= published) {
+        let published = self.committed.with(reach);
+        if self.replayed.as_ref().is_some_and(|replayed| reach(replayed) >= published) {
             self.publish();
         }
         if self.replayed.is_none() {
@@ -181,9 +207,16 @@ impl<S: StateMachine> Coordinator<S> {
 
     /// What was replayed is what readers see from now on.
     fn publish(&mut self) {
-        if let Some(replayed) = self.replayed.take() {
-            *self.committed.state.write() = replayed;
-        }
+        let Some(replayed) = self.replayed.take() else { return };
+        let (recovery, end) = (replayed.recovery(), replayed.applied().next());
+        let before = {
+            let mut state = self.committed.state.write();
+            std::mem::replace(&mut *state, replayed).recovery()
+        };
+        // What waits for an offset of a history that was given up waits for it anew.
+        self.committed
+            .version
+            .send_modify(|version| *version = if recovery == before { end.max(*version) } else { end });
     }
 
     pub(crate) fn command(&mut self, command: S::Command, now: Timestamp) -> Commanded<Result<S::Reply, Error>> {
@@ -219,6 +252,11 @@ impl<S: StateMachine> Coordinator<S> {
         self.live = None;
     }
 
+    /// The state with what is in flight, on a leader.
+    pub(crate) fn live_checkpoint(&self) -> Option<Bytes> {
+        self.live.as_ref().map(S::checkpoint)
+    }
+
     pub(crate) fn checkpoint(&self) -> Bytes {
         match &self.replayed {
             Some(replayed) => replayed.checkpoint(),
@@ -231,13 +269,18 @@ impl<S: StateMachine> Coordinator<S> {
         self.broken = None;
         let mut restored = self.committed.with(S::clone);
         restored.restore(checkpoint)?;
-        let behind = restored.applied() < self.committed.with(S::applied);
+        let behind = reach(&restored) < self.committed.with(reach);
         self.replayed = Some(restored);
         if !behind {
             self.publish();
         }
         Ok(())
     }
+}
+
+/// How far a state has come: what is further goes before what is less.
+fn reach<S: StateMachine>(state: &S) -> (i64, Offset) {
+    (state.recovery(), state.applied())
 }
 
 fn apply_entry<S: StateMachine>(state: &mut S, entry: &MachineEntry<'_>) -> Result<(), Error> {
@@ -258,5 +301,125 @@ fn apply_entry<S: StateMachine>(state: &mut S, entry: &MachineEntry<'_>) -> Resu
         // The log's own entries say nothing to a coordinator.
         MachineBody::Control { .. } => Ok(()),
         MachineBody::Header => unreachable!("a coordinator reads records, and was handed a header alone"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowstone_protocol::RaftIndex;
+    use flowstone_protocol::internal::PartitionLeadership;
+
+    use super::*;
+
+    /// Keeps the last value; a record with an epoch is a recovery of that number.
+    #[derive(Clone, Debug, Default)]
+    struct Last {
+        value: i32,
+        applied: i64,
+        recovery: i64,
+    }
+
+    impl StateMachine for Last {
+        type Command = ();
+        type Reply = ();
+        type Record = PartitionLeadership;
+
+        fn decide(&self, (): (), _now: Timestamp) -> (Vec<PartitionLeadership>, Result<(), Error>) {
+            (Vec::new(), Ok(()))
+        }
+
+        fn apply(&mut self, record: PartitionLeadership, at: Offset) -> Result<(), Error> {
+            (self.value, self.applied) = (record.broker_id, at.get());
+            self.recovery = self.recovery.max(record.leader_epoch.into());
+            Ok(())
+        }
+
+        fn applied(&self) -> Offset {
+            Offset::new(self.applied)
+        }
+
+        fn recovery(&self) -> i64 {
+            self.recovery
+        }
+
+        fn checkpoint(&self) -> Bytes {
+            [self.value.into(), self.applied, self.recovery].iter().flat_map(|field| field.to_be_bytes()).collect()
+        }
+
+        fn restore(&mut self, bytes: &[u8]) -> Result<(), Error> {
+            let field = |number: usize| {
+                let bytes = bytes.get(number * 8..number * 8 + 8).and_then(|bytes| bytes.try_into().ok());
+                bytes.map_or(0, i64::from_be_bytes)
+            };
+            *self = Self { value: field(0) as i32, applied: field(1), recovery: field(2) };
+            Ok(())
+        }
+    }
+
+    fn commit(coordinator: &mut Coordinator<Last>, at: i64, broker_id: i32, leader_epoch: i32) {
+        let mut batch = RecordBatchBuilder::new(Compression::None);
+        let record = PartitionLeadership { broker_id, leader_epoch };
+        batch.append(Timestamp::new(1), None, Some(&record.encode_to_vec()), []).expect("fits");
+        let bytes = batch.build();
+        let header = BatchHeader { base_offset: Offset::new(at), ..BatchHeader::parse(&bytes).expect("built here") };
+        coordinator.committed(&MachineEntry {
+            index: RaftIndex::new(at as u64 + 2),
+            term: Term::new(1),
+            base_offset: Offset::new(at),
+            header: &header,
+            body: MachineBody::Records(&bytes),
+        });
+    }
+
+    fn seen(view: &Published<Last>) -> (i32, i64, i64) {
+        let end = view.changes().borrow().get();
+        view.with(|state| (state.value, state.recovery, end))
+    }
+
+    #[test]
+    fn readers_never_see_a_replay_go_back() {
+        let (mut first, view) = Coordinator::new(Last::default());
+        for at in 0..6 {
+            commit(&mut first, at, at as i32, 0);
+        }
+        let mut again = Coordinator::behind(&view);
+        again.restore(&[]).expect("from nothing");
+        for at in 0..6 {
+            commit(&mut again, at, at as i32, 0);
+            assert_eq!(seen(&view), (5, 0, 6), "at {at}");
+        }
+        commit(&mut again, 6, 60, 0);
+        assert_eq!(seen(&view), (60, 0, 7));
+    }
+
+    #[test]
+    fn a_recovery_replaces_a_longer_history_at_once() {
+        let (mut first, view) = Coordinator::new(Last::default());
+        for at in 0..6 {
+            commit(&mut first, at, at as i32, 0);
+        }
+        // The survivor had three of the six; the fourth is its recovery.
+        let mut again = Coordinator::behind(&view);
+        again.restore(&[]).expect("from nothing");
+        for at in 0..3 {
+            commit(&mut again, at, at as i32, 0);
+        }
+        assert_eq!(seen(&view), (5, 0, 6));
+        commit(&mut again, 3, 30, 9);
+        assert_eq!(seen(&view), (30, 9, 4), "who waits for an offset waits for one of this history");
+        // In one piece as well, and never back to what was given up.
+        let (mut longer, view) = Coordinator::new(Last::default());
+        for at in 0..6 {
+            commit(&mut longer, at, at as i32, 0);
+        }
+        let mut installed = Coordinator::behind(&view);
+        installed.restore(&again.checkpoint()).expect("its own");
+        assert_eq!(seen(&view), (30, 9, 4));
+        let mut stale = Coordinator::behind(&view);
+        stale.restore(&[]).expect("from nothing");
+        for at in 0..9 {
+            commit(&mut stale, at, at as i32, 0);
+        }
+        assert_eq!(seen(&view), (30, 9, 4));
     }
 }

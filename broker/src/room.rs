@@ -59,7 +59,7 @@ impl Room {
     /// # Errors
     /// `DISK_FULL` while there is no room.
     pub(crate) fn check(&self) -> Result<(), Error> {
-        if !self.state.full.load(Ordering::Relaxed) {
+        if !self.is_full() {
             return Ok(());
         }
         Err(Error::new(
@@ -71,6 +71,10 @@ impl Room {
                 self.state.free_bytes_min
             ),
         ))
+    }
+
+    pub(crate) fn is_full(&self) -> bool {
+        self.state.full.load(Ordering::Relaxed)
     }
 
     pub(crate) fn free_bytes(&self) -> u64 {

@@ -23,6 +23,8 @@ pub(crate) struct Belonging {
     /// Brokers as they were registered when this was written: after a start they are believed before the metadata can be
     /// read, and founders may have lost the directories that the founding names.
     pub(crate) brokers: Vec<Founder>,
+    /// The metadata's recovery with whose table the replicas here were compared last.
+    pub(crate) settled_recovery: i64,
 }
 
 /// What a directory says, kept up to date while the broker runs.
@@ -36,6 +38,11 @@ pub(crate) struct Kept {
 impl Kept {
     pub(crate) fn new(data_dir: Arc<DataDir>, belonging: Belonging) -> Arc<Self> {
         Arc::new(Self { data_dir, state: Mutex::new(belonging) })
+    }
+
+    /// What is known.
+    pub(crate) fn get<R>(&self, read: impl FnOnce(&Belonging) -> R) -> R {
+        read(&self.state.lock())
     }
 
     /// Changes what is known; durable when this returns. Nothing is written where nothing changed.
@@ -65,25 +72,37 @@ impl Belonging {
     /// What `broker` has to know of the cluster that `founding` made.
     pub(crate) fn new(founding: Founding, broker: BrokerId, data_dir: &DataDir) -> Self {
         let metadata_replica = founding.founder(broker, data_dir.id()).map(|founder| founder.replica);
-        Self { founding, metadata_replica, recovered_from: None, brokers: Vec::new() }
+        Self { founding, metadata_replica, recovered_from: None, brokers: Vec::new(), settled_recovery: 0 }
     }
 
     /// A cluster of this broker alone, from the start. Nothing of it has to be written but the cluster's id, which is in
     /// the manifest: all else follows from the directory's id.
-    pub(crate) fn alone(data_dir: &DataDir, broker: BrokerId, peer_address: &str) -> Option<Self> {
+    pub(crate) fn alone(data_dir: &DataDir, broker: BrokerId, peer_address: &str, level: i32) -> Option<Self> {
         let replica = founding_replica(data_dir);
         let me = Founder { broker, directory: data_dir.id(), replica, peer_address: peer_address.to_owned() };
-        let founding = Founding { cluster: data_dir.cluster()?, voters: vec![me] };
-        Some(Self { founding, metadata_replica: Some(replica), recovered_from: None, brokers: Vec::new() })
+        let founding = Founding { cluster: data_dir.cluster()?, voters: vec![me], feature_level: level };
+        Some(Self {
+            founding,
+            metadata_replica: Some(replica),
+            recovered_from: None,
+            brokers: Vec::new(),
+            settled_recovery: 0,
+        })
     }
 
-    /// As written; `None` for a directory that belongs to no cluster yet.
+    /// As written; `None` for a directory that belongs to no cluster yet. `level` is the newest feature level that this
+    /// release knows, with which a cluster of one begins.
     ///
     /// # Errors
     /// The file cannot be read, or is not what was written; with what to do.
-    pub(crate) fn load(data_dir: &DataDir, broker: BrokerId, peer_address: &str) -> Result<Option<Self>, String> {
+    pub(crate) fn load(
+        data_dir: &DataDir,
+        broker: BrokerId,
+        peer_address: &str,
+        level: i32,
+    ) -> Result<Option<Self>, String> {
         let Some(bytes) = data_dir.founding().map_err(|error| error.to_string())? else {
-            return Ok(Self::alone(data_dir, broker, peer_address));
+            return Ok(Self::alone(data_dir, broker, peer_address, level));
         };
         let damaged = || {
             format!(
@@ -101,7 +120,8 @@ impl Belonging {
         let brokers = message.brokers.iter().filter_map(founder_of).collect();
         let recovered_from =
             (message.metadata_recovered_from != 0).then(|| ReplicaId::new(message.metadata_recovered_from));
-        Ok(Some(Self { founding, metadata_replica, recovered_from, brokers }))
+        let settled_recovery = message.settled_recovery;
+        Ok(Some(Self { founding, metadata_replica, recovered_from, brokers, settled_recovery }))
     }
 
     /// Durable when this returns.
@@ -114,6 +134,7 @@ impl Belonging {
             metadata_replica_id: self.metadata_replica.map_or(0, ReplicaId::get),
             brokers: self.brokers.iter().map(founder_message).collect(),
             metadata_recovered_from: self.recovered_from.map_or(0, ReplicaId::get),
+            settled_recovery: self.settled_recovery,
         };
         data_dir.set_founding(&message.encode_to_vec()).map_err(|error| error.to_string())
     }
@@ -149,7 +170,7 @@ mod tests {
         let disk = SimDisk::new(1);
         let mut data_dir = directory(&disk);
         let me = BrokerId::new(2);
-        assert_eq!(Belonging::load(&data_dir, me, "b:1"), Ok(None), "no cluster yet");
+        assert_eq!(Belonging::load(&data_dir, me, "b:1", 1), Ok(None), "no cluster yet");
         let voter = |broker: i32, directory: DirectoryId| Founder {
             broker: BrokerId::new(broker),
             directory,
@@ -159,6 +180,7 @@ mod tests {
         let founding = Founding {
             cluster: ClusterId::new(9),
             voters: vec![voter(1, DirectoryId::new(1)), voter(2, data_dir.id())],
+            feature_level: 1,
         };
         let founder = Belonging::new(founding.clone(), me, &data_dir);
         assert_eq!(founder.metadata_replica, Some(ReplicaId::new(22)));
@@ -167,24 +189,25 @@ mod tests {
         data_dir.set_cluster(ClusterId::new(9)).expect("its first");
         drop(data_dir);
         let data_dir = directory(&disk);
-        assert_eq!(Belonging::load(&data_dir, me, "b:1"), Ok(Some(founder)));
+        assert_eq!(Belonging::load(&data_dir, me, "b:1", 1), Ok(Some(founder)));
         let other = BrokerId::new(4);
         let mut observer = Belonging::new(founding, other, &data_dir);
         assert_eq!((observer.metadata_replica, observer.is_founder()), (None, false));
         observer.metadata_replica = Some(ReplicaId::new(44));
         observer.recovered_from = Some(ReplicaId::new(43));
         observer.brokers = vec![voter(1, DirectoryId::new(3))];
+        observer.settled_recovery = 77;
         observer.save(&data_dir).expect("written");
-        assert_eq!(Belonging::load(&data_dir, other, "d:1"), Ok(Some(observer)));
+        assert_eq!(Belonging::load(&data_dir, other, "d:1", 1), Ok(Some(observer)));
     }
 
     #[test]
     fn a_cluster_of_one_needs_its_directory_alone() {
         let mut data_dir = directory(&SimDisk::new(1));
         data_dir.set_cluster(ClusterId::new(5)).expect("its first");
-        let loaded = Belonging::load(&data_dir, BrokerId::new(1), "a:1").expect("read").expect("it has a cluster");
+        let loaded = Belonging::load(&data_dir, BrokerId::new(1), "a:1", 1).expect("read").expect("it has a cluster");
         assert!(loaded.is_founder());
         assert_eq!(loaded.founding.cluster, ClusterId::new(5));
-        assert_eq!(Belonging::load(&data_dir, BrokerId::new(1), "a:1"), Ok(Some(loaded)), "the same every time");
+        assert_eq!(Belonging::load(&data_dir, BrokerId::new(1), "a:1", 1), Ok(Some(loaded)), "the same every time");
     }
 }

@@ -75,13 +75,14 @@ pub(crate) async fn look_around<H, A>(
 /// Follows the metadata until aborted.
 pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: BrokerId, kept: Arc<Kept>) {
     let mut changes = table.changes();
-    let mut seen: Option<Offset> = None;
+    // With the metadata's recovery: an offset of another one says nothing.
+    let mut seen: Option<(i64, Offset)> = None;
     // What the metadata said last: only what it says anew counts, as a broker may have told a newer address since.
     let mut said: HashMap<BrokerId, PeerEntry> = HashMap::new();
     loop {
         changes.borrow_and_update();
         let changed = table.with(|table| {
-            let at = table.brokers_changed_at();
+            let at = (table.recovery(), table.brokers_changed_at());
             if seen == Some(at) || table.founding().is_none() {
                 return None;
             }
@@ -92,15 +93,21 @@ pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: 
                     (broker.id, entry)
                 })
                 .collect();
-            Some((at, entries))
+            let starts: Vec<(BrokerId, u64)> =
+                table.brokers().filter(|broker| broker.id != me).map(|known| (known.id, known.incarnation)).collect();
+            Some((at, entries, starts))
         });
-        if let Some((at, entries)) = changed {
+        if let Some((at, entries, starts)) = changed {
             for (broker, entry) in entries.iter().filter(|(broker, entry)| said.get(broker) != Some(entry)) {
                 book.set(*broker, entry.clone());
             }
-            // Only who was registered and is not any more is forgotten: a founder may still be on its way to register.
-            for (broker, _) in book.all() {
-                if !entries.contains_key(&broker) && seen.is_some() && table.with(|table| was_removed(table, broker)) {
+            for (broker, incarnation) in starts {
+                book.set_start(broker, incarnation);
+            }
+            // Only who was taken out is forgotten: others may be on their way to register, for the first time or since a
+            // metadata that went on with a loss does not know them.
+            for (broker, entry) in book.all() {
+                if !entries.contains_key(&broker) && table.with(|table| was_removed(table, broker, &entry)) {
                     book.remove(broker);
                 }
             }
@@ -133,10 +140,7 @@ fn registered(table: &MetadataTable) -> Vec<Founder> {
     brokers.collect()
 }
 
-/// No part of the cluster, and none of those that it was founded on and that may not have registered yet.
-fn was_removed(table: &MetadataTable, broker: BrokerId) -> bool {
-    let is_founder = table.founding().is_some_and(|founding| {
-        founding.voters.iter().any(|voter| voter.broker == broker && table.removed(voter.directory).is_none())
-    });
-    table.broker(broker).is_none() && !is_founder
+/// Whether what is known of a broker is from before it was decommissioned.
+fn was_removed(table: &MetadataTable, broker: BrokerId, entry: &PeerEntry) -> bool {
+    entry.directory.is_some_and(|directory| table.removed(directory) == Some(broker))
 }

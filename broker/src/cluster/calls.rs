@@ -1,6 +1,6 @@
 //! What this broker answers to others on the peer listener, from before there is a cluster until it stops.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 use std::time::Instant;
 
 use bytes::Bytes;
@@ -21,11 +21,12 @@ use super::drive::transfer;
 use super::duty::Lost;
 use super::form::{Founder, Founding, Me, founder_message};
 use super::recovery::{self, RECOVER_METADATA};
+use super::session::HAND_ON_HEARTBEAT;
 use crate::controller::commands::{Leadership, MetadataCommand, MetadataReply, MoveProgress, Registration};
-use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, MetadataTable, Place};
+use crate::controller::table::{METADATA_PARTITION, MetadataTable, Place};
 use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
-use crate::peer::{PeerBook, PeerCalls, PeerIdentity};
+use crate::peer::{PeerBook, PeerCalls, PeerIdentity, PeerNetwork};
 use crate::service;
 
 /// This broker, as others ask for it.
@@ -38,6 +39,7 @@ pub(crate) struct Calls {
     founding: RwLock<Option<Founding>>,
     /// Set while the metadata's replica is open.
     control: RwLock<Option<Arc<Control>>>,
+    network: OnceLock<Weak<PeerNetwork>>,
     node: OnceLock<Arc<Node>>,
 }
 
@@ -49,6 +51,7 @@ impl Calls {
             book,
             founding: RwLock::new(None),
             control: RwLock::new(None),
+            network: OnceLock::new(),
             node: OnceLock::new(),
         })
     }
@@ -56,6 +59,11 @@ impl Calls {
     /// From now on it can be told to others; it is durable here.
     pub(crate) fn tell_founding(&self, founding: Founding) {
         *self.founding.write() = Some(founding);
+    }
+
+    /// The way by which others speak.
+    pub(crate) fn attach(&self, network: &Arc<PeerNetwork>) {
+        self.network.get_or_init(|| Arc::downgrade(network));
     }
 
     /// The metadata's replica is open.
@@ -113,7 +121,11 @@ impl Calls {
             directory: voter.directory,
             replica: voter.replica,
         });
-        let found = MetadataCommand::Found { cluster: founding.cluster, voters: voters.collect() };
+        let found = MetadataCommand::Found {
+            cluster: founding.cluster,
+            voters: voters.collect(),
+            feature_level: founding.feature_level,
+        };
         control.command(found).await.map(|_| ())
     }
 
@@ -155,7 +167,7 @@ impl Calls {
             metadata_replica_id: metadata_replica.get(),
             is_founder,
             metadata_replicas: metadata_replicas(table).iter().map(founder_message).collect(),
-            feature_level: table.founding().map_or(FEATURE_LEVEL, |founding| founding.feature_level),
+            feature_level: table.feature_level(),
         }))
     }
 
@@ -174,6 +186,14 @@ impl Calls {
         let Some(known) = known.filter(|known| known.incarnation == incarnation) else {
             // Of one that was the controller once, and does not know who registered since, that is no word to end by.
             control.committed_end().await?;
+            let recovery = control.table.with(MetadataTable::recovery);
+            if request.metadata_recovery < recovery {
+                return Ok(BrokerHeartbeatResponse {
+                    register_again: true,
+                    metadata_recovery: recovery,
+                    ..BrokerHeartbeatResponse::default()
+                });
+            }
             return Err(Error::new(
                 ErrorCode::InvalidRequest,
                 format!(
@@ -225,7 +245,41 @@ impl Calls {
             error: None,
             metadata_end: table.applied().get(),
             metadata_replica_id: table.broker(from).map_or(0, |broker| broker.metadata_replica.get()),
+            register_again: false,
+            metadata_recovery: table.recovery(),
+            full_brokers: control.duty.full().iter().map(|broker| broker.get()).collect(),
         }))
+    }
+
+    /// A heartbeat of a broker that has no way to the controller: taken where this is the controller, else handed on to it,
+    /// if it comes from that broker itself.
+    async fn hand_on_heartbeat(
+        &self,
+        from: PeerIdentity,
+        request: ForwardRequest,
+    ) -> Result<BrokerHeartbeatResponse, Error> {
+        let heartbeat = BrokerHeartbeatRequest::decode(request.request.clone()).map_err(|error| {
+            Error::new(ErrorCode::InvalidRequest, format!("what was handed on is malformed: {error}"))
+        })?;
+        let of = PeerIdentity::from_caller(heartbeat.caller.as_ref())?;
+        if of.cluster != from.cluster {
+            return Err(Error::new(ErrorCode::PermissionDenied, "the heartbeat is of a broker of another cluster"));
+        }
+        let control = self.control()?;
+        if control.leads() {
+            let answer = self.take_heartbeat(of.broker, of.incarnation, heartbeat).await?;
+            control.duty.came_by(of.broker, (from.broker != of.broker).then_some(from.broker));
+            return Ok(answer);
+        }
+        let controller = control.controller().filter(|controller| *controller != of.broker);
+        let Some(controller) = controller.filter(|_| (from.broker, from.incarnation) == (of.broker, of.incarnation)) else {
+            return Err(control.not_controller());
+        };
+        let request = ForwardRequest { caller: None, ..request };
+        let answer = control.peers.forward(controller, request, control.duty.answer_max()).await?;
+        BrokerHeartbeatResponse::decode(answer.response).map_err(|_| {
+            Error::new(ErrorCode::Internal, "the controller answered something else; run one version of Flowstone on all")
+        })
     }
 
     /// Hands a partition's leadership over, where it is led here.
@@ -310,7 +364,11 @@ impl PeerCalls for Calls {
         // One that came back at another address cannot register before the metadata's leader reaches it there.
         let is_member = founding.as_ref().map(|founding| founding.cluster) == from.cluster && from.cluster.is_some();
         let is_known = || self.book.get(from.broker).is_some_and(|known| known.directory == Some(from.directory));
-        if is_member && !request.peer_address.is_empty() && is_known() {
+        let may_speak = || {
+            let network = self.network.get().and_then(Weak::upgrade);
+            network.is_none_or(|network| network.check_start(&from).is_ok())
+        };
+        if is_member && !request.peer_address.is_empty() && is_known() && may_speak() {
             self.book.set_address(from.broker, &request.peer_address);
         }
         let control = self.control.read().clone();
@@ -331,7 +389,12 @@ impl PeerCalls for Calls {
             answerer: Some(self.identity().to_caller(None)),
             seeds: self.seeds.clone(),
             peer_address: self.me.peer_address.clone(),
-            feature_level: FEATURE_LEVEL,
+            feature_level: self.me.feature_level,
+            cluster_feature_level: control
+                .as_ref()
+                .and_then(|control| control.table.with(|table| table.founding().map(|founding| founding.feature_level)))
+                .or(founding.as_ref().map(|founding| founding.feature_level))
+                .unwrap_or(0),
             founding: founding.map(|founding| founding.to_message()),
             controller_id: control.as_ref().and_then(|control| control.controller()).map_or(-1, BrokerId::get),
             brokers: brokers.collect(),
@@ -348,10 +411,16 @@ impl PeerCalls for Calls {
         from: PeerIdentity,
         request: BrokerHeartbeatRequest,
     ) -> Result<BrokerHeartbeatResponse, Error> {
-        self.take_heartbeat(from.broker, from.incarnation, request).await
+        let answer = self.take_heartbeat(from.broker, from.incarnation, request).await?;
+        self.control()?.duty.came_by(from.broker, None);
+        Ok(answer)
     }
 
-    async fn forward(&self, _from: PeerIdentity, request: ForwardRequest) -> Result<ForwardResponse, Error> {
+    async fn forward(&self, from: PeerIdentity, request: ForwardRequest) -> Result<ForwardResponse, Error> {
+        if request.method == HAND_ON_HEARTBEAT {
+            let response = self.hand_on_heartbeat(from, request).await?.encode_to_vec().into();
+            return Ok(ForwardResponse { error: None, response });
+        }
         if request.method == RECOVER_METADATA {
             // While it starts as well: without a majority it would start for ever.
             let asked = pb::RecoverPartitionRequest::decode(request.request).map_err(|error| {

@@ -8,7 +8,7 @@ use flowstone_protocol::peer::ForwardRequest;
 use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId};
 use flowstone_replication::Reply;
 use futures::future::BoxFuture;
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::{mpsc, oneshot};
 
 use super::duty::Duty;
@@ -23,8 +23,11 @@ use crate::peer::{PeerBook, PeerClient, PeerNetwork};
 const LOOK_FOR_CONTROLLER_MAX: Duration = Duration::from_secs(8);
 /// A controller that takes longer to say how far the metadata is is not waited for.
 const ANSWER_MAX: Duration = Duration::from_secs(2);
-/// What a broker forwards to learn how far the metadata is: no call of clients'. Answered with an offset, big endian.
+/// What a broker forwards to learn how far the metadata is: no call of clients'. Answered with the number of its last
+/// recovery and an offset, both big endian.
 pub(crate) const METADATA_END: &str = "MetadataEnd";
+/// A broker to which there was no way is not tried for so long.
+const CUT_FOR: Duration = Duration::from_secs(5);
 /// Between two looks where nothing tells of a change.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -58,6 +61,8 @@ pub(crate) struct Control {
     pub(crate) recovering: tokio::sync::Mutex<()>,
     /// Whom to ask next where nobody is known to be it.
     asked: AtomicUsize,
+    /// The controller to which there was no way, and when that was found out. Held for a look or a change.
+    cut: Mutex<Option<(BrokerId, Instant)>>,
 }
 
 impl Control {
@@ -79,6 +84,7 @@ impl Control {
             recover,
             recovering: tokio::sync::Mutex::new(()),
             asked: AtomicUsize::new(0),
+            cut: Mutex::new(None),
         })
     }
 
@@ -107,6 +113,22 @@ impl Control {
         Some(known[turn].0)
     }
 
+    /// All of these, another one first each time.
+    pub(crate) fn in_turn<'a>(&self, brokers: &'a [BrokerId]) -> impl Iterator<Item = BrokerId> + use<'a> {
+        let first = self.asked.fetch_add(1, Ordering::Relaxed) % brokers.len().max(1);
+        brokers[first..].iter().chain(&brokers[..first]).copied()
+    }
+
+    /// Whether there was no way to a broker a moment ago; now and then it is tried again.
+    pub(crate) fn cut_from(&self, broker: BrokerId, now: Instant) -> bool {
+        self.cut.lock().is_some_and(|(cut, at)| cut == broker && now.saturating_duration_since(at) < CUT_FOR)
+    }
+
+    /// There is no way to a broker.
+    pub(crate) fn note_cut(&self, broker: BrokerId, now: Instant) {
+        *self.cut.lock() = Some((broker, now));
+    }
+
     /// Whether this broker is the controller.
     pub(crate) fn leads(&self) -> bool {
         self.metadata().status().is_ready()
@@ -123,24 +145,27 @@ impl Control {
     /// # Errors
     /// The controller cannot be asked.
     pub(crate) async fn caught_up(&self) -> Result<(), Error> {
-        let end = self
+        let (recovery, end) = self
             .at_controller(Again::Harmless, |to| {
                 Box::pin(async move {
                     if to == self.me {
-                        return self.committed_end().await;
+                        let end = self.committed_end().await?;
+                        return Ok((self.table.with(MetadataTable::recovery), end));
                     }
                     let request = ForwardRequest { method: METADATA_END.to_owned(), ..ForwardRequest::default() };
                     let response = self.peers.forward(to, request, ANSWER_MAX).await?.response;
-                    let end = <[u8; 8]>::try_from(&response[..]).map_err(|_| {
+                    let end = <[u8; 16]>::try_from(&response[..]).map_err(|_| {
                         let what = "the controller answered something else; run one version of Flowstone on all";
                         Error::new(ErrorCode::Internal, what)
                     })?;
-                    Ok(Offset::new(i64::from_be_bytes(end)))
+                    let end = i128::from_be_bytes(end);
+                    Ok(((end >> 64) as i64, Offset::new(end as i64)))
                 })
             })
             .await?;
         // Told of every commit; a term's first entry changes nothing, and is told as well.
-        drop(self.table.changes().wait_for(|applied| *applied >= end).await);
+        let is_there = || self.table.with(MetadataTable::recovery) >= recovery;
+        drop(self.table.changes().wait_for(|applied| is_there() && *applied >= end).await);
         Ok(())
     }
 
@@ -235,8 +260,10 @@ pub(crate) async fn command_to(metadata: &Replica, command: MetadataCommand) -> 
     let (sender, receiver) = oneshot::channel();
     metadata.command(PartitionCommand::Metadata(command), Reply::from(sender));
     let answered = receiver.await.map_err(|_| shutting_down())?;
-    let PartitionReply::Metadata(reply) = answered??;
-    Ok(reply)
+    match answered?? {
+        PartitionReply::Metadata(reply) => Ok(reply),
+        other => Err(Error::new(ErrorCode::Internal, format!("the metadata answered {other:?}"))),
+    }
 }
 
 fn shutting_down() -> Error {

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use flowstone_protocol::{BrokerId, Error, ErrorCode, ReplicaId, TopicPartition};
 use flowstone_replication::membership_plan::{PlanStep, next_step};
-use flowstone_replication::{GroupStatus, MembershipChange, Reply};
+use flowstone_replication::{GroupStatus, Health, MembershipChange, Reply};
 use futures::{StreamExt, stream};
 use parking_lot::Mutex;
 use tokio::sync::{Notify, oneshot};
@@ -49,6 +49,8 @@ pub(crate) struct Led {
     under_replicated: AtomicUsize,
     /// Held for a look or a change; nothing waits inside.
     progress: Mutex<HashMap<TopicPartition, Progress>>,
+    /// Brokers whose disks are full, as the controller says: they are given no leadership. As the lock above.
+    full: Mutex<HashSet<BrokerId>>,
     /// There is something to tell.
     news: Notify,
 }
@@ -81,6 +83,14 @@ impl Led {
         self.news.notified().await;
     }
 
+    pub(crate) fn set_full(&self, full: HashSet<BrokerId>) {
+        *self.full.lock() = full;
+    }
+
+    fn full(&self) -> HashSet<BrokerId> {
+        self.full.lock().clone()
+    }
+
     fn tell(&self, tp: TopicPartition, progress: Progress) {
         self.progress.lock().insert(tp, progress);
         self.news.notify_one();
@@ -89,8 +99,10 @@ impl Led {
 
 /// What is wanted of one group.
 #[derive(Clone, Debug)]
-struct Goal {
+pub(crate) struct Goal {
     wanted: Vec<ReplicaId>,
+    /// Where these are.
+    hosts: Vec<BrokerId>,
     leaving: Vec<ReplicaId>,
     /// Learners that stay so.
     observers: Vec<ReplicaId>,
@@ -101,7 +113,7 @@ struct Goal {
 }
 
 impl Goal {
-    fn of(table: &MetadataTable, tp: TopicPartition, entry: &PartitionEntry) -> Self {
+    pub(crate) fn of(table: &MetadataTable, tp: TopicPartition, entry: &PartitionEntry) -> Self {
         let observers =
             if tp == METADATA_PARTITION { table.observers().map(|place| place.replica).collect() } else { Vec::new() };
         let preferred = entry.replicas().first().and_then(|place| {
@@ -110,6 +122,7 @@ impl Goal {
         });
         Self {
             wanted: entry.replicas().iter().map(|place| place.replica).collect(),
+            hosts: entry.replicas().iter().map(|place| place.broker).collect(),
             leaving: entry.leaving().iter().map(|place| place.replica).collect(),
             observers,
             may_remove: entry.may_remove(),
@@ -119,7 +132,7 @@ impl Goal {
     }
 
     /// The next step, observers included.
-    fn next(&self, view: &GroupStatus) -> PlanStep {
+    pub(crate) fn next(&self, view: &GroupStatus) -> PlanStep {
         // It went on under an id that the table does not name yet: what that wants is of another group.
         let is_named = [&self.wanted, &self.leaving, &self.observers].iter().any(|ids| ids.contains(&view.replica));
         if !is_named {
@@ -142,6 +155,24 @@ impl Goal {
             }
             step => step,
         }
+    }
+
+    /// Who is to lead in place of a replica whose disk is full: the first wanted one that is in sync and has room.
+    fn with_room(&self, view: &GroupStatus, full: &HashSet<BrokerId>) -> Option<ReplicaId> {
+        let is_able = |replica: ReplicaId| {
+            let member = view.members.iter().find(|member| member.replica == replica);
+            member.is_some_and(|member| member.in_sync && member.is_active && !member.is_learner)
+        };
+        let others = self.wanted.iter().zip(&self.hosts).filter(|(replica, _)| **replica != view.replica);
+        others.filter(|(_, host)| !full.contains(host)).map(|(replica, _)| *replica).find(|replica| is_able(*replica))
+    }
+
+    /// The replica that was meant to lead, where it does not and may be given the lead once it has been in sync for long.
+    fn goes_back_to(&self, view: &GroupStatus, full: &HashSet<BrokerId>) -> Option<(BrokerId, ReplicaId)> {
+        let (broker, preferred) = self.preferred?;
+        let member = view.members.iter().find(|member| member.replica == preferred)?;
+        let may = member.in_sync && !member.is_learner && !self.is_changing && !full.contains(&broker);
+        (preferred != view.replica && may).then_some((broker, preferred))
     }
 
     fn in_sync(&self, view: &GroupStatus) -> usize {
@@ -269,24 +300,41 @@ impl Driver {
             .filter(|(_, goal, view)| goal.next(view) != PlanStep::Nothing)
             .map(|(replica, _, _)| replica.tp())
             .collect();
+        while self.giving_back.try_join_next().is_some() {}
+        let full = self.led.full();
+        self.leave_full_disk(&views, &full);
         if self.gives_back {
-            self.give_back(&views);
+            self.give_back(&views, &full);
+        }
+    }
+
+    /// Where the disk here is full, partitions are led by replicas that have room: the others can be written.
+    fn leave_full_disk(&mut self, views: &[(Replica, Goal, GroupStatus)], full: &HashSet<BrokerId>) {
+        let is_full_here = full.contains(&self.control.me);
+        // The metadata has a reserve of its own.
+        let is_full = |replica: &Replica| {
+            replica.status().health == Health::DiskFull || (is_full_here && replica.tp() != METADATA_PARTITION)
+        };
+        let due = views.iter().filter(|(replica, goal, _)| !goal.is_changing && is_full(replica));
+        let due = due.filter_map(|(replica, goal, view)| Some((replica, goal.with_room(view, full)?)));
+        for (replica, to) in due.take(TRANSFERS_MAX.saturating_sub(self.giving_back.len())) {
+            let replica = Replica::clone(replica);
+            self.giving_back.spawn(async move {
+                match transfer(&replica, Some(to)).await {
+                    Ok(()) => tracing::warn!(tp = %replica.tp(), "the disk is full: a replica with room leads from now on"),
+                    Err(error) => tracing::debug!(tp = %replica.tp(), %error, "no replica with room took the lead"),
+                }
+            });
         }
     }
 
     /// Leaderships go back to the replicas that were meant to lead, once these have caught up.
-    fn give_back(&mut self, views: &[(Replica, Goal, GroupStatus)]) {
+    fn give_back(&mut self, views: &[(Replica, Goal, GroupStatus)], full: &HashSet<BrokerId>) {
         let now = Instant::now();
         let mut due = Vec::new();
         let mut waiting = HashMap::new();
         for (replica, goal, view) in views {
-            let Some((broker, preferred)) = goal.preferred else { continue };
-            let in_sync = |member: &&flowstone_replication::MemberStatus| {
-                member.replica == preferred && member.in_sync && !member.is_learner
-            };
-            if preferred == view.replica || goal.is_changing || !view.members.iter().any(|member| in_sync(&member)) {
-                continue;
-            }
+            let Some((broker, preferred)) = goal.goes_back_to(view, full) else { continue };
             let since = *self.in_sync_since.get(&replica.tp()).unwrap_or(&now);
             waiting.insert(replica.tp(), since);
             if now.duration_since(since) >= PREFERRED_AFTER {
@@ -294,8 +342,8 @@ impl Driver {
             }
         }
         self.in_sync_since = waiting;
-        while self.giving_back.try_join_next().is_some() {}
-        for (replica, broker, preferred) in due.into_iter().take(TRANSFERS_MAX - self.giving_back.len()) {
+        let room = TRANSFERS_MAX.saturating_sub(self.giving_back.len());
+        for (replica, broker, preferred) in due.into_iter().take(room) {
             self.in_sync_since.remove(&replica.tp());
             let replica = Replica::clone(replica);
             self.giving_back.spawn(async move {
@@ -363,5 +411,62 @@ async fn answer<T>(receiver: oneshot::Receiver<Result<T, Error>>) -> Result<T, E
             ErrorCode::TimedOut,
             format!("the partition did not do it within {STEP_MAX:?}; look at its health, and try again"),
         )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowstone_protocol::{RaftIndex, Term};
+    use flowstone_replication::{MemberStatus, Membership};
+
+    use super::*;
+
+    fn replica(id: u64) -> ReplicaId {
+        ReplicaId::new(id)
+    }
+
+    /// Replica 1 leads; `in_sync` of the others are.
+    fn view(in_sync: &[u64]) -> GroupStatus {
+        let members = [2, 3].map(|id| MemberStatus {
+            replica: replica(id),
+            is_learner: false,
+            matched: RaftIndex::new(1),
+            is_active: true,
+            in_sync: in_sync.contains(&id),
+            lag_entries: 0,
+        });
+        GroupStatus {
+            replica: replica(1),
+            leader: Some(replica(1)),
+            term: Term::new(1),
+            membership: Membership { voters: [1, 2, 3].map(replica).to_vec(), learners: Vec::new() },
+            members: members.to_vec(),
+            commit: RaftIndex::new(1),
+            last: RaftIndex::new(1),
+            pulled: None,
+        }
+    }
+
+    #[test]
+    fn who_has_room_leads_in_place_of_a_full_disk_and_nothing_goes_back_while_it_is_full() {
+        let broker = |id: i32| BrokerId::new(id);
+        let goal = |preferred: i32| Goal {
+            wanted: [1, 2, 3].map(replica).to_vec(),
+            hosts: [1, 2, 3].map(broker).to_vec(),
+            leaving: Vec::new(),
+            observers: Vec::new(),
+            may_remove: false,
+            is_changing: false,
+            preferred: Some((broker(preferred), replica(preferred as u64))),
+        };
+        let full = |ids: &[i32]| ids.iter().copied().map(broker).collect::<HashSet<_>>();
+        assert_eq!(goal(1).with_room(&view(&[2, 3]), &full(&[1])), Some(replica(2)));
+        assert_eq!(goal(1).with_room(&view(&[2, 3]), &full(&[1, 2])), Some(replica(3)));
+        assert_eq!(goal(1).with_room(&view(&[2]), &full(&[1, 2])), None, "what is behind does not lead");
+        assert_eq!(goal(1).with_room(&view(&[2, 3]), &full(&[1, 2, 3])), None, "all are full: it stays");
+        assert_eq!(goal(2).goes_back_to(&view(&[2]), &full(&[])), Some((broker(2), replica(2))));
+        assert_eq!(goal(2).goes_back_to(&view(&[2]), &full(&[2])), None);
+        assert_eq!(goal(2).goes_back_to(&view(&[3]), &full(&[])), None);
+        assert_eq!(goal(1).goes_back_to(&view(&[2, 3]), &full(&[])), None, "it leads");
     }
 }

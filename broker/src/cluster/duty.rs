@@ -13,7 +13,7 @@ use parking_lot::Mutex;
 use super::calls::partition;
 use super::control::Control;
 use super::recovery;
-use crate::controller::commands::MetadataCommand;
+use crate::controller::commands::{MetadataCommand, feature_level_due};
 use crate::controller::liveness::Liveness;
 use crate::controller::lost::{LogEnd, LostReplicas, Told};
 use crate::controller::table::MetadataTable;
@@ -38,6 +38,8 @@ struct State {
     liveness: Option<Liveness>,
     lost: LostReplicas,
     disks: HashMap<BrokerId, Disk>,
+    /// Brokers that are heard of by way of another one alone.
+    detours: HashMap<BrokerId, BrokerId>,
 }
 
 /// A broker's disk, as it told last.
@@ -45,6 +47,8 @@ struct State {
 pub(crate) struct Disk {
     pub(crate) free_bytes: u64,
     pub(crate) total_bytes: u64,
+    /// It says so itself.
+    pub(crate) is_full: bool,
 }
 
 /// A replica that can never vote again, as its broker tells.
@@ -85,7 +89,11 @@ impl Duty {
         let liveness = state.liveness.get_or_insert_with(|| Liveness::new(session_timeout, now));
         liveness.heard(broker, incarnation, said.is_some_and(|said| said.stopping), now);
         if let Some(said) = said {
-            let disk = Disk { free_bytes: said.disk_free_bytes, total_bytes: said.disk_total_bytes };
+            let disk = Disk {
+                free_bytes: said.disk_free_bytes,
+                total_bytes: said.disk_total_bytes,
+                is_full: said.disk_full,
+            };
             state.disks.insert(broker, disk);
         }
     }
@@ -110,6 +118,31 @@ impl Duty {
         (silence, state.disks.get(&broker).copied().unwrap_or_default())
     }
 
+    /// By way of which broker another one's heartbeat came; `None`: of none.
+    pub(crate) fn came_by(&self, broker: BrokerId, by: Option<BrokerId>) {
+        let mut state = self.state.lock();
+        match by {
+            Some(by) => state.detours.insert(broker, by),
+            None => state.detours.remove(&broker),
+        };
+    }
+
+    /// By way of which broker alone another one is heard of.
+    pub(crate) fn detour(&self, broker: BrokerId) -> Option<BrokerId> {
+        self.state.lock().detours.get(&broker).copied()
+    }
+
+    /// A controller that takes longer to answer a heartbeat is not reached: there must be time for another way.
+    pub(crate) fn answer_max(&self) -> Duration {
+        self.session_timeout / 3
+    }
+
+    /// Brokers whose disks are full.
+    pub(crate) fn full(&self) -> Vec<BrokerId> {
+        let state = self.state.lock();
+        state.disks.iter().filter(|(_, disk)| disk.is_full).map(|(broker, _)| *broker).collect()
+    }
+
     /// It rested between two looks. Where that took far too long this whole process stood still, perhaps with all others:
     /// what it did not hear meanwhile says nothing of them.
     fn woke(&self, rested: Instant, now: Instant) {
@@ -132,6 +165,9 @@ impl Duty {
         let liveness = liveness.get_or_insert_with(|| Liveness::new(session_timeout, now));
         liveness.keep(table);
         let mut due = liveness.due(table, now);
+        if feature_level_due(table).is_some() {
+            due.push(MetadataCommand::RaiseFeatureLevel);
+        }
         due.extend(lost.due(table, rand::random()));
         due.extend(upkeep::due(table, MOVES_AT_ONCE, rand::random()));
         due
@@ -181,6 +217,9 @@ async fn carry_out(control: &Arc<Control>, command: MetadataCommand) {
         MetadataCommand::UnfenceBroker { broker, .. } => tracing::info!(%broker, "a broker is heard of again"),
         MetadataCommand::RecoverPartition(recover) => {
             tracing::error!(tp = %recover.tp, reason = recover.reason, "a partition is recovered, records may be lost");
+        }
+        MetadataCommand::RaiseFeatureLevel => {
+            tracing::info!("all brokers run a newer release: what it brought is used from now on");
         }
         command => tracing::debug!(?command, "the controller acts"),
     }

@@ -46,6 +46,8 @@ pub(crate) struct Founder {
 pub(crate) struct Founding {
     pub(crate) cluster: ClusterId,
     pub(crate) voters: Vec<Founder>,
+    /// The newest that every seed knew: the cluster begins with it.
+    pub(crate) feature_level: i32,
 }
 
 impl Founding {
@@ -58,6 +60,7 @@ impl Founding {
         peer::Founding {
             cluster_id: self.cluster.to_bytes().to_vec().into(),
             voters: self.voters.iter().map(founder_message).collect(),
+            feature_level: self.feature_level,
         }
     }
 
@@ -67,7 +70,8 @@ impl Founding {
         if voters.is_empty() {
             return None;
         }
-        Some(Self { cluster: ClusterId::from_slice(&message.cluster_id)?, voters })
+        let cluster = ClusterId::from_slice(&message.cluster_id)?;
+        Some(Self { cluster, voters, feature_level: message.feature_level })
     }
 }
 
@@ -100,6 +104,8 @@ pub(crate) struct Me {
     pub(crate) peer_address: String,
     /// The cluster that its directory belongs to already.
     pub(crate) cluster: Option<ClusterId>,
+    /// The newest feature level that its release knows.
+    pub(crate) feature_level: i32,
 }
 
 /// What a seed said.
@@ -112,6 +118,10 @@ pub(crate) struct Heard {
     pub(crate) peer_address: String,
     /// The cluster that it belongs to, once it does.
     pub(crate) founding: Option<Founding>,
+    /// The newest feature level that its release knows.
+    pub(crate) feature_level: i32,
+    /// Its cluster's; 0 where it does not know.
+    pub(crate) cluster_feature_level: i32,
 }
 
 impl Heard {
@@ -129,6 +139,8 @@ impl Heard {
             seeds: message.seeds.clone(),
             peer_address: message.peer_address.clone(),
             founding,
+            feature_level: message.feature_level,
+            cluster_feature_level: message.cluster_feature_level,
         })
     }
 }
@@ -152,7 +164,15 @@ pub(crate) enum Decision {
 struct Seed {
     address: String,
     asked: Option<Instant>,
+    /// When the question was asked whose answer the state is.
+    said_at: Option<Instant>,
     state: SeedState,
+}
+
+impl Seed {
+    fn is_news(&self, at: Instant) -> bool {
+        self.said_at.is_none_or(|said| said <= at)
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -173,7 +193,7 @@ impl Form {
     /// `seeds` as configured, in order, without doubles.
     pub(crate) fn new(me: Me, seeds: &[String]) -> Self {
         let seeds =
-            seeds.iter().map(|address| Seed { address: address.clone(), asked: None, state: SeedState::NotHeard });
+            seeds.iter().map(|address| Seed { address: address.clone(), asked: None, said_at: None, state: SeedState::NotHeard });
         Self { me, seeds: seeds.collect() }
     }
 
@@ -195,19 +215,20 @@ impl Form {
         self.seeds.iter().filter_map(|seed| seed.asked.map(|asked| asked + ASK_EVERY)).min()
     }
 
+    /// What it said when it was asked at `at`; an answer to an earlier question than the last one heard says nothing new.
     pub(crate) fn heard(&mut self, number: usize, said: Heard, at: Instant) {
-        if let Some(seed) = self.seeds.get_mut(number) {
-            seed.state = SeedState::Heard { said, at };
+        if let Some(seed) = self.seeds.get_mut(number).filter(|seed| seed.is_news(at)) {
+            (seed.state, seed.said_at) = (SeedState::Heard { said, at }, Some(at));
         }
     }
 
-    /// It did not answer, or its name could not be resolved; what it said before counts no more, unless it was a
-    /// founding, which is never taken back.
-    pub(crate) fn failed(&mut self, number: usize, reason: String) {
-        if let Some(seed) = self.seeds.get_mut(number) {
+    /// It did not answer what it was asked at `at`, or its name could not be resolved; what it said before counts no more,
+    /// unless it was a founding, which is never taken back.
+    pub(crate) fn failed(&mut self, number: usize, at: Instant, reason: String) {
+        if let Some(seed) = self.seeds.get_mut(number).filter(|seed| seed.is_news(at)) {
             let is_member = matches!(&seed.state, SeedState::Heard { said, .. } if said.founding.is_some());
             if !is_member {
-                seed.state = SeedState::Failed { reason };
+                (seed.state, seed.said_at) = (SeedState::Failed { reason }, Some(at));
             }
         }
     }
@@ -272,6 +293,14 @@ impl Form {
                     said.directory
                 ));
             }
+        }
+        let is_mine = |said: &Heard| match (&said.founding, self.me.cluster) {
+            (Some(founding), Some(mine)) => founding.cluster == mine,
+            (founding, _) => founding.is_some(),
+        };
+        let is_newer = |said: &Heard| is_mine(said) && said.cluster_feature_level > self.me.feature_level;
+        if let Some((address, said, _)) = others().find(|(_, said, _)| is_newer(said)) {
+            return Some(too_old(address, said.cluster_feature_level, self.me.feature_level));
         }
         let clusters: BTreeSet<ClusterId> =
             others().filter_map(|(_, said, _)| said.founding.as_ref()).map(|founding| founding.cluster).collect();
@@ -367,8 +396,10 @@ impl Form {
                 replica: replica(),
                 peer_address: self.me.peer_address.clone(),
             };
-            return Founding { cluster, voters: vec![me] };
+            return Founding { cluster, voters: vec![me], feature_level: self.me.feature_level };
         }
+        let feature_level = self.answers().map(|(_, said, _)| said.feature_level).min();
+        let feature_level = feature_level.unwrap_or(self.me.feature_level);
         let voters = if self.seeds.len() >= VOTERS_OF_MANY { VOTERS_OF_MANY } else { VOTERS };
         let voters = self.answers().take(voters).map(|(_, said, _)| Founder {
             broker: said.broker,
@@ -376,8 +407,16 @@ impl Form {
             replica: replica(),
             peer_address: said.peer_address.clone(),
         });
-        Founding { cluster, voters: voters.collect() }
+        Founding { cluster, voters: voters.collect(), feature_level }
     }
+}
+
+/// Why a broker cannot be part of a cluster that writes what its release cannot read.
+pub(crate) fn too_old(address: &str, needed: i32, known: i32) -> String {
+    format!(
+        "the cluster's feature level is {needed}, as the broker at {address} says, and this broker's release knows up to \
+         {known}: it could not read the metadata; start it with a newer release"
+    )
 }
 
 #[cfg(test)]
@@ -391,6 +430,7 @@ mod tests {
             incarnation: number as u64 + 1_000,
             peer_address: address(number),
             cluster: None,
+            feature_level: 1,
         }
     }
 
@@ -412,6 +452,8 @@ mod tests {
             seeds: list(seeds),
             peer_address: me.peer_address,
             founding: None,
+            feature_level: 1,
+            cluster_feature_level: 0,
         }
     }
 
@@ -426,7 +468,7 @@ mod tests {
             replica: ReplicaId::new(*number as u64 + 50),
             peer_address: address(*number),
         });
-        Founding { cluster: ClusterId::new(cluster), voters: voters.collect() }
+        Founding { cluster: ClusterId::new(cluster), voters: voters.collect(), feature_level: 1 }
     }
 
     /// What a row's seed did.
@@ -454,7 +496,7 @@ mod tests {
         for (number, did) in did.into_iter().enumerate() {
             match did {
                 Nothing => {}
-                Failed(reason) => form.failed(number, reason.to_owned()),
+                Failed(reason) => form.failed(number, now, reason.to_owned()),
                 Said(said) => form.heard(number, said, now),
             }
         }
@@ -643,11 +685,44 @@ mod tests {
         assert_eq!(form.decide(start), Decision::Found);
         let late = start + FRESH + Duration::from_millis(1);
         assert!(matches!(form.decide(late), Decision::Wait(reason) if reason.contains("does not any more")));
-        form.failed(1, "connection refused".to_owned());
+        form.failed(1, start, "connection refused".to_owned());
         assert!(matches!(form.decide(start), Decision::Wait(reason) if reason.contains("connection refused")));
         form.heard(1, member(2, ALL, &founding(7, ALL)), start);
-        form.failed(1, "connection refused".to_owned());
+        form.failed(1, start, "connection refused".to_owned());
         assert!(matches!(form.decide(late), Decision::Follow(_)), "a founding is never taken back");
+    }
+
+    #[test]
+    fn what_was_asked_earlier_says_nothing_of_what_was_heard_later() {
+        let start = Instant::now();
+        let later = start + ASK_EVERY;
+        let mut form = Form::new(me(1), &list(ALL));
+        for number in 1..=3 {
+            form.heard(number as usize - 1, says(number, ALL), start);
+        }
+        form.heard(1, says(2, &[2, 1, 3]), later);
+        assert!(matches!(form.decide(later), Decision::Wait(reason) if reason.contains("has other seeds")));
+        form.heard(1, says(2, ALL), start);
+        assert!(matches!(form.decide(later), Decision::Wait(_)), "its later list counts");
+        form.failed(1, start, "connection refused".to_owned());
+        assert!(matches!(form.decide(later), Decision::Wait(reason) if reason.contains("has other seeds")));
+    }
+
+    #[test]
+    fn a_release_that_cannot_read_the_metadata_is_told_so_by_whoever_can() {
+        let newer = |founding: &Founding| Heard { cluster_feature_level: 2, ..member(2, ALL, founding) };
+        let row = |said: Heard| vec![Said(says(1, ALL)), Said(said), Nothing];
+        let refused = || Wants::Refuse(&["feature level is 2", "start it with a newer release"]);
+        check_of("an empty one", me(1), ALL, row(newer(&founding(7, ALL))), refused());
+        let mine = |cluster: u128| Me { cluster: Some(ClusterId::new(cluster)), ..me(1) };
+        check_of("a member", mine(7), ALL, row(newer(&founding(7, ALL))), refused());
+        let upgraded = Me { feature_level: 2, ..mine(7) };
+        check_of("a newer one", upgraded, ALL, row(newer(&founding(7, ALL))), Wants::Follow(7));
+        let mut form = Form::new(Me { feature_level: 3, ..me(1) }, &list(ALL));
+        for (number, feature_level) in [(1, 3), (2, 2), (3, 3)] {
+            form.heard(number as usize - 1, Heard { feature_level, ..says(number, ALL) }, Instant::now());
+        }
+        assert_eq!(form.found(ClusterId::new(9), || 5).feature_level, 2, "what all of them know");
     }
 
     #[test]

@@ -34,7 +34,8 @@ where
                 continue;
             }
             let answer = hello(address);
-            asked.spawn(async move { (number, tokio::time::timeout(ANSWER_MAX, answer).await) });
+            let at = Instant::now();
+            asked.spawn(async move { (number, at, tokio::time::timeout(ANSWER_MAX, answer).await) });
         }
         match form.decide(Instant::now()) {
             Decision::Found => {
@@ -58,14 +59,15 @@ where
         let again = form.ask_again_at().unwrap_or_else(Instant::now);
         tokio::select! {
             Some(answered) = asked.join_next() => {
-                let Ok((number, answer)) = answered else { continue };
+                // Of the time of the question: a seed that was slow says nothing of now, nor goes before a later answer.
+                let Ok((number, at, answer)) = answered else { continue };
                 match answer {
                     Ok(Ok(response)) => match Heard::from_message(&response) {
-                        Some(heard) => form.heard(number, heard, Instant::now()),
-                        None => form.failed(number, "answers what is no answer; is it a Flowstone broker?".to_owned()),
+                        Some(heard) => form.heard(number, heard, at),
+                        None => form.failed(number, at, "answers what is no answer; is it a Flowstone broker?".to_owned()),
                     },
-                    Ok(Err(error)) => form.failed(number, error.message),
-                    Err(_) => form.failed(number, format!("did not answer within {ANSWER_MAX:?}; is it running?")),
+                    Ok(Err(error)) => form.failed(number, at, error.message),
+                    Err(_) => form.failed(number, at, format!("did not answer within {ANSWER_MAX:?}; is it running?")),
                 }
             }
             () = tokio::time::sleep_until(again.into()) => {}
@@ -109,5 +111,7 @@ fn itself(me: &Me, seeds: &[String]) -> Heard {
         seeds: seeds.to_vec(),
         peer_address: me.peer_address.clone(),
         founding: None,
+        feature_level: me.feature_level,
+        cluster_feature_level: 0,
     }
 }

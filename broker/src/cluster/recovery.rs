@@ -24,7 +24,7 @@ use super::control::Control;
 use super::drive::group;
 use crate::controller::change::PartitionEntry;
 use crate::controller::commands::{MetadataCommand, RecoverPartition};
-use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, METADATA_TOPIC, Place};
+use crate::controller::table::{METADATA_PARTITION, METADATA_TOPIC, Place};
 
 /// The call by which a broker hands the wish on to the survivor.
 pub(crate) const RECOVER_METADATA: &str = "RecoverMetadata";
@@ -153,8 +153,7 @@ async fn others_have_no_majority(control: &Control) -> Result<(), Error> {
     let known =
         control.book.all().into_iter().filter(|(broker, entry)| *broker != control.me && !entry.address.is_empty());
     let asked = known.map(|(broker, entry)| async move {
-        let request = HelloRequest { feature_level: FEATURE_LEVEL, ..HelloRequest::default() };
-        let said = control.peers.hello(&entry.address, request, HELLO_MAX).await.ok()?;
+        let said = control.peers.hello(&entry.address, HelloRequest::default(), HELLO_MAX).await.ok()?;
         Some((broker, said))
     });
     let said: Vec<_> = join_all(asked).await.into_iter().flatten().collect();

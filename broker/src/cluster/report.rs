@@ -118,6 +118,8 @@ pub(crate) fn sickness(health: &Health) -> Option<Error> {
 #[derive(Debug, Default)]
 pub(crate) struct Reports {
     pub(crate) by_broker: HashMap<BrokerId, ReportResponse>,
+    /// They were asked, and did not answer.
+    pub(crate) silent: Vec<BrokerId>,
 }
 
 impl Reports {
@@ -130,22 +132,28 @@ impl Reports {
             brokers.into_iter().filter(|broker| *broker == node.id || is_up(broker)).collect();
         let asked = brokers.into_iter().map(|broker| async move {
             if broker == node.id {
-                return Some((broker, of_this_broker(node, topics).await));
+                return Ok((broker, of_this_broker(node, topics).await));
             }
             let request = ReportRequest {
                 caller: None,
                 topic_ids: topics.iter().map(|topic| topic.to_bytes().to_vec().into()).collect(),
             };
             match node.control.peers.report(broker, request, ANSWER_MAX).await {
-                Ok(report) => Some((broker, report)),
+                Ok(report) => Ok((broker, report)),
                 Err(error) => {
                     tracing::debug!(%broker, %error, "a broker does not report");
-                    None
+                    Err(broker)
                 }
             }
         });
-        let by_broker = futures::future::join_all(asked).await.into_iter().flatten().collect();
-        Self { by_broker }
+        let mut reports = Self::default();
+        for answer in futures::future::join_all(asked).await {
+            match answer {
+                Ok((broker, report)) => drop(reports.by_broker.insert(broker, report)),
+                Err(broker) => reports.silent.push(broker),
+            }
+        }
+        reports
     }
 
     /// Every replica that was reported.

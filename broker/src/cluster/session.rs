@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flowstone_protocol::peer::{
-    BrokerHeartbeatRequest, BrokerHeartbeatResponse, LeaderRow, LostReplica, MoveProgress, RegisterRequest,
+    BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, LeaderRow, LostReplica, MoveProgress, RegisterRequest,
     RegisterResponse,
 };
 use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, ReplicaId, TopicPartition};
 use flowstone_replication::Health;
 use futures::future::BoxFuture;
+use prost::Message;
 use tokio::sync::watch;
 use tokio::time::MissedTickBehavior;
 
@@ -20,7 +21,9 @@ use super::control::{Again, Control};
 use super::drive::Led;
 use crate::admin_http::Readiness;
 use crate::controller::change::{Leader, PartitionEntry};
+use crate::controller::table::MetadataTable;
 use crate::partition::{LocalReplicas, OpenPartition, Slot};
+use crate::peer::is_unanswered;
 use crate::room::Room;
 use crate::server::Gate;
 
@@ -37,6 +40,10 @@ const LOG_EVERY: Duration = Duration::from_secs(10);
 /// What the metadata does not say, though it was told, is told again: the controller may have lost it, or not have known
 /// the replica then.
 const TELL_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// Brokers by which a heartbeat is tried one after another.
+const DETOURS_MAX: usize = 2;
+/// What a broker that has no way to the controller has another one hand on: a heartbeat, with its own caller.
+pub(crate) const HAND_ON_HEARTBEAT: &str = "HandOnHeartbeat";
 /// Leaders told with one heartbeat.
 const ROWS_MAX: usize = 10_000;
 
@@ -101,6 +108,8 @@ where
 struct Told {
     /// With the time of it.
     leaders: HashMap<TopicPartition, (LeaderEpoch, Instant)>,
+    /// The metadata's recovery under which the controller knew this session.
+    recovery: i64,
     /// When it was last noted that the controller knows of no session.
     unknown_since: Option<Instant>,
 }
@@ -117,6 +126,8 @@ pub(crate) struct Session {
     pub(crate) stopping: watch::Receiver<bool>,
     /// The replica of the metadata that this broker is to have.
     pub(crate) metadata_replica: watch::Sender<ReplicaId>,
+    /// What this start registered with.
+    pub(crate) registration: RegisterRequest,
     pub(crate) door: Door,
 }
 
@@ -151,7 +162,7 @@ impl Session {
         let mut ticks = tokio::time::interval(HEARTBEAT_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut changes = self.replicas.changes();
-        let mut told = Told::default();
+        let mut told = Told { recovery: self.control.table.with(MetadataTable::recovery), ..Told::default() };
         loop {
             tokio::select! {
                 _ = ticks.tick() => {}
@@ -196,19 +207,25 @@ impl Session {
             stopping: *self.stopping.borrow(),
             disk_free_bytes: self.room.free_bytes(),
             disk_total_bytes: self.room.total_bytes(),
+            metadata_recovery: told.recovery,
+            disk_full: self.room.is_full()
+                || open.iter().any(|partition| partition.replica.status().health == Health::DiskFull),
         };
         match tell(&self.control, &self.calls, &request).await {
+            Ok(answer) if answer.register_again => self.register_again(told, answer.metadata_recovery).await,
             Ok(answer) => {
+                if std::mem::replace(&mut told.recovery, answer.metadata_recovery) != answer.metadata_recovery {
+                    // It may have forgotten what it was told.
+                    told.leaders.clear();
+                }
                 if told.unknown_since.take().is_some() {
                     self.door.open();
                 }
+                self.led.set_full(answer.full_brokers.iter().copied().map(BrokerId::new).collect());
                 for (tp, epoch, _) in leads {
                     told.leaders.insert(tp, (epoch, now));
                 }
-                if let id @ 1.. = answer.metadata_replica_id {
-                    self.metadata_replica
-                        .send_if_modified(|known| std::mem::replace(known, ReplicaId::new(id)).get() != id);
-                }
+                self.take_metadata_replica(answer.metadata_replica_id);
             }
             Err(error) if error.code == ErrorCode::InvalidRequest => {
                 // It was decommissioned, or another broker took its place.
@@ -219,6 +236,35 @@ impl Session {
                 }
             }
             Err(error) => tracing::debug!(%error, "a heartbeat was not taken"),
+        }
+    }
+
+    /// The metadata went on with a loss, and this start's registration is among what was lost.
+    async fn register_again(&self, told: &mut Told, recovery: i64) {
+        tracing::warn!("the metadata was recovered and does not know this broker's start any more: it registers again");
+        let register = |to: BrokerId| -> BoxFuture<'_, Result<RegisterResponse, Error>> {
+            Box::pin(async move {
+                let request = self.registration.clone();
+                if to == self.control.me {
+                    return self.calls.take_in(self.calls.identity(), request).await;
+                }
+                self.control.peers.register(to, request, ANSWER_MAX).await
+            })
+        };
+        match self.control.at_controller(Again::Harmless, register).await {
+            Ok(response) => {
+                told.recovery = recovery;
+                told.leaders.clear();
+                self.take_metadata_replica(response.metadata_replica_id);
+            }
+            Err(error) => tracing::warn!(%error, "the registration was refused; it is tried again"),
+        }
+    }
+
+    /// The replica of the metadata that this broker is to have from now on, as the controller says.
+    fn take_metadata_replica(&self, id: u64) {
+        if id != 0 {
+            self.metadata_replica.send_if_modified(|known| std::mem::replace(known, ReplicaId::new(id)).get() != id);
         }
     }
 
@@ -280,10 +326,58 @@ pub(crate) async fn tell(
             if to == control.me {
                 return calls.take_heartbeat(control.me, calls.identity().incarnation, request.clone()).await;
             }
-            control.peers.broker_heartbeat(to, request.clone(), ANSWER_MAX).await
+            by_any_way(control, calls, to, request).await
         })
     };
     control.at_controller(Again::Harmless, call).await
+}
+
+/// Says it to the controller itself, or by another broker where there is no way to it: one link that is cut is no reason to
+/// be taken for dead, as all that this broker leads may go on.
+async fn by_any_way(
+    control: &Control,
+    calls: &Calls,
+    to: BrokerId,
+    request: &BrokerHeartbeatRequest,
+) -> Result<BrokerHeartbeatResponse, Error> {
+    let (now, deadline) = (Instant::now(), control.duty.answer_max());
+    let is_cut = control.cut_from(to, now);
+    if !is_cut {
+        match control.peers.broker_heartbeat(to, request.clone(), deadline).await {
+            Err(error) if is_unanswered(&error) => {
+                control.note_cut(to, Instant::now());
+            }
+            answered => return answered,
+        }
+    }
+    let alive: Vec<BrokerId> = control.table.with(|table| {
+        let others = table.brokers().filter(|broker| broker.id != control.me && broker.id != to && !broker.fenced);
+        others.map(|broker| broker.id).collect()
+    });
+    let caller = Some(calls.identity().to_caller(Some(to)));
+    let heartbeat = BrokerHeartbeatRequest { caller, ..request.clone() }.encode_to_vec();
+    let mut why = control.not_controller();
+    for by in control.in_turn(&alive).take(DETOURS_MAX) {
+        let request = ForwardRequest {
+            method: HAND_ON_HEARTBEAT.to_owned(),
+            request: heartbeat.clone().into(),
+            ..ForwardRequest::default()
+        };
+        let answered = control.peers.forward(by, request, 2 * deadline).await;
+        match answered.and_then(|answer| BrokerHeartbeatResponse::decode(answer.response).map_err(|_| odd_answer(by))) {
+            Ok(answer) => return Ok(answer),
+            // Whoever is the controller by now is named in it; what it says of the session comes from it.
+            Err(error) if error.code == ErrorCode::NotLeader || error.code == ErrorCode::InvalidRequest => {
+                return Err(error);
+            }
+            Err(error) => why = error,
+        }
+    }
+    Err(why)
+}
+
+fn odd_answer(by: BrokerId) -> Error {
+    Error::new(ErrorCode::Internal, format!("broker {by} answered something else; run one version of Flowstone on all"))
 }
 
 /// A replica that can never vote again under its id.

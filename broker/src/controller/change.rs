@@ -151,6 +151,13 @@ impl PartitionEntry {
         }
     }
 
+    /// As it is, but that no replica may be made as a voter any more.
+    #[must_use]
+    pub(crate) fn without_founders(&self) -> Self {
+        let assignment = Assignment { founders: Founders::These(Vec::new()), ..self.assignment() };
+        Self::new(assignment).with_leader(self.leader())
+    }
+
     /// Whether the replica may be made as a voter; all others begin as learners.
     pub(crate) fn is_founder(&self, replica: ReplicaId) -> bool {
         match self.unsettled.as_ref().map(|unsettled| &unsettled.founders) {

@@ -4,11 +4,12 @@ use flowstone_protocol::{BrokerId, LeaderEpoch, Offset, ReplicaId, TopicId, Topi
 
 use super::change::{Leader, PartitionEntry};
 use super::commands::{
-    AlterTopic, Leadership, MetadataCommand, MetadataReply, MovePartition, MoveProgress, RecoverPartition,
-    Registration, ReplaceBroker,
+    AlterTopic, Leadership, MetadataCommand, MetadataReply, MetadataRules, MovePartition, MoveProgress,
+    RecoverPartition, Registration, ReplaceBroker,
 };
-use super::table::{BrokerEntry, METADATA_PARTITION, METADATA_TOPIC, Place};
+use super::table::{BrokerEntry, METADATA_PARTITION, METADATA_TOPIC, MetadataTable, Place};
 use super::testing::{Cluster, registration};
+use crate::coordinator::StateMachine;
 
 fn broker(cluster: &Cluster, id: i32) -> BrokerEntry {
     BrokerEntry::clone(cluster.table().broker(BrokerId::new(id)).expect("registered"))
@@ -291,6 +292,10 @@ fn lost_replicas_of_the_metadata_come_back_under_new_ids() {
 #[test]
 fn one_survivor_of_the_metadata_goes_on_and_all_others_come_to_it_anew() {
     let mut cluster = Cluster::of(5);
+    cluster.create("t", 2, 3);
+    let topic = only(&cluster, "t");
+    let voted = entry(&cluster, topic).replicas()[0].replica;
+    assert!(entry(&cluster, topic).is_founder(voted));
     let survivor = entry(&cluster, METADATA_PARTITION).replicas()[1];
     let before: Vec<ReplicaId> = (1..=5).map(|id| broker(&cluster, id).metadata_replica).collect();
     let lost = vec![ReplicaId::new(1_001), ReplicaId::new(1_003)];
@@ -310,6 +315,19 @@ fn one_survivor_of_the_metadata_goes_on_and_all_others_come_to_it_anew() {
     }
     assert!(broker(&cluster, 3).fenced);
     assert_eq!(cluster.table().recoveries().count(), 1);
+    assert!(!entry(&cluster, topic).is_founder(voted), "what it says of others may be from long ago");
+    let first = cluster.table().recovery();
+    let mut restored = MetadataTable::new(MetadataRules::default());
+    restored.restore(&cluster.table().checkpoint()).expect("its own");
+    assert_eq!(restored.recovery(), first);
+    assert!(!restored.partition(topic).expect("there").is_founder(voted));
+    // The next one is a later one, whatever the clock says.
+    let again = RecoverPartition {
+        survives_as: Some(ReplicaId::new(78)),
+        ..recovery(&mut cluster, METADATA_PARTITION, after.replicas()[0], Vec::new())
+    };
+    cluster.run(MetadataCommand::RecoverPartition(again)).expect("it leads already");
+    assert!(cluster.table().recovery() > first);
 }
 
 #[test]

@@ -18,6 +18,7 @@ use super::table::{MetadataTable, Place, Topic};
 use crate::internal_topics::InternalTopic;
 use crate::topic_config::TopicOverrides;
 
+pub(crate) use brokers::feature_level_due;
 pub(crate) use partitions::can_replace;
 pub(crate) use topics::REPLICATION_FACTOR_DEFAULT;
 
@@ -25,7 +26,9 @@ pub(crate) use topics::REPLICATION_FACTOR_DEFAULT;
 #[derive(Clone, Debug)]
 pub(crate) enum MetadataCommand {
     /// The cluster begins; answered alike when it exists.
-    Found { cluster: ClusterId, voters: Vec<Place> },
+    Found { cluster: ClusterId, voters: Vec<Place>, feature_level: i32 },
+    /// What every broker's release knows may be written from now on.
+    RaiseFeatureLevel,
     /// A broker started.
     RegisterBroker(Registration),
     /// The broker's session has ended. Ignored if it has started anew meanwhile.
@@ -72,9 +75,9 @@ pub(crate) struct Registration {
     pub(crate) version: String,
     /// Random at each start of the broker.
     pub(crate) incarnation: u64,
-    /// Its replica of the metadata is drawn from this where it has none.
     /// The newest feature level that its release knows.
     pub(crate) feature_level: i32,
+    /// Its replica of the metadata is drawn from this where it has none.
     pub(crate) seed: u64,
 }
 
@@ -216,7 +219,10 @@ type Decided = (Vec<Kind>, MetadataReply);
 /// What follows from `command` in this state.
 pub(crate) fn decide(table: &MetadataTable, command: MetadataCommand, now: Timestamp) -> Result<Decided, Error> {
     match command {
-        MetadataCommand::Found { cluster, voters } => Ok(brokers::found(table, cluster, &voters)),
+        MetadataCommand::Found { cluster, voters, feature_level } => {
+            Ok(brokers::found(table, cluster, &voters, feature_level))
+        }
+        MetadataCommand::RaiseFeatureLevel => Ok(brokers::raise_feature_level(table)),
         MetadataCommand::RegisterBroker(registration) => brokers::register(table, registration),
         MetadataCommand::FenceBroker { broker, incarnation } => Ok(brokers::fence(table, broker, incarnation, true)),
         MetadataCommand::UnfenceBroker { broker, incarnation } => Ok(brokers::fence(table, broker, incarnation, false)),

@@ -11,7 +11,7 @@ use flowstone_protocol::{DirectoryId, Error, ErrorCode, Offset, ReplicaId, Topic
 use flowstone_replication::{
     FlushMode, Health, LogConfig, Reconfigure, ReplicaSpec, Reply, RetentionConfig, Role, Shards, Start,
 };
-use flowstone_storage::DataDir;
+use flowstone_storage::{DataDir, ReplicaIdentity};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::{self, AbortHandle, JoinError, JoinSet};
 
@@ -51,11 +51,16 @@ pub(crate) struct Reconciler {
     pub(crate) machine_rules: MachineRules,
     /// Metadata up to here is done; `None` before the first pass.
     done: Option<Offset>,
+    /// The metadata's recovery that this belongs to: of another one everything is looked at anew.
+    recovery: i64,
     /// Openings under way; each is compared with the metadata when it ends: what was altered meanwhile would else reach
     /// nobody.
     openings: JoinSet<(TopicPartition, Slot)>,
     /// The opening of each slot that has one: taking the slot away ends it.
     opening: HashMap<TopicPartition, AbortHandle>,
+    /// Replicas that are being closed for good; none is opened in the place of one before that has ended.
+    clearings: JoinSet<()>,
+    clearing: HashMap<TopicPartition, task::Id>,
     /// One for each open replica: tells of its leadership and health.
     watches: JoinSet<()>,
     watched: HashMap<TopicPartition, AbortHandle>,
@@ -166,14 +171,21 @@ struct Wanted {
 
 /// One replica that this broker's directory is to have.
 #[derive(Clone, Debug)]
-struct WantedReplica {
-    tp: TopicPartition,
-    replica: ReplicaId,
-    peers: Peers,
-    start: Start,
+pub(crate) struct WantedReplica {
+    pub(crate) tp: TopicPartition,
+    pub(crate) replica: ReplicaId,
+    pub(crate) peers: Peers,
+    pub(crate) start: Start,
 }
 
 impl WantedReplica {
+    /// What is wanted of a partition in a data directory. A replica that took the place of another in it goes before that
+    /// one.
+    pub(crate) fn in_directory(tp: TopicPartition, entry: &PartitionEntry, directory: DirectoryId) -> Option<Self> {
+        let place = entry.places().find(|place| place.directory == directory)?;
+        Some(Self::of(tp, entry, place.replica))
+    }
+
     fn of(tp: TopicPartition, entry: &PartitionEntry, replica: ReplicaId) -> Self {
         let start = match entry.recovered() {
             Some(Recovered { replica: survivor, from }) if survivor == replica => Start::Recovered { from },
@@ -203,8 +215,11 @@ impl Reconciler {
             topic_defaults,
             machine_rules: MachineRules::default(),
             done: None,
+            recovery: 0,
             openings: JoinSet::new(),
             opening: HashMap::new(),
+            clearings: JoinSet::new(),
+            clearing: HashMap::new(),
             watches: JoinSet::new(),
             watched: HashMap::new(),
             succession: None,
@@ -247,6 +262,7 @@ impl Reconciler {
                     Err(_) => return,
                 },
                 Some(opened) = self.openings.join_next_with_id() => self.on_opened(opened),
+                Some(cleared) = self.clearings.join_next_with_id() => self.on_cleared(cleared),
                 // Only taken off the list.
                 Some(_) = self.watches.join_next() => {}
                 () = wanted_again(&mut wanted) => self.succeed(),
@@ -257,15 +273,36 @@ impl Reconciler {
 
     /// One look at what changed since the last.
     fn pass(&mut self) {
-        let (applied, wanted, gone) = self.look();
+        let Look { applied, recovery, wanted, gone, ends } = self.look();
         let Some(shards) = self.shards.upgrade() else { return };
         for tp in gone {
-            self.delete(&shards, tp);
+            self.take_away(&shards, tp, ends);
         }
         for wanted in wanted {
             self.make_so(&shards, &wanted);
         }
-        self.done = Some(applied);
+        (self.done, self.recovery) = (Some(applied), recovery);
+    }
+
+    /// A replica is closed for good: another one may be wanted in its place by now.
+    fn on_cleared(&mut self, cleared: Result<(task::Id, ()), JoinError>) {
+        let ended = cleared.map_or_else(|error| error.id(), |(id, ())| id);
+        let Some(tp) = self.clearing.iter().find(|(_, clearing)| **clearing == ended).map(|(tp, _)| *tp) else {
+            return;
+        };
+        self.clearing.remove(&tp);
+        let Some(shards) = self.shards.upgrade() else { return };
+        if let Some(wanted) = self.wanted_of(tp) {
+            self.make_so(&shards, &wanted);
+        }
+    }
+
+    /// What is wanted of one replica.
+    fn wanted_of(&self, tp: TopicPartition) -> Option<Wanted> {
+        let Wanted { topic, mut replicas } =
+            self.table.with(|table| table.topic(tp.topic).map(|topic| self.wanted(topic)))?;
+        replicas.retain(|wanted| wanted.tp == tp);
+        (!replicas.is_empty()).then_some(Wanted { topic, replicas })
     }
 
     /// An opening has ended: its replica is made what the metadata wants by now.
@@ -288,17 +325,15 @@ impl Reconciler {
             return;
         }
         let Some(shards) = self.shards.upgrade() else { return };
-        let wanted = self.table.with(|table| table.topic(tp.topic).map(|topic| self.wanted(topic)));
-        let wanted = wanted.map(|Wanted { topic, mut replicas }| {
-            replicas.retain(|wanted| wanted.tp == tp);
-            Wanted { topic, replicas }
-        });
-        let Some(Wanted { topic, replicas }) = wanted.filter(|wanted| !wanted.replicas.is_empty()) else {
-            // Taken away while it was being opened, with its topic or alone.
-            self.delete(&shards, tp);
+        if self.table.with(MetadataTable::recovery) != self.recovery {
+            // What is gone now may have been lost: the next pass, which is due, looks at everything.
             return;
-        };
-        self.make_so(&shards, &Wanted { topic, replicas });
+        }
+        match self.wanted_of(tp) {
+            Some(wanted) => self.make_so(&shards, &wanted),
+            // Taken away while it was being opened, with its topic or alone.
+            None => self.take_away(&shards, tp, Ends::Deleted),
+        }
     }
 
     fn watch(&mut self, partition: &OpenPartition) {
@@ -377,20 +412,20 @@ impl Reconciler {
 
     /// What this broker has of a topic.
     fn wanted(&self, topic: &Arc<Topic>) -> Wanted {
-        let replicas = topic.entries().filter_map(|(tp, entry)| {
-            // A replica that took the place of another in this directory goes before that one.
-            let place = entry.places().find(|place| place.directory == self.directory)?;
-            Some(WantedReplica::of(tp, entry, place.replica))
-        });
+        let replicas = topic.entries();
+        let replicas = replicas.filter_map(|(tp, entry)| WantedReplica::in_directory(tp, entry, self.directory));
         Wanted { topic: Arc::clone(topic), replicas: replicas.collect() }
     }
 
     /// What is wanted of the topics that changed, and replicas here whose topic or place is gone.
-    fn look(&self) -> (Offset, Vec<Wanted>, Vec<TopicPartition>) {
-        let since = self.done.unwrap_or(Offset::new(-1));
+    fn look(&self) -> Look {
         self.table.with(|table| {
             self.tell_metadata_peers(table);
-            let changed: Vec<&Arc<Topic>> = match self.done {
+            let recovery = table.recovery();
+            // What was done belongs to a history that was given up.
+            let done = self.done.filter(|_| self.recovery == recovery);
+            let since = done.unwrap_or(Offset::new(-1));
+            let changed: Vec<&Arc<Topic>> = match done {
                 None => table.topics().collect(),
                 Some(done) => table.changed_since(done).collect(),
             };
@@ -400,6 +435,10 @@ impl Reconciler {
                 .filter(|topic| topic.id != METADATA_TOPIC_ID)
                 .map(|topic| self.wanted(topic))
                 .collect();
+            if self.done.is_some() && done.is_none() {
+                let gone = self.unknown_to(table);
+                return Look { applied: table.applied(), recovery, wanted: changed, gone, ends: Ends::Unknown };
+            }
             let deleted: Option<HashSet<TopicId>> =
                 table.deleted_since(since).map(|topics| topics.into_iter().collect());
             let is_deleted = |topic: TopicId| match &deleted {
@@ -418,8 +457,22 @@ impl Reconciler {
             } else {
                 here().filter(|tp| is_deleted(tp.topic) || has_no_place(*tp)).collect()
             };
-            (table.applied(), changed, gone)
+            Look { applied: table.applied(), recovery, wanted: changed, gone, ends: Ends::Deleted }
         })
+    }
+
+    /// Replicas here that a table which was recovered with a loss does not know, or in whose place it knows an earlier one.
+    fn unknown_to(&self, table: &MetadataTable) -> Vec<TopicPartition> {
+        let is_known = |tp: TopicPartition, slot: &Slot| {
+            let Some(entry) = table.partition(tp) else { return false };
+            let Some(place) = entry.places().find(|place| place.directory == self.directory) else { return false };
+            match slot {
+                Slot::Open(open) => goes_on_with(entry, place.replica, open.replica_id),
+                Slot::Opening | Slot::Failed(_) | Slot::Refused(_) => true,
+            }
+        };
+        let here = self.replicas.all().into_iter().filter(|(tp, _)| tp.topic != METADATA_TOPIC_ID);
+        here.filter(|(tp, slot)| !is_known(*tp, slot)).map(|(tp, _)| tp).collect()
     }
 
     /// Where the metadata's other replicas are follows from who is registered.
@@ -436,6 +489,10 @@ impl Reconciler {
         let config = TopicConfig::resolve(&self.topic_defaults, &topic.overrides);
         for wanted in &wanted.replicas {
             let tp = wanted.tp;
+            if self.clearing.contains_key(&tp) {
+                // Looked at again when that has ended.
+                continue;
+            }
             let config = match &config {
                 Ok(config) => config,
                 // Defaults of this broker that contradict what the topic was given.
@@ -524,10 +581,8 @@ impl Reconciler {
         self.opening.insert(tp, opening);
     }
 
-    fn delete(&mut self, shards: &Arc<Shards<PartitionMachine>>, tp: TopicPartition) {
-        if self.replicas.remove(tp).is_none() {
-            return;
-        }
+    fn take_away(&mut self, shards: &Arc<Shards<PartitionMachine>>, tp: TopicPartition, ends: Ends) {
+        let Some(slot) = self.replicas.remove(tp) else { return };
         if let Some(watch) = self.watched.remove(&tp) {
             watch.abort();
         }
@@ -535,44 +590,112 @@ impl Reconciler {
         if let Some(opening) = self.opening.remove(&tp) {
             opening.abort();
         }
-        let data_dir = Arc::clone(&self.data_dir);
-        shards.close(
-            tp,
-            true,
-            Reply::new(move |()| tracing::debug!(%tp, dir = %data_dir.path().display(), "a replica was deleted")),
-        );
+        let (shards, data_dir) = (Arc::downgrade(shards), Arc::clone(&self.data_dir));
+        // Of one that it has not open the shard knows no files.
+        let is_open = matches!(slot, Slot::Open(_));
+        drop(slot);
+        let clearing = self.clearings.spawn(async move {
+            close(&shards, tp, ends == Ends::Deleted).await;
+            if ends == Ends::Deleted && is_open {
+                return;
+            }
+            let clearing = task::spawn_blocking(move || match ends {
+                Ends::Deleted => data_dir.remove_replica(tp).map_err(|error| error.to_string()),
+                Ends::Unknown => set_aside(&data_dir, tp).map_err(|error| error.to_string()),
+            });
+            if let Ok(Err(error)) = clearing.await {
+                tracing::warn!(%tp, error, "cannot clear the folder of a replica that is wanted no more; the next start tries again");
+            }
+        });
+        self.clearing.insert(tp, clearing.id());
     }
 
     /// Folders of replicas that the metadata does not give to this directory: left by a crash in the middle of a
-    /// deletion, or taken away while this broker was down. Where the metadata once went on with a loss, it may have lost
-    /// the topic or the place rather than taken it away: then they are set aside.
+    /// deletion, or taken away while this broker was down. Where the metadata went on with a loss since they were compared
+    /// last, it may have lost the topic or the place rather than taken it away: then they are set aside, as is what belongs
+    /// to another replica than the one that it knows here.
     async fn remove_strangers(&self) {
-        let is_sure = !self.table.with(MetadataTable::was_recovered);
-        let mut known: HashSet<TopicPartition> = self.table.with(|table| {
-            let is_here = |entry: &PartitionEntry| entry.places().any(|place| place.directory == self.directory);
-            table.entries().filter(|(_, _, entry)| is_here(entry)).map(|(_, tp, _)| tp).collect()
+        let kept = self.succession.as_ref().map(|succession| Arc::clone(&succession.kept));
+        let settled = kept.as_ref().map_or(0, |kept| kept.get(|belonging| belonging.settled_recovery));
+        let (recovery, known) = self.table.with(|table| {
+            let here = table.entries().filter_map(|(_, tp, entry)| {
+                let place = entry.places().find(|place| place.directory == self.directory)?;
+                Some((tp, (place.replica, entry.clone())))
+            });
+            (table.recovery(), here.collect::<HashMap<_, _>>())
         });
-        known.insert(METADATA_PARTITION);
+        let is_sure = recovery == settled;
         let data_dir = Arc::clone(&self.data_dir);
         let removed = tokio::task::spawn_blocking(move || {
-            for tp in data_dir.replicas()?.into_iter().filter(|tp| !known.contains(tp)) {
+            let mut is_done = true;
+            for tp in data_dir.replicas()?.into_iter().filter(|tp| *tp != METADATA_PARTITION) {
+                let is_known = known.get(&tp).is_some_and(|(replica, entry)| {
+                    is_sure || held(&data_dir, tp).is_none_or(|held| goes_on_with(entry, *replica, held))
+                });
+                if is_known {
+                    continue;
+                }
                 if is_sure {
                     tracing::info!(%tp, "removing the folder of a replica that was deleted");
                     data_dir.remove_replica(tp)?;
                 } else if let Err(error) = set_aside(&data_dir, tp) {
                     tracing::warn!(%tp, %error, "cannot set the folder of an unknown replica aside; it stays where it is");
+                    is_done = false;
                 }
             }
-            Ok::<(), flowstone_storage::DataDirError>(())
+            Ok::<bool, flowstone_storage::DataDirError>(is_done)
         });
-        if let Ok(Err(error)) = removed.await {
-            tracing::warn!(%error, "cannot remove the folders of deleted replicas; the next start tries again");
+        match (removed.await, kept) {
+            (Ok(Ok(true)), Some(kept)) if !is_sure => {
+                if let Err(error) = kept.change(move |belonging| belonging.settled_recovery = recovery).await {
+                    tracing::warn!(
+                        error,
+                        "cannot note that the replicas here were compared with the recovered metadata"
+                    );
+                }
+            }
+            (Ok(Err(error)), _) => {
+                tracing::warn!(%error, "cannot remove the folders of deleted replicas; the next start tries again");
+            }
+            _ => {}
         }
     }
 }
 
+/// One look at the metadata.
+#[derive(Debug)]
+struct Look {
+    applied: Offset,
+    recovery: i64,
+    wanted: Vec<Wanted>,
+    /// Replicas here that are wanted no more.
+    gone: Vec<TopicPartition>,
+    /// How these end.
+    ends: Ends,
+}
+
+/// What becomes of the files of a replica that is not wanted any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ends {
+    /// Its topic was deleted, or it was moved away: so are they.
+    Deleted,
+    /// A metadata that went on with a loss does not know it: they are set aside.
+    Unknown,
+}
+
+/// The replica whose files are here; `None` where that cannot be read: who opens them says why.
+fn held(data_dir: &DataDir, tp: TopicPartition) -> Option<ReplicaId> {
+    ReplicaIdentity::read(data_dir.disk(), &data_dir.replica_dir(tp)).ok().map(|identity| identity.replica)
+}
+
+/// Whether the files of replica `held` are what `wanted` is to go on with.
+fn goes_on_with(entry: &PartitionEntry, wanted: ReplicaId, held: ReplicaId) -> bool {
+    let from = entry.recovered().filter(|recovered| recovered.replica == wanted).map(|recovered| recovered.from);
+    held == wanted || from == Some(held)
+}
+
 /// Where folders go that the metadata does not know after it went on with a loss; nothing reads them any more.
-const SET_ASIDE: &str = "set-aside";
+pub(crate) const SET_ASIDE: &str = "set-aside";
 
 fn set_aside(data_dir: &DataDir, tp: TopicPartition) -> std::io::Result<()> {
     let (disk, from) = (data_dir.disk(), data_dir.replica_dir(tp));
@@ -764,7 +887,7 @@ mod tests {
                 feature_level: crate::controller::table::FEATURE_LEVEL,
                 seed: 1,
             };
-            let found = MetadataCommand::Found { cluster: ClusterId::new(3), voters: vec![voter] };
+            let found = MetadataCommand::Found { cluster: ClusterId::new(3), voters: vec![voter], feature_level: 1 };
             for command in [found, MetadataCommand::RegisterBroker(broker)] {
                 command_to(&metadata, command).await.expect("done");
             }

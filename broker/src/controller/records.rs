@@ -198,6 +198,7 @@ pub(super) fn show_broker(broker: &BrokerEntry) -> Kind {
         version: broker.version.clone(),
         metadata_replica_id: broker.metadata_replica.get(),
         incarnation: broker.incarnation,
+        feature_level: broker.feature_level,
     })
 }
 

@@ -59,6 +59,8 @@ pub(crate) struct BrokerEntry {
     pub(crate) metadata_replica: ReplicaId,
     /// Random at each start of the broker.
     pub(crate) incarnation: u64,
+    /// The newest feature level that its release knows.
+    pub(crate) feature_level: i32,
     /// The controller has not heard of it for too long: it is given nothing.
     pub(crate) fenced: bool,
     /// Its replicas are to move away: it is given nothing.
@@ -127,6 +129,8 @@ pub(crate) struct Recovery {
 #[derive(Clone, Debug)]
 pub(crate) struct MetadataTable {
     rules: Arc<MetadataRules>,
+    /// The newest feature level that this release knows.
+    supports: i32,
     founding: Option<Founding>,
     brokers: BTreeMap<BrokerId, Arc<BrokerEntry>>,
     /// Data directories of brokers that were decommissioned: they are never taken in again.
@@ -145,6 +149,9 @@ pub(crate) struct MetadataTable {
     brokers_changed_at: Offset,
     /// Oldest first.
     recoveries: VecDeque<Recovery>,
+    /// Number of the metadata's own last recovery; 0 for none. From one to the next it grows, whoever the survivor is: it
+    /// is the time of it.
+    recovery: i64,
 
     // What follows from the above, kept so that nothing has to walk over all partitions.
     /// Topics by `changed_at`.
@@ -161,6 +168,7 @@ impl MetadataTable {
     pub(crate) fn new(rules: MetadataRules) -> Self {
         Self {
             rules: Arc::new(rules),
+            supports: FEATURE_LEVEL,
             founding: None,
             brokers: BTreeMap::new(),
             removed: BTreeMap::new(),
@@ -172,11 +180,37 @@ impl MetadataTable {
             deletions_forgotten: None,
             brokers_changed_at: Offset::new(-1),
             recoveries: VecDeque::new(),
+            recovery: 0,
             changed: BTreeSet::new(),
             changing: BTreeSet::new(),
             loads: BTreeMap::new(),
             held: BTreeMap::new(),
         }
+    }
+
+    /// Of a release that knows feature levels up to this one.
+    #[must_use]
+    pub(crate) fn supporting(mut self, feature_level: i32) -> Self {
+        self.supports = feature_level;
+        self
+    }
+
+    /// What the cluster's brokers may write; before the founding what this release knows.
+    pub(crate) fn feature_level(&self) -> i32 {
+        self.founding.as_ref().map_or(self.supports, |founding| founding.feature_level)
+    }
+
+    fn check_level(&self, feature_level: i32) -> Result<(), Error> {
+        if feature_level <= self.supports {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorCode::Unsupported,
+            format!(
+                "the cluster's feature level is {feature_level}, and this release knows up to {}; start a newer release",
+                self.supports
+            ),
+        ))
     }
 
     pub(crate) fn rules(&self) -> &MetadataRules {
@@ -263,9 +297,10 @@ impl MetadataTable {
         self.recoveries.iter()
     }
 
-    /// Whether the metadata itself went on with a possible loss once: then there may be what it does not know of.
-    pub(crate) fn was_recovered(&self) -> bool {
-        self.recoveries.iter().any(|recovery| recovery.tp == METADATA_PARTITION)
+    /// Number of the last time that the metadata itself went on with a possible loss, 0 where it never did: whoever has
+    /// followed an earlier one takes everything anew, and there may be what this table does not know of.
+    pub(crate) fn recovery(&self) -> i64 {
+        self.recovery
     }
 
     /// Topics that are not the cluster's own.
@@ -302,16 +337,7 @@ impl MetadataTable {
         let cluster = ClusterId::from_slice(&record.cluster_id).ok_or_else(|| malformed(at, "cluster_id"))?;
         let voters =
             record.voters.iter().map(|place| self.parse_place(place, at)).collect::<Result<Vec<_>, Error>>()?;
-        if record.feature_level > FEATURE_LEVEL {
-            return Err(Error::new(
-                ErrorCode::Unsupported,
-                format!(
-                    "the cluster's feature level is {}, and this release knows up to {FEATURE_LEVEL}; start a newer \
-                     release",
-                    record.feature_level
-                ),
-            ));
-        }
+        self.check_level(record.feature_level)?;
         self.insert(Topic {
             id: METADATA_TOPIC_ID,
             name: METADATA_TOPIC.to_owned(),
@@ -336,6 +362,7 @@ impl MetadataTable {
             version: record.version,
             metadata_replica: ReplicaId::new(record.metadata_replica_id),
             incarnation: record.incarnation,
+            feature_level: record.feature_level,
             // A broker that registers lives.
             fenced: false,
             draining: self.brokers.get(&id).is_some_and(|known| known.draining),
@@ -487,8 +514,21 @@ impl MetadataTable {
         let tp = recovery.tp;
         self.set_entry(tp, entry, at)?;
         self.touch(tp.topic, at)?;
+        if tp == METADATA_PARTITION {
+            self.recovery = recovery.at.get().max(self.recovery + 1);
+            self.forget_founders();
+        }
         self.remember(recovery);
         Ok(())
+    }
+
+    /// What this table says of replicas may be from long ago: one that voted then, and was taken away since, must not be
+    /// made as a voter once more.
+    fn forget_founders(&mut self) {
+        for topic in self.topics.values_mut().filter(|topic| topic.id != METADATA_TOPIC_ID) {
+            let topic = Arc::make_mut(topic);
+            topic.partitions = topic.partitions.iter().map(PartitionEntry::without_founders).collect();
+        }
     }
 
     fn remember(&mut self, recovery: Recovery) {
@@ -557,6 +597,13 @@ impl MetadataTable {
                 self.brokers_changed_at = at;
                 Ok(())
             }
+            Kind::FeatureLevelRaised(record) => {
+                self.check_level(record.feature_level)?;
+                let founding =
+                    self.founding.as_mut().ok_or_else(|| contradiction(at, "a level is raised before the founding"))?;
+                founding.feature_level = record.feature_level;
+                Ok(())
+            }
             Kind::TopicCreated(record) => self.create(record, at),
             Kind::PartitionsAdded(record) => {
                 let id = records::parse_topic(&record.topic_id, at)?;
@@ -614,18 +661,23 @@ impl StateMachine for MetadataTable {
         Self::applied(self)
     }
 
+    fn recovery(&self) -> i64 {
+        Self::recovery(self)
+    }
+
     fn checkpoint(&self) -> Bytes {
         let checkpoint = MetadataCheckpoint {
             applied: self.applied().get(),
             records: self.checkpoint_records(),
             recoveries: self.recoveries.iter().map(records::show_recovery).collect(),
+            recovery: self.recovery,
         };
         checkpoint.encode_to_vec().into()
     }
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        let mut fresh =
-            MetadataTable { rules: Arc::clone(&self.rules), ..MetadataTable::new(MetadataRules::default()) };
+        let empty = MetadataTable::new(MetadataRules::default()).supporting(self.supports);
+        let mut fresh = MetadataTable { rules: Arc::clone(&self.rules), ..empty };
         if !bytes.is_empty() {
             let checkpoint = MetadataCheckpoint::decode(bytes).map_err(|error| {
                 Error::new(ErrorCode::CorruptLog, format!("the metadata's checkpoint is malformed: {error}"))
@@ -638,6 +690,7 @@ impl StateMachine for MetadataTable {
                 let recovery = fresh.parse_recovery(recovery, applied)?;
                 fresh.remember(recovery);
             }
+            fresh.recovery = checkpoint.recovery;
             fresh.applied = (applied.get() >= 0).then_some(applied);
             // What was deleted before is not told any more.
             fresh.deletions_forgotten = fresh.applied;

@@ -39,7 +39,9 @@ impl Controller {
         let mut controller = Self::new();
         controller.machine.lead(Term::new(1));
         let voter = Place { broker: BrokerId::new(1), directory: DirectoryId::new(7), replica: ReplicaId::new(70) };
-        controller.run(MetadataCommand::Found { cluster: ClusterId::new(9), voters: vec![voter] }).expect("founded");
+        controller
+            .run(MetadataCommand::Found { cluster: ClusterId::new(9), voters: vec![voter], feature_level: 1 })
+            .expect("founded");
         controller.run(register(1, 7)).expect("registered");
         controller
     }
@@ -229,7 +231,9 @@ fn a_broker_keeps_its_directory_and_a_cluster_is_founded_once() {
     let before = controller.log.len();
     controller.run(register(1, 7)).expect("nothing new");
     let voter = Place { broker: BrokerId::new(2), directory: DirectoryId::new(8), replica: ReplicaId::new(80) };
-    controller.run(MetadataCommand::Found { cluster: ClusterId::new(10), voters: vec![voter] }).expect("founded");
+    controller
+        .run(MetadataCommand::Found { cluster: ClusterId::new(10), voters: vec![voter], feature_level: 1 })
+        .expect("founded");
     assert_eq!(controller.log.len(), before, "nothing was appended");
     assert_eq!(
         controller.view.with(|table| table.founding().map(|founding| founding.cluster)),
@@ -512,5 +516,6 @@ fn kind(record: &MetadataRecord) -> &'static str {
         Kind::LeadersChanged(_) => "led",
         Kind::PartitionReassigned(_) => "reassigned",
         Kind::PartitionRecovered(_) => "recovered",
+        Kind::FeatureLevelRaised(_) => "level raised",
     }
 }

@@ -66,7 +66,7 @@ impl Cluster {
             replica: ReplicaId::new(1_000 + id as u64),
         });
         let voters = voters.collect();
-        cluster.run(MetadataCommand::Found { cluster: ClusterId::new(9), voters }).expect("founded");
+        cluster.run(MetadataCommand::Found { cluster: ClusterId::new(9), voters, feature_level: 1 }).expect("founded");
         for (id, rack) in (1..).zip(racks) {
             cluster.register_in(id, rack);
         }

@@ -29,6 +29,8 @@ pub struct PeerBook {
 struct Inner {
     /// Held for a look or a change; nothing waits inside.
     entries: Mutex<HashMap<BrokerId, PeerEntry>>,
+    /// The start by which each was registered last: its incarnation. As the entries' lock.
+    starts: Mutex<HashMap<BrokerId, u64>>,
     /// Counts changes, for readers that only want to know whether there was one.
     version: AtomicU64,
     changed: watch::Sender<u64>,
@@ -36,8 +38,12 @@ struct Inner {
 
 impl Default for PeerBook {
     fn default() -> Self {
-        let inner =
-            Inner { entries: Mutex::new(HashMap::new()), version: AtomicU64::new(0), changed: watch::Sender::new(0) };
+        let inner = Inner {
+            entries: Mutex::new(HashMap::new()),
+            starts: Mutex::default(),
+            version: AtomicU64::new(0),
+            changed: watch::Sender::new(0),
+        };
         Self { inner: Arc::new(inner) }
     }
 }
@@ -75,8 +81,19 @@ impl PeerBook {
         });
     }
 
+    /// Enters the start by which a broker is registered: where another one has its streams open, these end.
+    pub fn set_start(&self, broker: BrokerId, incarnation: u64) {
+        self.change(|_| self.inner.starts.lock().insert(broker, incarnation) != Some(incarnation));
+    }
+
+    /// The start by which a broker was registered last; `None` where that is not known.
+    pub fn start_of(&self, broker: BrokerId) -> Option<u64> {
+        self.inner.starts.lock().get(&broker).copied()
+    }
+
     /// Forgets a broker: it is dialled no more, and its streams end.
     pub fn remove(&self, broker: BrokerId) {
+        self.inner.starts.lock().remove(&broker);
         self.change(|entries| entries.remove(&broker).is_some());
     }
 

@@ -190,6 +190,14 @@ async fn answered_at<T>(
     }
 }
 
+/// What is said of a broker that a call did not get to.
+const UNREACHED: &str = "cannot be reached";
+
+/// Whether a call got no answer at all: neither the other side's own error, nor one of those in between.
+pub(crate) fn is_unanswered(error: &Error) -> bool {
+    error.code == ErrorCode::TimedOut || (error.code == ErrorCode::NoLeader && error.message.contains(UNREACHED))
+}
+
 /// What a failed call means: the other side's own error, or that there is none.
 fn error_of(whom: &str, status: &Status) -> Error {
     if let Some(error) = Error::from_status(status) {
@@ -219,7 +227,7 @@ fn error_of(whom: &str, status: &Status) -> Error {
                 );
                 return Error::new(ErrorCode::TimedOut, text);
             }
-            Error::new(ErrorCode::NoLeader, format!("{whom} cannot be reached ({why}); try again"))
+            Error::new(ErrorCode::NoLeader, format!("{whom} {UNREACHED} ({why}); try again"))
         }
     }
 }

@@ -32,6 +32,7 @@ pub(crate) mod wrong_port;
 pub use book::{PeerBook, PeerEntry};
 pub use calls::{PeerCalls, PeerEvents};
 pub use client::PeerClient;
+pub(crate) use client::is_unanswered;
 pub use config::{PeerConfig, QueueLimits};
 pub use identity::{PROTOCOL_VERSION, PeerIdentity};
 pub use network::{PeerFigures, PeerNetwork};

@@ -172,6 +172,15 @@ impl PeerNetwork {
         server::serve(Arc::clone(&self.shared), listener, calls, client_address, drain, cut).await
     }
 
+    /// Whether this start of a broker may speak for it, as far as is known here: not beside another one that is registered
+    /// and has its streams open here. On a copy of a data directory both would vote under the same names.
+    ///
+    /// # Errors
+    /// The other one speaks.
+    pub fn check_start(&self, from: &PeerIdentity) -> Result<(), Error> {
+        self.shared.check_start(from)
+    }
+
     /// What was counted.
     pub fn figures(&self) -> PeerFigures {
         self.shared.figures()
@@ -223,6 +232,15 @@ pub(crate) struct Peer {
     appends: Arc<Link>,
 }
 
+/// A stream from another broker.
+#[derive(Debug)]
+struct Accepted {
+    /// By which start of it.
+    incarnation: u64,
+    /// Ends with it; dropped when a newer one takes its place.
+    until: oneshot::Sender<()>,
+}
+
 /// What all tasks of the network share.
 pub(crate) struct Shared {
     pub(crate) config: PeerConfig,
@@ -234,7 +252,7 @@ pub(crate) struct Shared {
     /// All that something was sent to.
     peers: RwLock<HashMap<BrokerId, Arc<Peer>>>,
     /// The newest stream of each kind from each broker: dropped when there is a newer one, which ends it.
-    accepted: Mutex<HashMap<(BrokerId, StreamKind), oneshot::Sender<()>>>,
+    accepted: Mutex<HashMap<(BrokerId, StreamKind), Accepted>>,
     pub(crate) pulling: Pulling,
     pub(crate) serving: Serving,
     pub(crate) channels: Channels,
@@ -285,10 +303,34 @@ impl Shared {
         }
     }
 
+    /// As [`PeerNetwork::check_start`].
+    pub(crate) fn check_start(&self, from: &PeerIdentity) -> Result<(), Error> {
+        let Some(registered) = self.book.start_of(from.broker).filter(|start| *start != from.incarnation) else {
+            return Ok(());
+        };
+        let accepted = self.accepted.lock();
+        let speaks = [StreamKind::Votes, StreamKind::Appends].iter().any(|kind| {
+            let stream = accepted.get(&(from.broker, *kind));
+            stream.is_some_and(|stream| stream.incarnation == registered && !stream.until.is_closed())
+        });
+        if !speaks {
+            // A start that has ended; whoever comes back must be able to vote before it can be registered.
+            return Ok(());
+        }
+        Err(Error::new(
+            flowstone_protocol::ErrorCode::PermissionDenied,
+            format!(
+                "broker {} runs already, on the same data directory: one of the two is a copy; stop the newer one, and start \
+                 it with an empty directory and a node.id of its own",
+                from.broker
+            ),
+        ))
+    }
+
     /// A stream from a broker was accepted: it ends when what is returned does. Any older one of its kind ends now.
-    pub(crate) fn accept(&self, from: BrokerId, kind: StreamKind) -> oneshot::Receiver<()> {
-        let (newest, superseded) = oneshot::channel();
-        self.accepted.lock().insert((from, kind), newest);
+    pub(crate) fn accept(&self, from: BrokerId, incarnation: u64, kind: StreamKind) -> oneshot::Receiver<()> {
+        let (until, superseded) = oneshot::channel();
+        self.accepted.lock().insert((from, kind), Accepted { incarnation, until });
         // It is up: whoever waits to dial it again need not wait any longer.
         if let Some(peer) = self.peers.read().get(&from) {
             peer.votes.retry_now();

@@ -127,7 +127,12 @@ impl PeerService {
     where
         A: Future<Output = Result<T, Error>>,
     {
-        match check_caller(&self.shared.identity(), &self.shared.book, caller, trust) {
+        let checked = check_caller(&self.shared.identity(), &self.shared.book, caller, trust).and_then(|from| {
+            // What it asks of itself it may, and an unregistered start is told why by who registers it.
+            let is_asked = trust == Trust::Registered && from.broker != self.shared.identity().broker;
+            if is_asked { self.shared.check_start(&from).map(|()| from) } else { Ok(from) }
+        });
+        match checked {
             Ok(from) => call(from).await.map(Response::new).map_err(|error| error.to_status()),
             Err(error) => {
                 let broker = caller.map(|caller| caller.broker_id.into());

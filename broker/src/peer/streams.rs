@@ -86,6 +86,8 @@ struct Sender {
     identity: PeerIdentity,
     /// Version of the book with which that was checked.
     book_version: u64,
+    /// The start by which it was registered then.
+    registered: Option<u64>,
     /// Ends when there is a newer stream of this kind from there.
     superseded: oneshot::Receiver<()>,
 }
@@ -197,16 +199,26 @@ impl Session {
                 if identity.broker == own.broker {
                     return Err(invalid("came from this very broker"));
                 }
-                let superseded = self.shared.accept(identity.broker, self.kind);
+                self.shared.check_start(&identity)?;
+                let registered = self.shared.book.start_of(identity.broker);
+                let superseded = self.shared.accept(identity.broker, identity.incarnation, self.kind);
                 tracing::debug!(broker = %identity.broker, stream = self.kind.name(), "a stream from a broker");
-                self.from = Some(Sender { identity, book_version, superseded });
+                self.from = Some(Sender { identity, book_version, registered, superseded });
                 self.answer = Some(pb::StreamAnswer { hello: Some(own.to_caller(Some(identity.broker))), error: None });
             }
             (Some(from), None) => {
                 let book_version = self.shared.book.version();
                 if book_version != from.book_version {
                     check_directory(&self.shared.book, &from.identity)?;
-                    from.book_version = book_version;
+                    let registered = self.shared.book.start_of(from.identity.broker);
+                    if registered != from.registered && registered.is_some_and(|start| start != from.identity.incarnation)
+                    {
+                        return Err(Error::new(
+                            ErrorCode::NotLeader,
+                            format!("another start of broker {} has registered since", from.identity.broker),
+                        ));
+                    }
+                    (from.book_version, from.registered) = (book_version, registered);
                 }
             }
         }

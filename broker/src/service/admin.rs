@@ -13,6 +13,7 @@ use tonic::{Request, Response, Status};
 
 use super::{brokers, coordinators, counted, partitions, repeated, topics};
 use crate::cluster::control::{Again, METADATA_END};
+use crate::controller::table::MetadataTable;
 use crate::metrics::Api;
 use crate::node::Node;
 
@@ -102,7 +103,9 @@ pub(crate) async fn forwarded(node: &Arc<Node>, forwarded: ForwardRequest) -> Re
     match method.as_str() {
         METADATA_END => {
             let end = node.control.committed_end().await?;
-            Ok(Bytes::copy_from_slice(&end.get().to_be_bytes()))
+            let recovery = node.table.with(MetadataTable::recovery);
+            let end = i128::from(recovery) << 64 | i128::from(end.get());
+            Ok(Bytes::copy_from_slice(&end.to_be_bytes()))
         }
         "CreateTopic" => {
             let id = TopicId::from_slice(&request_id).unwrap_or_else(topics::fresh_id);

@@ -87,7 +87,11 @@ pub(super) async fn health_here(
     let now = Instant::now();
     response.brokers = table
         .brokers()
-        .map(|broker| broker_health(&node, &table, broker, leads.get(&broker.id).copied().unwrap_or(0), now))
+        .map(|broker| {
+            let leaders = leads.get(&broker.id).copied().unwrap_or(0);
+            let is_silent = reports.silent.contains(&broker.id);
+            broker_health(&node, &table, broker, leaders, is_silent, now)
+        })
         .collect();
     Ok(response)
 }
@@ -97,11 +101,23 @@ fn broker_health(
     table: &MetadataTable,
     broker: &BrokerEntry,
     leaders: i32,
+    is_silent: bool,
     now: Instant,
 ) -> pb::BrokerHealth {
     let (silence, disk) = node.control.duty.of(broker.id, now);
     let state = if broker.fenced { pb::BrokerState::Dead } else { pb::BrokerState::Alive };
     let is_here = broker.id == node.id;
+    let mut detail = Vec::new();
+    if is_silent {
+        // It is alive by its own word: what it leads may be well, though it counts as without a leader here.
+        detail.push(format!("does not answer broker {}, the controller: see what is between the two", node.id));
+    }
+    if let Some(by) = node.control.duty.detour(broker.id) {
+        detail.push(format!("is heard of by way of broker {by} alone: see what is between it and broker {}", node.id));
+    }
+    if disk.is_full {
+        detail.push("its disk is full: it leads nothing that others can lead; free some room".to_owned());
+    }
     pb::BrokerHealth {
         broker_id: broker.id.get(),
         state: state.into(),
@@ -114,6 +130,7 @@ fn broker_health(
         leaders,
         disk_free_bytes: if is_here { node.room.free_bytes() } else { disk.free_bytes },
         disk_total_bytes: if is_here { node.room.total_bytes() } else { disk.total_bytes },
+        detail: detail.join("; "),
         silent_ms: silence.map_or(-1, |silence| i64::try_from(silence.as_millis()).unwrap_or(i64::MAX)),
     }
 }

@@ -62,6 +62,7 @@ struct View {
     /// Brokers that the controller has not heard of for too long.
     dead: HashSet<BrokerId>,
     applied: Offset,
+    recovery: i64,
 }
 
 impl View {
@@ -75,6 +76,7 @@ impl View {
             brokers: brokers(table),
             dead: table.brokers().filter(|broker| broker.fenced).map(|broker| broker.id).collect(),
             applied: table.applied(),
+            recovery: table.recovery(),
         }
     }
 
@@ -85,6 +87,7 @@ impl View {
             controller_id: controller(node),
             topics,
             metadata_offset: self.applied.get(),
+            metadata_recovery: self.recovery,
         }
     }
 }
@@ -180,6 +183,7 @@ pub(super) fn watch(node: Arc<Node>, include_internal: bool) -> MetadataWatch {
         node,
         include_internal,
         told: None,
+        recovery: 0,
         leaders: HashMap::new(),
         dead: HashSet::new(),
     };
@@ -199,6 +203,8 @@ struct Watcher {
     include_internal: bool,
     /// Metadata up to here was told; `None` before the first update.
     told: Option<Offset>,
+    /// The metadata's recovery that this belongs to: of another one everything is told anew.
+    recovery: i64,
     /// Leaders as they were told.
     leaders: HashMap<TopicPartition, (i32, i32)>,
     /// Brokers that were dead then.
@@ -227,6 +233,10 @@ impl Watcher {
     /// What changed since the last one; `None` for nothing.
     fn update(&mut self) -> Option<pb::MetadataUpdate> {
         let node = Arc::clone(&self.node);
+        let recovery = node.table.with(MetadataTable::recovery);
+        if std::mem::replace(&mut self.recovery, recovery) != recovery {
+            self.told = None;
+        }
         let since = self.told.unwrap_or(Offset::new(-1));
         let (deleted, brokers_changed, view) = node
             .table

@@ -86,21 +86,24 @@ pub(super) async fn list_moves(
 ) -> Result<pb::ListMovesResponse, Error> {
     // Whoever has just begun a move by another broker wants to see it.
     drop(tokio::time::timeout(FOLLOW_UP_MAX, node.control.caught_up()).await);
-    let (changing, alive): (Vec<(String, TopicPartition, PartitionEntry)>, Vec<BrokerId>) = node.table.with(|table| {
+    type Changing = (String, TopicPartition, PartitionEntry, Option<BrokerId>);
+    let (changing, alive): (Vec<Changing>, Vec<BrokerId>) = node.table.with(|table| {
+        let is_down = |broker: BrokerId| table.broker(broker).is_none_or(|known| known.fenced);
+        let down = |entry: &PartitionEntry| entry.joining().map(|place| place.broker).find(|broker| is_down(*broker));
         let name = |tp: TopicPartition| table.topic(tp.topic).map(|topic| topic.name.clone()).unwrap_or_default();
-        let changing = table.changing().map(|(tp, entry)| (name(tp), tp, entry.clone())).collect();
+        let changing = table.changing().map(|(tp, entry)| (name(tp), tp, entry.clone(), down(entry))).collect();
         (changing, table.brokers().filter(|broker| !broker.fenced).map(|broker| broker.id).collect())
     });
     if changing.is_empty() {
         return Ok(pb::ListMovesResponse { moves: Vec::new() });
     }
-    let mut topics: Vec<_> = changing.iter().map(|(_, tp, _)| tp.topic).collect();
+    let mut topics: Vec<_> = changing.iter().map(|(_, tp, ..)| tp.topic).collect();
     topics.dedup();
     let reports = Reports::of(node, alive, &topics).await;
     let leaders = reports.leaders();
-    let moves = changing.into_iter().map(|(topic, tp, entry)| {
+    let moves = changing.into_iter().map(|(topic, tp, entry, down)| {
         let leader = leaders.get(&tp).map(|(_, report)| *report);
-        describe_move(topic, tp, &entry, leader, &reports)
+        describe_move(topic, tp, &entry, down, leader, &reports)
     });
     Ok(pb::ListMovesResponse { moves: moves.collect() })
 }
@@ -109,6 +112,7 @@ fn describe_move(
     topic: String,
     tp: TopicPartition,
     entry: &PartitionEntry,
+    down: Option<BrokerId>,
     leader: Option<&ReplicaReport>,
     reports: &Reports,
 ) -> pb::MoveDescription {
@@ -125,10 +129,13 @@ fn describe_move(
         row.log_bytes.min(total)
     };
     let bytes_done = joining.iter().map(|place| done(place.replica)).min().unwrap_or(total);
-    let state = match (leader, entry.may_remove(), joining.is_empty()) {
-        (None, _, _) => "waits for a leader",
-        (Some(_), false, _) => "new replicas are catching up",
-        (Some(_), true, true) | (Some(_), true, false) => "old replicas are being removed",
+    let state = match (leader, entry.may_remove(), down) {
+        (None, _, _) => "waits for a leader".to_owned(),
+        (Some(_), _, Some(broker)) => {
+            format!("waits for broker {broker}, which is down: start it, or cancel the move and begin another")
+        }
+        (Some(_), false, None) => "new replicas are catching up".to_owned(),
+        (Some(_), true, None) => "old replicas are being removed".to_owned(),
     };
     pb::MoveDescription {
         topic,
@@ -137,7 +144,7 @@ fn describe_move(
         removing: entry.leaving().iter().map(|place| place.broker.get()).collect(),
         bytes_done,
         bytes_total: total,
-        state: state.to_owned(),
+        state,
     }
 }
 
@@ -249,7 +256,8 @@ pub(super) async fn rebalance_here(
                 tracing::debug!(%tp, %error, "a planned move was not begun");
             }
         }
-        let transfers = plan.transfers.iter().filter_map(|(tp, broker)| {
+        let full = node.control.duty.full();
+        let transfers = plan.transfers.iter().filter(|(_, broker)| !full.contains(broker)).filter_map(|(tp, broker)| {
             let place = table.partition(*tp)?.replicas().iter().find(|place| place.broker == *broker)?;
             Some((*tp, (*broker, place.replica)))
         });
@@ -282,7 +290,7 @@ pub(super) async fn recover_partition(
 }
 
 /// Whether a leader hears most of its voters.
-fn confirmed(leader: &ReplicaReport) -> bool {
+pub(super) fn confirmed(leader: &ReplicaReport) -> bool {
     let voters = || leader.members.iter().filter(|member| !member.is_learner);
     let active = voters().filter(|member| member.is_active || member.replica_id == leader.replica_id).count();
     active > voters().count() / 2

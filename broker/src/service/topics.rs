@@ -10,6 +10,7 @@ use tokio::sync::oneshot;
 
 use super::admin::{decided, decided_as, handed_on, odd_answer, well_named};
 use super::find;
+use super::partitions::confirmed;
 use crate::cluster::control::Again;
 use crate::cluster::report::{Reports, sickness};
 use crate::controller::change::PartitionEntry;
@@ -36,8 +37,18 @@ pub(super) async fn create(
 ) -> Result<pb::CreateTopicResponse, Error> {
     well_named(&request.name)?;
     let validate_only = request.validate_only;
-    // Drawn here, once: a controller that is asked a second time, since the first answer was lost, knows the topic by it.
-    let id = fresh_id();
+    // Drawn once, by the client or here: a controller that is asked a second time, since the first answer was lost, knows
+    // the topic by it.
+    let id = match TopicId::from_slice(&request.request_id) {
+        Some(id) => id,
+        None if request.request_id.is_empty() => fresh_id(),
+        None => {
+            return Err(Error::new(
+                ErrorCode::InvalidRequest,
+                format!("request_id has {} bytes; give it 16, or leave it out", request.request_id.len()),
+            ));
+        }
+    };
     let here = |node, request| create_here(node, request, id);
     let response: pb::CreateTopicResponse =
         decided_as(node, "CreateTopic", &id.to_bytes(), Again::Harmless, request, here).await?;
@@ -221,7 +232,11 @@ pub(super) fn described(node: &Node, topic: &Topic, reports: &Reports) -> pb::To
             description.end_offset = report.end_offset;
             description.log_bytes = report.log_bytes;
             description.records = report.records;
-            description.error = report.error.clone();
+            description.error = report.error.clone().or_else(|| {
+                (!confirmed(report)).then(|| {
+                    stale(format!("broker {leader} leads it and hears no majority of its replicas: another may lead by now"))
+                })
+            });
             description.in_sync = in_sync(entry, *leader, report);
             description
         }
@@ -276,7 +291,8 @@ fn empty(tp: TopicPartition, entry: &PartitionEntry, led: Led) -> pb::PartitionD
 
 /// A partition of which no leader told, as it is known here.
 fn partition_here(node: &Node, tp: TopicPartition, entry: &PartitionEntry) -> pb::PartitionDescription {
-    let mut description = empty(tp, entry, node.led(tp, entry.leader()));
+    let led = node.led(tp, entry.leader());
+    let mut description = empty(tp, entry, led);
     match find(node, tp) {
         Ok(partition) => {
             let status = partition.replica.status();
@@ -289,10 +305,24 @@ fn partition_here(node: &Node, tp: TopicPartition, entry: &PartitionEntry) -> pb
                 description.in_sync = vec![node.id.get()];
             }
             description.error = sickness(&status.health).map(|error| node.explain(error, &partition).to_detail());
+            if description.error.is_none() && entry.replicas().len() > 1 {
+                // It is not asked where it is known to be down, and else did not answer.
+                let why = match led.by.filter(|leader| *leader != node.id) {
+                    Some(leader) => format!("broker {leader}, which led it last, does not answer"),
+                    None => "nobody is known to lead it".to_owned(),
+                };
+                description.error = Some(stale(format!("{why}: the figures are what broker {} has", node.id)));
+            }
         }
         Err(error) => description.error = Some(error.to_detail()),
     }
     description
+}
+
+/// What a description says that may be from earlier.
+fn stale(why: String) -> flowstone_protocol::pb::ErrorDetail {
+    Error::new(ErrorCode::NoLeader, format!("{why}, and may be old; ask again, or see flowstone cluster health"))
+        .to_detail()
 }
 
 pub(super) async fn trim(

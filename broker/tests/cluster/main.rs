@@ -5,4 +5,5 @@ mod forming;
 mod operations;
 mod recovering;
 mod surviving;
+mod upgrading;
 mod world;

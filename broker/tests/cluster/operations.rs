@@ -224,3 +224,50 @@ async fn what_cannot_be_is_refused_by_any_broker() {
         assert_eq!(error.code, flowstone_protocol::ErrorCode::UnknownTopic);
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_leader_whose_disk_is_full_hands_over_to_one_with_room() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "before").await;
+    let full = world.leader(1, "orders", 0).await;
+    world.stop(full).await;
+    // More than any disk has.
+    world.set(full, "storage.free_bytes_min", "1000000000000000000");
+    world.start(full).await;
+    world.healthy().await;
+    // Given the lead all the same, it does not keep it: what nobody could write can be written.
+    let request = pb::TransferLeaderRequest { topic: "orders".to_owned(), partition: 0, to_broker_id: full };
+    until("transferred", async || {
+        let answered = soon("transfer", world.client(full).admin.transfer_leader(request.clone())).await;
+        answered.map(|_| ()).map_err(|status| error_of(status).to_string())
+    })
+    .await;
+    world.produce(&topic, 0, "after").await;
+    let leader = world.leader(full, "orders", 0).await;
+    assert_ne!(leader, full);
+    assert_eq!(world.values(&topic, 0).await, ["before", "after"]);
+    let health = world.any().health().await.expect("told");
+    let told = health.brokers.iter().find(|broker| broker.broker_id == full).expect("there");
+    assert!(told.detail.contains("disk is full"), "{told:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_is_cut_off_does_not_pass_old_figures_for_new_ones() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "x").await;
+    world.healthy().await;
+    let leader = world.leader(1, "orders", 0).await;
+    let asked = if leader == 1 { 2 } else { 1 };
+    let described = world.client(asked).describe("orders").await.expect("described");
+    assert!(described.partitions[0].error.is_none(), "{:?}", described.partitions[0]);
+    for other in [1, 2, 3].into_iter().filter(|other| *other != asked) {
+        world.kill(other).await;
+    }
+    let described = world.client(asked).describe("orders").await.expect("described");
+    let partition = &described.partitions[0];
+    let error = partition.error.as_ref().expect("who is asked knows that it may be old");
+    assert!(error.message.contains("may be old"), "{error:?}");
+    assert_eq!(partition.records, 1, "what it has is shown all the same");
+}

@@ -1,6 +1,8 @@
 //! Brokers that die, come back, and lose what they had.
 
-use flowstone_protocol::{ErrorCode, pb};
+use flowstone_protocol::peer::peer_client::PeerClient;
+use flowstone_protocol::{ErrorCode, pb, peer};
+use prost::Message;
 
 use super::world::{World, batch, soon, until};
 
@@ -185,6 +187,55 @@ async fn a_broker_that_missed_nothing_while_it_was_away_counts_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_broker_without_a_way_to_the_controller_is_heard_of_by_another_one() {
+    let mut world = World::of(3).await;
+    world.add_place(4).await;
+    world.start(4).await;
+    let controller = world.client(1).cluster().await.expect("described").controller_id;
+    let by = if controller == 1 { 2 } else { 1 };
+    let fourth = format!("http://{}", world.places[&4].peer);
+    let caller = hello(&fourth, None).await.expect("it answers").answerer.expect("said");
+    // From here on it speaks with one of the others alone, and its own process says nothing.
+    world.kill(4).await;
+    let address = format!("http://{}", world.places[&by].peer);
+    let speaking = tokio::spawn(async move {
+        let mut client = PeerClient::connect(address).await.expect("it listens");
+        let heartbeat = peer::BrokerHeartbeatRequest {
+            caller: Some(peer::Caller { to_broker_id: controller, ..caller.clone() }),
+            ..peer::BrokerHeartbeatRequest::default()
+        };
+        loop {
+            let request = peer::ForwardRequest {
+                caller: Some(peer::Caller { to_broker_id: by, ..caller.clone() }),
+                method: "HandOnHeartbeat".to_owned(),
+                request: heartbeat.encode_to_vec().into(),
+                ..peer::ForwardRequest::default()
+            };
+            let answered = client.forward(request).await.expect("handed on").into_inner();
+            let answer = peer::BrokerHeartbeatResponse::decode(answered.response).expect("the controller's");
+            assert!(answer.metadata_replica_id != 0, "{answer:?}");
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+    });
+    until("it is heard of by another one", async || {
+        let health = world.client(controller).health().await.map_err(|error| error.to_string())?;
+        let fourth = health.brokers.iter().find(|broker| broker.broker_id == 4).ok_or("unknown")?;
+        let is_heard =
+            fourth.state() == pb::BrokerState::Alive && fourth.detail.contains(&format!("by way of broker {by} alone"));
+        if is_heard { Ok(()) } else { Err(format!("{fourth:?}")) }
+    })
+    .await;
+    assert!(!speaking.is_finished());
+    speaking.abort();
+    until("its session ends with that", async || {
+        let health = world.client(controller).health().await.map_err(|error| error.to_string())?;
+        let fourth = health.brokers.iter().find(|broker| broker.broker_id == 4).ok_or("unknown")?;
+        if fourth.state() == pb::BrokerState::Dead { Ok(()) } else { Err(format!("{fourth:?}")) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_copy_of_a_running_brokers_directory_is_refused() {
     let mut world = World::of(3).await;
     world.add_place(4).await;
@@ -197,6 +248,54 @@ async fn a_copy_of_a_running_brokers_directory_is_refused() {
     // The first one did not mind.
     let health = world.client(4).health().await.expect("it serves");
     assert!(health.brokers.iter().any(|broker| broker.broker_id == 4 && broker.state() == pb::BrokerState::Alive));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_copy_of_a_voter_of_the_metadata_neither_votes_nor_takes_the_address_of_the_first() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "before").await;
+    world.healthy().await;
+    world.add_place(5).await;
+    world.set(5, "node.id", "3");
+    // Its seeds do not name the one that it is a copy of.
+    let others = world.seeds[..2].join(",");
+    world.set(5, "cluster.seeds", &others);
+    copy(&world.places[&3].dir, &world.places[&5].dir);
+    let error = soon("refusal", world.starting(5)).await.expect_err("the first one runs");
+    assert!(error.to_string().contains("runs on a copy of this data directory"), "{error}");
+    // One that does not look: it says that broker 3 is elsewhere now.
+    let third = format!("http://{}", world.places[&3].peer);
+    let mut caller = hello(&third, None).await.expect("it answers").answerer.expect("said");
+    (caller.incarnation, caller.to_broker_id) = (1, -1);
+    for told in [1, 2] {
+        let address = format!("http://{}", world.places[&told].peer);
+        hello(&address, Some(caller.clone())).await.expect("it answers");
+    }
+    world.produce(&topic, 0, "after").await;
+    world.healthy().await;
+    let end = world.client(1).end(&topic, 0, false).await.unwrap_or(2);
+    let read = soon("a read", world.client(3).read(&topic, 0, end.max(2), true)).await.expect("it follows");
+    assert_eq!(read, ["before", "after"]);
+}
+
+/// Asks a broker who it is, as this caller or as a stranger.
+async fn hello(address: &str, caller: Option<peer::Caller>) -> Result<peer::HelloResponse, String> {
+    let stranger = || peer::Caller {
+        protocol_version: 1,
+        broker_id: 9,
+        directory_id: vec![9; 16].into(),
+        to_broker_id: -1,
+        ..peer::Caller::default()
+    };
+    let mut client = PeerClient::connect(address.to_owned()).await.map_err(|error| error.to_string())?;
+    let request = peer::HelloRequest {
+        caller: Some(caller.unwrap_or_else(stranger)),
+        peer_address: "127.0.0.1:9".to_owned(),
+        ..peer::HelloRequest::default()
+    };
+    let answered = soon("hello", client.hello(request)).await;
+    answered.map(tonic::Response::into_inner).map_err(|status| status.to_string())
 }
 
 fn copy(from: &std::path::Path, to: &std::path::Path) {

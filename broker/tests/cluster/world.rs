@@ -48,6 +48,8 @@ pub(crate) struct Place {
     pub(crate) dir: PathBuf,
     pub(crate) peer: String,
     pub(crate) sets: Vec<(String, String)>,
+    /// The newest feature level that its release knows.
+    pub(crate) release: i32,
 }
 
 pub(crate) struct World {
@@ -87,7 +89,7 @@ impl World {
     pub(crate) async fn add_place(&mut self, id: i32) {
         let peer = free_address().await;
         let dir = self.new_folder();
-        self.places.insert(id, Place { dir, peer, sets: Vec::new() });
+        self.places.insert(id, Place { dir, peer, sets: Vec::new(), release: 1 });
     }
 
     fn new_folder(&mut self) -> PathBuf {
@@ -99,6 +101,11 @@ impl World {
     pub(crate) fn wipe(&mut self, id: i32) {
         let dir = self.new_folder();
         self.places.get_mut(&id).expect("a place").dir = dir;
+    }
+
+    /// The release that the broker runs from its next start on.
+    pub(crate) fn install(&mut self, id: i32, release: i32) {
+        self.places.get_mut(&id).expect("a place").release = release;
     }
 
     pub(crate) fn set(&mut self, id: i32, key: &str, value: &str) {
@@ -127,7 +134,7 @@ impl World {
 
     /// Begins to start a broker; the future ends when it is ready.
     pub(crate) fn starting(&self, id: i32) -> impl Future<Output = Result<RunningBroker, StartError>> + use<> {
-        let config = self.config(id);
+        let (config, release) = (self.config(id), self.places[&id].release);
         async move {
             let began = Instant::now();
             let listeners = loop {
@@ -138,7 +145,7 @@ impl World {
                     Err(error) => return Err(error),
                 }
             };
-            Broker::start_on(config, listeners).await
+            Broker::start_as(config, listeners, release).await
         }
     }
 
@@ -304,6 +311,12 @@ impl Client {
     pub(crate) async fn metadata(&mut self, topic: &str) -> Result<pb::MetadataResponse, Error> {
         let request = pb::MetadataRequest { topics: vec![topic.to_owned()], include_internal: true };
         soon("metadata", self.log.metadata(request)).await.map(tonic::Response::into_inner).map_err(error_of)
+    }
+
+    /// All that this broker knows, and what changes.
+    pub(crate) async fn watch(&mut self) -> tonic::Streaming<pb::MetadataUpdate> {
+        let request = pb::WatchMetadataRequest::default();
+        soon("watch", self.log.watch_metadata(request)).await.expect("watched").into_inner()
     }
 
     /// Who leads a partition, as this broker knows it.

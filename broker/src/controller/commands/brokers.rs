@@ -1,30 +1,47 @@
 //! Brokers: they come, fall silent, are emptied, replaced, and go.
 
-use flowstone_protocol::internal::ClusterFounded;
 use flowstone_protocol::internal::metadata_record::Record as Kind;
+use flowstone_protocol::internal::{ClusterFounded, FeatureLevelRaised};
 use flowstone_protocol::{BrokerId, ClusterId, Error, ErrorCode, ErrorKind, ReplicaId};
 
 use super::super::balance;
 use super::super::change::Assignment;
 use super::super::placement::{Draws, Placement};
 use super::super::records::{show_broker, show_draining, show_fenced, show_place, show_reassigned, show_removed};
-use super::super::table::{BrokerEntry, FEATURE_LEVEL, METADATA_PARTITION, MetadataTable, Place};
+use super::super::table::{BrokerEntry, METADATA_PARTITION, MetadataTable, Place};
 use super::partitions::{can_replace, fresh_place, planned};
 use super::{Decided, MetadataReply, Registration, ReplaceBroker, unknown_broker};
 
 /// Partitions that one command gives new replicas, and that one answer names: what it writes is one batch.
 const PARTITIONS_MAX: usize = 500;
 
-pub(super) fn found(table: &MetadataTable, cluster: ClusterId, voters: &[Place]) -> Decided {
+pub(super) fn found(table: &MetadataTable, cluster: ClusterId, voters: &[Place], feature_level: i32) -> Decided {
     if table.founding().is_some() {
         return (Vec::new(), MetadataReply::Done);
     }
     let record = ClusterFounded {
         cluster_id: cluster.to_bytes().to_vec().into(),
-        feature_level: FEATURE_LEVEL,
+        feature_level,
         voters: voters.iter().map(show_place).collect(),
     };
     (vec![Kind::ClusterFounded(record)], MetadataReply::Done)
+}
+
+/// The level that the cluster may be raised to: the newest that every broker knows, once all that founded it are there.
+pub(crate) fn feature_level_due(table: &MetadataTable) -> Option<i32> {
+    let founding = table.founding()?;
+    let has_come = |voter: &Place| table.broker(voter.broker).is_some() || table.removed(voter.directory).is_some();
+    if !founding.voters.iter().all(has_come) {
+        return None;
+    }
+    let known = table.brokers().map(|broker| broker.feature_level).min()?;
+    (known > founding.feature_level).then_some(known)
+}
+
+pub(super) fn raise_feature_level(table: &MetadataTable) -> Decided {
+    let raised = feature_level_due(table);
+    let record = |feature_level| Kind::FeatureLevelRaised(FeatureLevelRaised { feature_level });
+    (raised.map(record).into_iter().collect(), MetadataReply::Done)
 }
 
 pub(super) fn register(table: &MetadataTable, registration: Registration) -> Result<Decided, Error> {
@@ -34,7 +51,7 @@ pub(super) fn register(table: &MetadataTable, registration: Registration) -> Res
     if id.get() < 0 {
         return Err(invalid(format!("node.id {id} is below 0; give this broker one of 0 and above")));
     }
-    let needed = table.founding().map_or(FEATURE_LEVEL, |founding| founding.feature_level);
+    let needed = table.feature_level();
     if feature_level < needed {
         return Err(invalid(format!(
             "the cluster's feature level is {needed}, and this broker's release knows up to {feature_level}: it could not \
@@ -85,6 +102,7 @@ pub(super) fn register(table: &MetadataTable, registration: Registration) -> Res
         version,
         metadata_replica,
         incarnation,
+        feature_level,
         fenced: false,
         draining: known.is_some_and(|known| known.draining),
     };

@@ -87,6 +87,30 @@ async fn a_newer_stream_of_the_same_broker_takes_the_older_ones_place() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_copy_of_a_broker_that_speaks_is_not_heard_and_takes_over_once_that_has_ended() {
+    let mut nodes = cluster(2, config()).await;
+    let (one, two) = pair(&mut nodes);
+    two.network.book().set_start(id(1), one.network.identity().incarnation);
+    until_connected(one, two).await;
+    let mut copy = Node::start(PeerIdentity { incarnation: 99, ..identity(1) }, config()).await;
+    copy.knows(two);
+    copy.send(two, vec![heartbeat(7)]);
+    copy.until(|told| matches!(told, Told::Unreachable(broker) if *broker == id(2))).await;
+    let refused = copy.network.client().report(id(2), pb::ReportRequest::default(), LONG).await;
+    assert!(refused.expect_err("the first one speaks").message.contains("runs already"));
+    // The first one is none the worse for it.
+    one.send(two, vec![heartbeat(8)]);
+    let heard = two.until(|told| matches!(told, Told::Delivered(_, messages) if group_of(&messages[0]) == 8)).await;
+    let is_of_copy = |told: &Told| matches!(told, Told::Delivered(_, messages) if group_of(&messages[0]) == 7);
+    assert!(!heard.iter().any(is_of_copy));
+    // Where another start is registered, the earlier one's streams end.
+    two.network.book().set_start(id(1), 99);
+    one.send(two, vec![heartbeat(9)]);
+    one.until(|told| matches!(told, Told::Unreachable(broker) if *broker == id(2))).await;
+    until_connected(&copy, two).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn draining_ends_streams_and_is_told_as_an_end() {
     let mut nodes = cluster(2, config()).await;
     let (one, two) = pair(&mut nodes);
