@@ -201,7 +201,7 @@ mod tests {
 
     use super::*;
 
-    const SEGMENT: SegmentName = SegmentName { base_offset: Offset::new(1000), first_index: RaftIndex::new(7) };
+    const SEGMENT: SegmentName = SegmentName::of_raft(Offset::new(1000), RaftIndex::new(7));
 
     fn slots(count: usize) -> Vec<Slot> {
         (0..count as u32)

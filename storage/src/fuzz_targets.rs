@@ -32,7 +32,7 @@ pub const TARGETS: [(&str, Target); 6] = [
 ];
 
 const NOW: Timestamp = Timestamp::new(1_700_000_000_000);
-const FIRST: SegmentName = SegmentName { base_offset: Offset::new(0), first_index: RaftIndex::new(2) };
+const FIRST: SegmentName = SegmentName::of_raft(Offset::new(0), RaftIndex::new(2));
 
 fn identity() -> ReplicaIdentity {
     ReplicaIdentity {

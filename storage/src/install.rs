@@ -230,7 +230,8 @@ impl Install {
     ) -> Result<Self, OpenError> {
         let incoming = incoming_dir(dir);
         let Progress { identity, first, flushed_to, .. } = progress;
-        let found = FoundFiles::list(disk, &incoming)?;
+        let mut found = FoundFiles::list(disk, &incoming)?;
+        let _ = found.take_cleaning();
         let begun = checkpoint_before(&target, first, flushed_to);
         // Nothing is appended to it but what is pulled, in large pieces; and no topic's clock applies to it.
         let config = LogConfig { zero_ahead_bytes: 0, segment_age: None, ..config };

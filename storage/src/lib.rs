@@ -19,6 +19,7 @@
 
 pub mod batch_index;
 pub mod checkpoint;
+pub mod compaction;
 pub mod data_dir;
 pub mod disk;
 pub mod error;
@@ -28,6 +29,7 @@ pub mod fuzz_targets;
 pub mod hard_state;
 pub mod inspect;
 pub mod install;
+pub mod kept;
 pub mod log;
 mod lookup;
 mod mmap;
@@ -48,12 +50,16 @@ mod small_file;
 mod walk;
 
 pub use checkpoint::{Checkpoint, CheckpointDone, CheckpointJob, EpochStart, ReplicaIdentity};
+pub use compaction::{
+    AbortedTransaction, Compaction, CompactionConfig, CompactionLimits, CompactionStep, CompactionTotals, Settled,
+};
 pub use data_dir::{DataDir, DataDirError};
 pub use disk::{Disk, DiskFile, OpenMode, RealDisk};
 pub use error::{OpenError, ReadError, StorageError};
 pub use flush::FlushPool;
 pub use hard_state::{HardState, HardStateFile, HardStateRot};
 pub use install::Install;
+pub use kept::KeptLog;
 pub use log::{Appended, EntryBody, EntryMeta, FlushDone, FlushJob, Log, LogConfig, LogEntry};
 pub use range::{Range, RangeTicket};
 pub use read::{CountTicket, FoundRecord, Lookup, LookupTicket, Read, ReadBytes, ReadTicket, RecordCount};

@@ -29,6 +29,7 @@ use crate::checkpoint::{
     CREATION_INDEX, CREATION_TERM, Checkpoint, CheckpointDone, CheckpointJob, EpochStart, MANIFEST_NAME,
     ReplicaIdentity,
 };
+use crate::compaction::{CompactionConfig, LogCompaction};
 use crate::disk::{Disk, DiskFile, OpenMode, is_disk_full};
 use crate::error::StorageError;
 use crate::install;
@@ -51,6 +52,8 @@ pub struct LogConfig {
     pub room_kept_bytes: u64,
     /// A segment is closed when it has this many batches, so that its index stays small (32 bytes each).
     pub segment_batches_max: u32,
+    /// Whether, and when, only the last record of each key is kept ([`Log::begin_compaction`]).
+    pub compaction: Option<CompactionConfig>,
 }
 
 impl LogConfig {
@@ -94,6 +97,7 @@ impl Default for LogConfig {
             zero_ahead_bytes: 1 << 20,
             room_kept_bytes: 4 << 20,
             segment_batches_max: 1 << 18,
+            compaction: None,
         }
     }
 }
@@ -247,6 +251,8 @@ pub struct Log {
     pub(crate) spare_checkpoint: Option<RaftIndex>,
     /// Oldest first; the last is the one before `active`.
     pub(crate) sealed: VecDeque<Sealed>,
+    /// What is known of those of them that were cleaned: the first ones.
+    pub(crate) compaction: LogCompaction,
     pub(crate) active: Active,
     /// Every epoch of the log, oldest first, from that of the entry before `first_index` on.
     pub(crate) epochs: Vec<EpochStart>,
@@ -319,7 +325,7 @@ impl Log {
             file.sync_data()
         };
         write_first().map_err(StorageError::io("write", &path))?;
-        let segment = SegmentName { base_offset: Offset::ZERO, first_index: CREATION_INDEX.next() };
+        let segment = SegmentName::of_raft(Offset::ZERO, CREATION_INDEX.next());
         let path = segment.log_path(dir);
         disk.open(&path, OpenMode::CreateNew).map_err(StorageError::io("create", &path))?;
         // The folder's own name, and its topic's, before the manifest: a replica that has one is not lost with a folder
@@ -393,9 +399,19 @@ impl Log {
         self.end_offset
     }
 
-    /// First entry held; one more than the last when there is none.
+    /// First entry held; one more than the last when there is none. Cleaned segments lie below it: they hold no entries.
     pub fn first_index(&self) -> RaftIndex {
-        self.sealed.front().map_or(self.active.name.first_index, |segment| segment.name.first_index)
+        self.first_raft_segment().first_index
+    }
+
+    /// The first segment that holds entries.
+    pub(crate) fn first_raft_segment(&self) -> SegmentName {
+        self.sealed.get(self.compaction.cleaned_segments).map_or(self.active.name, |segment| segment.name)
+    }
+
+    /// The oldest segment, which offsets and epochs are known from.
+    pub(crate) fn oldest_segment(&self) -> SegmentName {
+        self.sealed.front().map_or(self.active.name, |segment| segment.name)
     }
 
     /// Last entry written.
@@ -450,6 +466,12 @@ impl Log {
     /// Bytes of all batches in the files.
     pub fn size_bytes(&self) -> u64 {
         self.sealed.iter().map(|segment| segment.bytes).sum::<u64>() + self.active.end
+    }
+
+    /// Bytes of those of them that are entries.
+    pub fn raft_bytes(&self) -> u64 {
+        self.sealed.iter().skip(self.compaction.cleaned_segments).map(|segment| segment.bytes).sum::<u64>()
+            + self.active.end
     }
 
     /// Why nothing more is written, if so.
@@ -789,7 +811,7 @@ impl Log {
             self.active.allocated_to = self.active.end;
         }
         // The last step that may fail: a new segment's file says that nothing more was appended to the one before.
-        let name = SegmentName { base_offset: self.end_offset, first_index: self.active.end_index() };
+        let name = SegmentName::of_raft(self.end_offset, self.active.end_index());
         let mut next = self.create_segment(name)?;
         // Before the index takes some of it. Where the disk cannot promise, writing will show.
         if matches!(next.log.allocate(0, bytes), Ok(true)) {
@@ -810,6 +832,7 @@ impl Log {
             end_offset: self.end_offset,
             end_index: closed.end_index(),
             bytes: closed.end,
+            batches: closed.slots.len(),
             records: closed.records(),
             max_timestamp: closed.max_timestamp(),
             files,
@@ -825,9 +848,18 @@ impl Log {
         batches: usize,
         log: Option<Arc<dyn DiskFile>>,
     ) -> Arc<SealedFiles> {
-        let epoch_before = self.term_at(RaftIndex::new(name.first_index.get() - 1)).and_then(LeaderEpoch::from_term);
+        let epoch_before = self.epoch_before(name);
         let (disk, dir) = (Arc::clone(&self.disk), Arc::clone(&self.dir));
         Arc::new(SealedFiles::new(disk, dir, name, bytes, batches, epoch_before, log))
+    }
+
+    /// The epoch of the entry before a segment, if it is known.
+    pub(crate) fn epoch_before(&self, name: SegmentName) -> Option<LeaderEpoch> {
+        if name.first_index == CREATION_INDEX.next() {
+            return LeaderEpoch::from_term(CREATION_TERM);
+        }
+        let after = self.epochs.partition_point(|start| start.index < name.first_index);
+        Some(self.epochs.get(after.checked_sub(1)?)?.epoch)
     }
 
     /// An empty segment. A file of this name is what a failed attempt left: no entry of this log is in it.
@@ -1155,9 +1187,15 @@ impl Log {
         (&self.checkpoint, self.dir.join(Checkpoint::file_name(self.checkpoint.applied)))
     }
 
-    /// Offset of the first entry held; the end offset when there is none.
+    /// Offset of the first entry held; the end offset when there is none. Below it there may be cleaned segments.
     pub fn first_offset(&self) -> Offset {
-        self.sealed.front().map_or(self.active.name.base_offset, |segment| segment.name.base_offset)
+        self.first_raft_segment().base_offset
+    }
+
+    /// The first offset in the files, and the entry that was there first.
+    pub fn local_start(&self) -> (Offset, RaftIndex) {
+        let oldest = self.oldest_segment();
+        (oldest.base_offset, oldest.first_index)
     }
 
     /// A checkpoint of all up to `applied`, the last entry that `membership` and `machine` reflect; what the log knows

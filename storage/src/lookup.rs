@@ -329,7 +329,7 @@ impl Log {
             }
             before -= segment.records;
         }
-        let offset = self.with_slots(which, false, |slots, view| view.offset_of_record(slots, before))?;
+        let offset = self.with_slots(which, false, |slots, view| view.offset_of_record(slots, before, None))?;
         Ok(offset.max(self.log_start))
     }
 
@@ -361,7 +361,7 @@ impl Log {
         if offset >= self.end_offset_of_segment(which) {
             return Ok(in_earlier + in_this);
         }
-        Ok(in_earlier + self.with_slots(which, false, |slots, view| view.records_before(slots, offset))?)
+        Ok(in_earlier + self.with_slots(which, false, |slots, view| view.records_before(slots, offset, None))?)
     }
 
     fn records_before_about(&self, offset: Offset) -> u64 {
@@ -471,6 +471,7 @@ impl Log {
             readable: self.committed_batches(which),
             end_offset: self.end_offset_of_segment(which),
             end,
+            has_holes: self.name_of(which).is_cleaned(),
         }
     }
 

@@ -16,6 +16,7 @@ use flowstone_protocol::{LeaderEpoch, Offset, RaftIndex, Timestamp};
 
 use crate::batch_index::{BLOCK_BYTES, BLOCK_SLOTS, Slot, blocks_of, decode_block, valid_prefix};
 use crate::checkpoint::{self, CREATION_INDEX, CREATION_TERM, Checkpoint, EpochStart, Found, ReplicaIdentity};
+use crate::compaction::{CleanedSegment, Cleaning, LogCompaction};
 use crate::disk::{Disk, DiskFile, OpenMode};
 use crate::error::OpenError;
 use crate::install::{self, PROGRESS_NAME};
@@ -79,6 +80,7 @@ impl Log {
         durable: RaftIndex,
         now: Timestamp,
     ) -> Result<Self, OpenError> {
+        let cleaned = found.cleaned_segments(&disk, dir, &checkpoint)?;
         let mut walk = LogWalk {
             disk: &disk,
             dir,
@@ -92,14 +94,18 @@ impl Log {
             found.segments.split_at(first_needed(&found.segments, checkpoint.log_start, checkpoint.applied));
         walk.dropped.extend_from_slice(unneeded);
         let garbage = walk.walk(needed)?;
-        let LogWalk { epochs, segments, dropped, .. } = walk;
+        let LogWalk { epochs, segments, mut dropped, .. } = walk;
 
         // Decided; from here on files change. First the checkpoint itself: a life before this one may have been killed
         // between its renaming and the flush of the folder, and what it replaces must not go before it is there.
         if !dropped.is_empty() {
             disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
         }
-        let orphans = found.index_files.iter().filter(|name| !found.segments.contains(name));
+        let is_known = |name: &SegmentName| found.segments.contains(name) || cleaned.iter().any(|it| it.name == *name);
+        let orphans = found.index_files.iter().filter(|name| !is_known(name));
+        let superseded = found.superseded.iter().copied();
+        let gone = found.cleaning.segments.iter().map(|segment| segment.name).filter(|name| !is_known(name));
+        dropped.extend(superseded.chain(gone));
         let leftovers =
             found.temporary.iter().map(|name| dir.join(name)).chain(orphans.map(|name| name.index_path(dir)));
         let dropped = dropped.iter().flat_map(|name| [name.log_path(dir), name.index_path(dir)]);
@@ -110,10 +116,7 @@ impl Log {
         let last = match segments.pop_back() {
             Some(last) => last,
             None => {
-                let name = SegmentName {
-                    base_offset: checkpoint.end_offset_at_applied,
-                    first_index: checkpoint.applied.next(),
-                };
+                let name = SegmentName::of_raft(checkpoint.end_offset_at_applied, checkpoint.applied.next());
                 let path = name.log_path(dir);
                 let log = disk.open(&path, OpenMode::CreateNew).map_err(OpenError::io("create", &path))?;
                 WalkedSegment::empty(name, log)
@@ -121,6 +124,7 @@ impl Log {
         };
         let end_offset = last.end_offset;
         let log_first = segments.front().unwrap_or(&last).name.base_offset;
+        let log_first = cleaned.first().map_or(log_first, |oldest| oldest.name.base_offset);
         let last_index = RaftIndex::new(last.end_index.get() - 1);
         for segment in segments.iter().chain([&last]).filter(|segment| segment.end_index > durable.next()) {
             if !is_planted(Bug::TrustThePageCache) {
@@ -139,7 +143,8 @@ impl Log {
             dir: Arc::from(dir),
             identity,
             config,
-            sealed: VecDeque::with_capacity(segments.len()),
+            sealed: VecDeque::with_capacity(cleaned.len() + segments.len()),
+            compaction: LogCompaction::opened(found.cleaning, cleaned.len()),
             active,
             epochs,
             // Retention may have gone on from a newer checkpoint that is rotten now.
@@ -164,6 +169,7 @@ impl Log {
             spare_checkpoint: None,
             disk,
         };
+        log.sealed.extend(cleaned.iter().map(|segment| segment.sealed(&log.disk, &log.dir)));
         for segment in segments {
             if !segment.slots.is_empty() && segment.index_slots != segment.slots.len() {
                 replace_index_file(&*log.disk, dir, segment.name, &segment.slots);
@@ -173,7 +179,8 @@ impl Log {
             log.sealed.push_back(segment.into_sealed(files));
         }
         // The checkpoint knows epochs from its own first index on; older ones may be of segments that are gone.
-        let kept_from = log.epochs.partition_point(|start| start.index < log.first_index()).saturating_sub(1);
+        let kept_from =
+            log.epochs.partition_point(|start| start.index < log.oldest_segment().first_index).saturating_sub(1);
         log.epochs.drain(..kept_from);
         Ok(log)
     }
@@ -182,8 +189,12 @@ impl Log {
 /// The files of a replica's folder, by their names.
 #[derive(Debug, Default)]
 pub(crate) struct FoundFiles {
-    /// Ascending.
+    /// Those of the Raft log, ascending.
     segments: Vec<SegmentName>,
+    /// Which cleaned ones there are.
+    cleaning: Cleaning,
+    /// Cleaned segments that were replaced, or never came to count, and those of the Raft log that were cleaned.
+    superseded: Vec<SegmentName>,
     index_files: Vec<SegmentName>,
     /// Descending.
     checkpoints: Vec<RaftIndex>,
@@ -194,10 +205,20 @@ pub(crate) struct FoundFiles {
 
 impl FoundFiles {
     pub(crate) fn list(disk: &Arc<dyn Disk>, dir: &Path) -> Result<Self, OpenError> {
-        let mut found = Self::default();
+        let mut found = Self { cleaning: Cleaning::read(disk, dir)?, ..Self::default() };
+        let cleaned_to = found.cleaning.end().map_or(CREATION_INDEX, |(_, index)| index);
         for name in disk.read_dir(dir).map_err(OpenError::io("read", dir))? {
             if let Some(segment) = SegmentName::of_log_file(&name) {
-                found.segments.push(segment);
+                let counts = if segment.is_cleaned() {
+                    found.cleaning.segments.iter().any(|it| it.name == segment)
+                } else {
+                    segment.first_index >= cleaned_to
+                };
+                match (counts, segment.is_cleaned()) {
+                    (true, true) => {}
+                    (true, false) => found.segments.push(segment),
+                    (false, _) => found.superseded.push(segment),
+                }
             } else if let Some(segment) = SegmentName::of_index_file(&name) {
                 found.index_files.push(segment);
             } else if let Some(applied) = Checkpoint::index_of_name(&name) {
@@ -274,6 +295,48 @@ impl FoundFiles {
     }
 }
 
+impl FoundFiles {
+    /// What an install has copied so far by offset; its own log knows nothing of it.
+    pub(crate) fn take_cleaning(&mut self) -> Cleaning {
+        std::mem::replace(&mut self.cleaning, Cleaning::nothing())
+    }
+
+    /// The cleaned segments that hold anything from the log start on. The Raft log goes on where they end.
+    fn cleaned_segments(
+        &self,
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        checkpoint: &Checkpoint,
+    ) -> Result<Vec<CleanedSegment>, OpenError> {
+        let is_needed = |segment: &&CleanedSegment| segment.end_offset > checkpoint.log_start;
+        let needed: Vec<_> = self.cleaning.segments.iter().filter(is_needed).copied().collect();
+        for segment in &needed {
+            let path = segment.name.log_path(dir);
+            let missing = match disk.file_len(&path) {
+                Ok(bytes) if bytes >= segment.bytes => continue,
+                Ok(bytes) => format!("has {bytes} of {} bytes", segment.bytes),
+                Err(error) if error.kind() == io::ErrorKind::NotFound => "is missing".to_owned(),
+                Err(error) => return Err(OpenError::io("open", &path)(error)),
+            };
+            let detail = format!("the cleaned segment {} {missing}", segment.name.log_file());
+            return Err(quarantine(dir, segment.name.base_offset, detail));
+        }
+        // Without a segment the log begins behind the checkpoint.
+        let behind = SegmentName::of_raft(checkpoint.end_offset_at_applied, checkpoint.applied.next());
+        let first = self.segments.first().copied().unwrap_or(behind);
+        if let Some(end) = needed.last()
+            && (first.base_offset, first.first_index) != (end.end_offset, end.end_index)
+        {
+            let detail = format!(
+                "its cleaned segments end at offset {}, and its log begins at {}",
+                end.end_offset, first.base_offset
+            );
+            return Err(quarantine(dir, end.end_offset, detail));
+        }
+        Ok(needed)
+    }
+}
+
 fn quarantine(dir: &Path, offset: Offset, detail: String) -> OpenError {
     let remedy = "keep a copy of the folder, then restore it from a backup of this data directory, or delete the topic \
                   and create it anew (where there are other replicas, remove this one and let it be copied from them)";
@@ -332,6 +395,7 @@ impl WalkedSegment {
             end_offset: self.end_offset,
             end_index: self.end_index,
             bytes: self.end(),
+            batches: (self.end_index.get() - self.name.first_index.get()) as usize,
             records: self.last_slot.map_or(0, |slot| u64::from(slot.records)),
             max_timestamp: self.last_slot.map_or(Timestamp::NONE, |slot| slot.max_timestamp),
             files,

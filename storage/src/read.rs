@@ -215,7 +215,7 @@ pub(crate) fn read_now(source: Source, extent: Extent) -> Read {
 }
 
 /// Most that one batch may decompress to when a timestamp is looked up in it.
-const DECOMPRESSED_BYTES_MAX: usize = 256 << 20;
+pub(crate) const DECOMPRESSED_BYTES_MAX: usize = 256 << 20;
 
 /// A lookup to run on a pool. It stays valid whatever becomes of the log; bytes deleted meanwhile are an error.
 #[derive(Debug)]
@@ -265,12 +265,12 @@ impl LookupTicket {
                 let mut before = 0;
                 if let Some(((files, view, _), earlier)) = segments.split_last() {
                     before = earlier.iter().map(|(_, _, records)| records).sum::<u64>();
-                    before += view.records_before(&mut WaitingSlots::of(files), to)?;
+                    before += view.records_before(&mut WaitingSlots::of(files), to, Some(files))?;
                 }
                 let Some(mut before) = before.checked_sub(n) else { return Ok(Some(FoundRecord::at(from))) };
                 for (files, view, records) in &segments {
                     if before < *records {
-                        let offset = view.offset_of_record(&mut WaitingSlots::of(files), before)?;
+                        let offset = view.offset_of_record(&mut WaitingSlots::of(files), before, Some(files))?;
                         return Ok(Some(FoundRecord::at(offset.max(from))));
                     }
                     before -= records;
@@ -332,7 +332,7 @@ impl RecordsBefore {
         match self {
             Self::Known(records) => Ok(records),
             Self::Sealed { in_earlier, files, view, offset } => {
-                Ok(in_earlier + view.records_before(&mut WaitingSlots::of(&files), offset)?)
+                Ok(in_earlier + view.records_before(&mut WaitingSlots::of(&files), offset, Some(&files))?)
             }
         }
     }

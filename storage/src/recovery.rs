@@ -235,7 +235,7 @@ mod tests {
         fn check(segments: &[(i64, u64)], log_start: i64, applied: u64, expected: usize) {
             let segments: Vec<_> = segments
                 .iter()
-                .map(|&(offset, first)| SegmentName { base_offset: Offset::new(offset), first_index: index(first) })
+                .map(|&(offset, first)| SegmentName::of_raft(Offset::new(offset), index(first)))
                 .collect();
             assert_eq!(first_needed(&segments, Offset::new(log_start), index(applied)), expected);
         }

@@ -66,11 +66,12 @@ impl Log {
             // First: nothing may give these names to files again.
             segment.files.retire();
             self.remove_segment_files(segment.name)?;
+            self.compaction.cleaned_segments -= usize::from(segment.name.is_cleaned());
             self.sealed.pop_front();
             removed += 1;
         }
         if removed > 0 {
-            let first = self.first_index();
+            let first = self.oldest_segment().first_index;
             let kept_from = self.epochs.partition_point(|start| start.index < first).saturating_sub(1);
             self.epochs.drain(..kept_from);
             self.index_blocks.retain(|((segment, _), _)| *segment >= first);

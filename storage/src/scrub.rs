@@ -21,7 +21,7 @@ use crate::log::Log;
 use crate::lookup::Which;
 use crate::segment::SegmentName;
 use crate::slots::{NoSlot, SealedFiles, Slots, View, WaitingSlots};
-use crate::walk::{Step, Walker, check};
+use crate::walk::{Step, check_placed};
 
 /// Bytes read at a time, unless a batch is larger.
 const WINDOW_BYTES: u64 = 256 << 10;
@@ -155,10 +155,8 @@ impl ScrubJob {
         let mut reader = BatchReader { file, end: self.view.end, window: Vec::new(), window_at: 0 };
         match self.by_index(&mut reader) {
             Ok(scrubbed) => Ok(scrubbed),
-            Err(NoSlot::Failed(StorageError::Corrupt { .. })) => self.without_index(reader.file),
-            Err(NoSlot::Failed(StorageError::Io { source, .. })) if is_unreadable(&source) => {
-                self.without_index(reader.file)
-            }
+            Err(NoSlot::Failed(StorageError::Corrupt { .. })) => self.without_index(),
+            Err(NoSlot::Failed(StorageError::Io { source, .. })) if is_unreadable(&source) => self.without_index(),
             Err(error) => Err(error.into()),
         }
     }
@@ -239,10 +237,11 @@ impl ScrubJob {
             Err(error) if is_unreadable(&error) => return Ok(Err(error.to_string())),
             Err(error) => return Err(StorageError::io("read", &self.files.log_path())(error).into()),
         };
-        let (offset, index) = (slot.base_offset(name.base_offset), name.first_index.plus(number as u64));
+        let offset = slot.base_offset(name.base_offset);
+        let index = (!name.is_cleaned()).then(|| name.first_index.plus(number as u64));
         Ok(match BatchHeader::parse(batch) {
             Ok(header) if header.total_bytes() == batch.len() => {
-                check(batch, &header, offset, index, epoch).map(|_| ()).or_else(|wrong| wrong.unless_newer())
+                check_placed(batch, &header, offset, index, epoch).map(|_| ()).or_else(|wrong| wrong.unless_newer())
             }
             Ok(header) => {
                 Err(format!("a batch of {} bytes where one of {} belongs", header.total_bytes(), batch.len()))
@@ -259,10 +258,9 @@ impl ScrubJob {
     }
 
     /// The index cannot be rebuilt, because of rot in the log: where that begins is all that can be known.
-    fn without_index(&self, file: Arc<dyn DiskFile>) -> Result<Scrubbed, ReadError> {
+    fn without_index(&self) -> Result<Scrubbed, ReadError> {
         let name = self.files.name;
-        let mut walker =
-            Walker::new(file, self.view.end, 0, name.base_offset, name.first_index, self.files.epoch_before());
+        let mut walker = self.files.walker(0, name.base_offset, self.files.epoch_before())?;
         let behind = name.first_index.plus(self.view.batches as u64);
         let next = self.behind.map(ScrubPosition);
         while walker.index < behind {

@@ -15,18 +15,32 @@ const INDEX_SUFFIX: &str = ".index";
 const DIGITS: usize = 20;
 
 /// What a segment begins with: `<base offset, 20 digits>-<first Raft index, 20 digits>`, so that its index can always
-/// be rebuilt.
+/// be rebuilt. A cleaned one has a third part, the number of the cleaning that made it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct SegmentName {
     /// Offset of its first record.
     pub base_offset: Offset,
-    /// Raft index of its first batch.
+    /// Raft index of its first batch; of a cleaned one, of what was there.
     pub first_index: RaftIndex,
+    /// 0 for a segment of the Raft log. Else it was cleaned: its batches are no entries any more, and this number tells
+    /// it from what else had its place.
+    pub cleaned: u64,
 }
 
 impl SegmentName {
+    /// A segment of the Raft log.
+    pub const fn of_raft(base_offset: Offset, first_index: RaftIndex) -> Self {
+        Self { base_offset, first_index, cleaned: 0 }
+    }
+
+    /// Whether its batches are what compaction left, and no entries of the Raft log.
+    pub const fn is_cleaned(self) -> bool {
+        self.cleaned > 0
+    }
+
     fn stem(self) -> String {
-        format!("{:020}-{:020}", self.base_offset.get(), self.first_index.get())
+        let stem = format!("{:020}-{:020}", self.base_offset.get(), self.first_index.get());
+        if self.is_cleaned() { format!("{stem}-{:020}", self.cleaned) } else { stem }
     }
 
     /// The segment's file name.
@@ -50,7 +64,11 @@ impl SegmentName {
     }
 
     fn of_stem(stem: &str) -> Option<Self> {
-        let (offset, index) = stem.split_once('-')?;
+        let mut parts = stem.split('-');
+        let (offset, index, cleaned) = (parts.next()?, parts.next()?, parts.next());
+        if parts.next().is_some() {
+            return None;
+        }
         let number = |digits: &str| {
             let plain = digits.len() == DIGITS && digits.bytes().all(|byte| byte.is_ascii_digit());
             plain.then(|| digits.parse::<u64>().ok()).flatten()
@@ -58,6 +76,10 @@ impl SegmentName {
         Some(Self {
             base_offset: Offset::new(i64::try_from(number(offset)?).ok()?),
             first_index: RaftIndex::new(number(index)?),
+            cleaned: match cleaned {
+                None => 0,
+                Some(cleaned) => number(cleaned).filter(|cleaned| *cleaned > 0)?,
+            },
         })
     }
 
@@ -139,6 +161,7 @@ pub(crate) struct Sealed {
     pub(crate) end_index: RaftIndex,
     /// Bytes of its batches.
     pub(crate) bytes: u64,
+    pub(crate) batches: usize,
     pub(crate) records: u64,
     pub(crate) max_timestamp: Timestamp,
     /// Its files, opened when first used.
@@ -149,7 +172,7 @@ pub(crate) struct Sealed {
 
 impl Sealed {
     pub(crate) fn batches(&self) -> usize {
-        (self.end_index.get() - self.name.first_index.get()) as usize
+        self.batches
     }
 }
 
@@ -159,14 +182,19 @@ mod tests {
 
     #[test]
     fn names_carry_offset_and_index() {
-        let name = SegmentName { base_offset: Offset::new(1234), first_index: RaftIndex::new(99) };
+        let name = SegmentName::of_raft(Offset::new(1234), RaftIndex::new(99));
         assert_eq!(name.log_file(), "00000000000000001234-00000000000000000099.log");
         assert_eq!(SegmentName::of_log_file(&name.log_file()), Some(name));
+        let cleaned = SegmentName { cleaned: 7, ..name };
+        assert_eq!(cleaned.index_file(), "00000000000000001234-00000000000000000099-00000000000000000007.index");
+        assert_eq!(SegmentName::of_index_file(&cleaned.index_file()), Some(cleaned));
         assert_eq!(SegmentName::of_index_file(&name.index_file()), Some(name));
         for wrong in [
             "",
             "replica",
             "1-2.log",
+            "00000000000000001234-00000000000000000099-00000000000000000000.log",
+            "00000000000000001234-00000000000000000099-00000000000000000007-00000000000000000007.log",
             "00000000000000001234-00000000000000000099.log.new",
             "00000000000000001234.log",
             "99999999999999999999-00000000000000000099.log",

@@ -8,12 +8,16 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 
-use flowstone_protocol::{LeaderEpoch, Offset, Timestamp};
+use bytes::Bytes;
+use flowstone_protocol::batch::verify_crc;
+use flowstone_protocol::record::records;
+use flowstone_protocol::{BatchError, LeaderEpoch, Offset, Timestamp};
 
 use crate::batch_index::{BLOCK_BYTES, BLOCK_SLOTS, Slot, blocks_of, decode_block};
 use crate::disk::{Disk, DiskFile, OpenMode};
 use crate::error::StorageError;
 use crate::log::{IndexBlock, write_blocks};
+use crate::read::DECOMPRESSED_BYTES_MAX;
 use crate::segment::SegmentName;
 use crate::walk::{Step, Walker};
 
@@ -51,6 +55,8 @@ pub(crate) struct View {
     pub(crate) end_offset: Offset,
     /// One past its last batch's last byte.
     pub(crate) end: u64,
+    /// Whether batches may have fewer records than offsets: in a cleaned segment.
+    pub(crate) has_holes: bool,
 }
 
 /// Batches that a read gives.
@@ -143,23 +149,54 @@ impl View {
         Ok(Some((u64::from(slot.position), slot.base_offset(self.base_offset))))
     }
 
-    /// Data records of the segment before `offset`, which lies in it.
-    pub(crate) fn records_before(&self, slots: &mut dyn Slots, offset: Offset) -> Result<u64, NoSlot> {
+    /// Data records of the segment before `offset`, which lies in it. Where only the batch itself can tell, it is read
+    /// from `files`; [`NoSlot::NotCached`] without them.
+    pub(crate) fn records_before(
+        &self,
+        slots: &mut dyn Slots,
+        offset: Offset,
+        files: Option<&SealedFiles>,
+    ) -> Result<u64, NoSlot> {
         if offset <= self.base_offset {
             return Ok(0);
         }
         let (number, slot) = self.batch_of(slots, offset)?;
         let in_batches_before = self.records_of_batches(slots, number)?;
-        // Offsets within a batch are its records: nothing removes single records from a log that is not compacted.
+        // Offsets within a batch are its records: nothing removes single records but compaction.
         let into_batch = (offset.get() - slot.base_offset(self.base_offset).get()).max(0) as u64;
-        Ok(in_batches_before + into_batch.min(u64::from(slot.records) - in_batches_before))
+        let records = u64::from(slot.records) - in_batches_before;
+        if into_batch > 0 && records > 0 && self.is_thinned(slots, number, &slot, records)? {
+            let offsets = files.ok_or(NoSlot::NotCached)?.offsets_of(&slot)?;
+            return Ok(in_batches_before + offsets.partition_point(|at| *at < offset) as u64);
+        }
+        Ok(in_batches_before + into_batch.min(records))
+    }
+
+    /// Whether batch `number`, of so many data records, has lost some of them.
+    fn is_thinned(&self, slots: &mut dyn Slots, number: usize, slot: &Slot, records: u64) -> Result<bool, NoSlot> {
+        let offsets = self.offset_behind(slots, number)?.get() - slot.base_offset(self.base_offset).get();
+        Ok(self.has_holes && records < offsets as u64)
     }
 
     /// The offset of the data record that has `before` others before it in the segment.
-    pub(crate) fn offset_of_record(&self, slots: &mut dyn Slots, before: u64) -> Result<Offset, NoSlot> {
+    /// As for [`Self::records_before`], its batch may have to be read.
+    pub(crate) fn offset_of_record(
+        &self,
+        slots: &mut dyn Slots,
+        before: u64,
+        files: Option<&SealedFiles>,
+    ) -> Result<Offset, NoSlot> {
         let number = Self::search(slots, 0, self.batches, |slot| u64::from(slot.records) <= before)?;
         let slot = slots.slot(number)?;
-        let into_batch = before - self.records_of_batches(slots, number)?;
+        let in_batches_before = self.records_of_batches(slots, number)?;
+        let into_batch = before - in_batches_before;
+        let records = u64::from(slot.records) - in_batches_before;
+        if self.is_thinned(slots, number, &slot, records)? {
+            let offsets = files.ok_or(NoSlot::NotCached)?.offsets_of(&slot)?;
+            if let Some(offset) = offsets.get(into_batch as usize) {
+                return Ok(*offset);
+            }
+        }
         Ok(slot.base_offset(self.base_offset).plus(into_batch as i64))
     }
 
@@ -317,6 +354,24 @@ impl SealedFiles {
         Ok(Arc::clone(state.log.insert(file)))
     }
 
+    /// The offsets of a batch's records, ascending.
+    fn offsets_of(&self, slot: &Slot) -> Result<Vec<Offset>, StorageError> {
+        let path = self.log_path();
+        let mut batch = vec![0; slot.batch_bytes as usize];
+        let (position, offset) = (u64::from(slot.position), slot.base_offset(self.name.base_offset));
+        self.log()?.read_exact_at(&mut batch, position).map_err(StorageError::io("read", &path))?;
+        let read = || -> Result<Vec<Offset>, BatchError> {
+            verify_crc(&batch)?;
+            records(Bytes::from(batch), DECOMPRESSED_BYTES_MAX)?.map(|record| Ok(record?.offset)).collect()
+        };
+        read().map_err(|error| StorageError::Corrupt {
+            segment: self.name.log_file(),
+            position,
+            offset,
+            detail: error.to_string(),
+        })
+    }
+
     /// From here on nothing is written to these files by a lookup.
     pub(crate) fn retire(&self) {
         self.state().is_retired = true;
@@ -414,7 +469,7 @@ impl SealedFiles {
         let path = self.log_path();
         tracing::warn!(path = %path.display(), "a segment's index is missing or wrong: rebuilding it");
         let name = self.name;
-        let mut walker = Walker::new(self.log()?, self.bytes, 0, name.base_offset, name.first_index, self.epoch_before);
+        let mut walker = self.walker(0, name.base_offset, self.epoch_before)?;
         let mut slots: Vec<Slot> = Vec::with_capacity(self.batches);
         while slots.len() < self.batches {
             let detail = match walker.step().map_err(StorageError::io("read", &path))? {
@@ -436,6 +491,17 @@ impl SealedFiles {
             state.rebuilt = Some(slots.clone().into_boxed_slice());
         }
         Ok(slots)
+    }
+
+    /// A walk through the segment from a batch on.
+    pub(crate) fn walker(
+        &self,
+        position: u64,
+        offset: Offset,
+        epoch: Option<LeaderEpoch>,
+    ) -> Result<Walker, StorageError> {
+        let walker = Walker::new(self.log()?, self.bytes, position, offset, self.name.first_index, epoch);
+        Ok(if self.name.is_cleaned() { walker.of_cleaned() } else { walker })
     }
 
     fn state(&self) -> MutexGuard<'_, FilesState> {

@@ -46,6 +46,8 @@ pub(crate) struct Walker {
     pub(crate) index: RaftIndex,
     /// The epoch of the batch before; unknown at the beginning of a log whose past is gone.
     pub(crate) epoch: Option<LeaderEpoch>,
+    /// Whether the batches are entries of the Raft log, one index each.
+    is_raft: bool,
     window: Vec<u8>,
     window_at: u64,
 }
@@ -59,7 +61,18 @@ impl Walker {
         index: RaftIndex,
         epoch: Option<LeaderEpoch>,
     ) -> Self {
-        Self { file, len, position, offset, index, epoch, window: Vec::new(), window_at: 0 }
+        Self { file, len, position, offset, index, epoch, is_raft: true, window: Vec::new(), window_at: 0 }
+    }
+
+    /// The same through a cleaned segment, whose batches have no index.
+    pub(crate) fn of_cleaned(mut self) -> Self {
+        self.is_raft = false;
+        self
+    }
+
+    /// The bytes of the batch that was stepped over last, which was at `position`.
+    pub(crate) fn batch_at(&mut self, position: u64, bytes: usize) -> io::Result<&[u8]> {
+        self.bytes(position, bytes as u64)
     }
 
     /// Looks at what lies here, and steps over it if it is a batch.
@@ -86,8 +99,9 @@ impl Walker {
             return Ok(Step::Bad { detail: format!("a batch of {batch_bytes} bytes where {left} are left") });
         }
         let (offset, index, epoch) = (self.offset, self.index, self.epoch);
+        let is_raft = self.is_raft;
         let batch = self.bytes(position, batch_bytes)?;
-        let control = match check(batch, &header, offset, index, epoch) {
+        let control = match check_placed(batch, &header, offset, is_raft.then_some(index), epoch) {
             Ok(control) => control,
             Err(Wrong::Newer { ctype }) => return Ok(Step::Newer { ctype }),
             Err(Wrong::Bad(detail)) => return Ok(Step::Bad { detail }),
@@ -162,6 +176,17 @@ pub(crate) fn check(
     index: RaftIndex,
     epoch: Option<LeaderEpoch>,
 ) -> Result<Option<i16>, Wrong> {
+    check_placed(batch, header, offset, Some(index), epoch)
+}
+
+/// The same; the index is not known in a cleaned segment. The no-ops stay there, so that the epoch is checked all the same.
+pub(crate) fn check_placed(
+    batch: &[u8],
+    header: &BatchHeader,
+    offset: Offset,
+    index: Option<RaftIndex>,
+    epoch: Option<LeaderEpoch>,
+) -> Result<Option<i16>, Wrong> {
     verify_crc(batch).map_err(|error| Wrong::Bad(error.to_string()))?;
     if header.base_offset != offset {
         return Err(Wrong::Bad(format!("a batch with base offset {} where {offset} belongs", header.base_offset)));
@@ -173,7 +198,7 @@ pub(crate) fn check(
             BatchError::UnknownControlType { ctype } => Wrong::Newer { ctype },
             error => Wrong::Bad(error.to_string()),
         })?;
-        if record.index != index {
+        if let Some(index) = index.filter(|index| *index != record.index) {
             return Err(Wrong::Bad(format!("a control batch of entry {} where {index} belongs", record.index)));
         }
         control = Some(record.ctype.id());

@@ -241,6 +241,7 @@ impl Run {
             zero_ahead_bytes: [0, 4_096, 16_384, 65_536][self.random.below(4) as usize],
             room_kept_bytes: 10_000,
             segment_batches_max: [5, 200, 1_000][self.random.below(3) as usize],
+            compaction: None,
         }
     }
 
