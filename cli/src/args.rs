@@ -3,8 +3,8 @@
 use crate::failure::{Failure, Outcome};
 use crate::output::Format;
 use crate::{
-    bench, broker, broker_admin, cluster, completion, config, consume, debug, dev, moment, partition, produce, topic,
-    verify,
+    bench, broker, broker_admin, cluster, completion, config, consume, debug, dev, group, moment, partition, produce,
+    topic, txn, verify,
 };
 use clap::{Args, Parser, Subcommand};
 use std::time::Duration;
@@ -111,6 +111,10 @@ pub(crate) enum Command {
     Topic(topic::TopicCommand),
     Produce(produce::ProduceArgs),
     Consume(consume::ConsumeArgs),
+    #[command(subcommand)]
+    Group(group::GroupCommand),
+    #[command(subcommand)]
+    Txn(txn::TxnCommand),
     #[command(subcommand)]
     Bench(bench::BenchCommand),
     Verify(verify::VerifyArgs),

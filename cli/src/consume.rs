@@ -1,5 +1,7 @@
 //! `flowstone consume`.
 
+mod group;
+
 use crate::args::Common;
 use crate::connect::connect;
 use crate::failure::{Exit, Failure, Outcome};
@@ -9,8 +11,8 @@ use crate::record_view::RecordView;
 use crate::stdio::stdout_closed;
 use crate::template::Template;
 use crate::{moment, record_json};
-use clap::Args;
-use flowstone_client::{Client, Consumer, OffsetSpec, RecordBatch, RecordRef, StartAt, StopAt};
+use clap::{Args, ValueEnum};
+use flowstone_client::{Client, Consumer, Isolation, OffsetSpec, RecordBatch, RecordRef, StartAt, StopAt};
 use futures::FutureExt;
 use std::io::{self, Write};
 
@@ -28,7 +30,12 @@ pub(crate) struct ConsumeArgs {
     #[arg(short, long = "partition", value_name = "PARTITION", value_parser = clap::value_parser!(i32).range(0..))]
     partitions: Vec<i32>,
 
-    /// Where to begin: start, end, an offset, -N (the last N of each partition), @TIME (RFC 3339, milliseconds since
+    /// As a member of this group: shares the partitions with its other members, and goes on where the group is. What was
+    /// printed is what is committed
+    #[arg(short, long)]
+    group: Option<String>,
+
+    /// Where to begin, with -g where nothing is committed: start, end, an offset, -N (the last N of each partition), @TIME (RFC 3339, milliseconds since
     /// 1970, or a span before now as in @-1h)
     #[arg(long, value_name = "POSITION", default_value = "start", allow_hyphen_values = true)]
     from: From,
@@ -49,10 +56,38 @@ pub(crate) struct ConsumeArgs {
     #[arg(long, value_name = "RACK")]
     rack: Option<String>,
 
+    /// Which records of transactions to read
+    #[arg(long, value_enum, value_name = "LEVEL", default_value_t)]
+    isolation: IsolationArg,
+
     /// What to print of a record: %t topic, %p partition, %o offset, %k key, %v value, %h headers, %T timestamp in
     /// ms, %% and \n \t \xNN. No line end is added
     #[arg(short, long, value_name = "TEMPLATE")]
     format: Option<Template>,
+}
+
+/// The value of `--isolation`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum IsolationArg {
+    /// Records of committed transactions, and those without one.
+    #[default]
+    ReadCommitted,
+    /// Those of open and aborted transactions too.
+    ReadUncommitted,
+}
+
+impl IsolationArg {
+    fn to_client(self) -> Isolation {
+        match self {
+            Self::ReadCommitted => Isolation::ReadCommitted,
+            Self::ReadUncommitted => Isolation::ReadUncommitted,
+        }
+    }
+
+    fn is_committed(self) -> bool {
+        self == Self::ReadCommitted
+    }
 }
 
 /// What is printed of a record.
@@ -85,9 +120,12 @@ pub(crate) async fn run(args: ConsumeArgs, common: &Common) -> Outcome {
         _ => return Err(Failure::usage("consume prints values, -o json or -f TEMPLATE")),
     };
     let client = connect(common).await?;
-    let consumer = build(&client, &args).await?;
     let all_there = args.to_end || args.until == Some(Until::End);
     let printing = Printing { form, left: args.count, printed: Vec::new() };
+    if let Some(group) = &args.group {
+        return group::run(&client, &args, group, printing, common).await;
+    }
+    let consumer = build(&client, &args).await?;
     tokio::select! {
         biased;
         // The ordinary end of reading without one; elsewhere the rest is missing.
@@ -117,6 +155,7 @@ async fn build(client: &Client, args: &ConsumeArgs) -> Outcome<Consumer> {
             Some(Until::Offset(offset)) => StopAt::Offset(offset),
             Some(Until::Time(ms)) => StopAt::Timestamp(ms),
         });
+    consumer = consumer.isolation(args.isolation.to_client());
     if let Some(rack) = &args.rack {
         consumer = consumer.rack(rack);
     }
@@ -199,15 +238,22 @@ struct Printing {
 
 impl Printing {
     fn take(&mut self, batch: &RecordBatch) -> Outcome {
-        let wanted = self.left.map_or(usize::MAX, |left| usize::try_from(left).unwrap_or(usize::MAX));
-        for record in batch.iter().take(wanted) {
+        self.take_until(batch, i64::MAX).map(drop)
+    }
+
+    /// Prints what is wanted of a batch, up to this offset; the next offset, where something of it is left.
+    fn take_until(&mut self, batch: &RecordBatch, until: i64) -> Outcome<Option<i64>> {
+        for record in batch {
+            if self.left == Some(0) || record.offset() >= until {
+                return Ok(Some(record.offset()));
+            }
+            self.left = self.left.map(|left| left - 1);
             self.form.render(record, &mut self.printed);
             if self.printed.len() >= PRINT_BYTES {
                 self.flush()?;
             }
         }
-        self.left = self.left.map(|left| left.saturating_sub(batch.len() as u64));
-        Ok(())
+        Ok(None)
     }
 
     fn flush(&mut self) -> Outcome {

@@ -13,7 +13,7 @@ pub(crate) enum Exit {
     Failed = 1,
     /// The command line or a configuration is wrong; the same call never succeeds.
     Usage = 2,
-    /// A topic or a partition that does not exist.
+    /// A topic, partition, group or transactional id that does not exist.
     NotFound = 3,
     /// No broker answered within `--timeout`.
     Unreachable = 4,
@@ -95,15 +95,24 @@ pub(crate) fn exit_of(error: &flowstone_client::Error) -> Exit {
         return Exit::Unreachable;
     }
     match error.code() {
-        ErrorCode::TimedOut | ErrorCode::NotLeader | ErrorCode::LeaderNotReady | ErrorCode::NoLeader => {
-            Exit::Unreachable
-        }
-        ErrorCode::UnknownTopic | ErrorCode::UnknownPartition => Exit::NotFound,
+        ErrorCode::TimedOut
+        | ErrorCode::NotLeader
+        | ErrorCode::LeaderNotReady
+        | ErrorCode::NoLeader
+        | ErrorCode::NotCoordinator => Exit::Unreachable,
+        ErrorCode::UnknownTopic
+        | ErrorCode::UnknownPartition
+        | ErrorCode::UnknownGroup
+        | ErrorCode::UnknownTransaction => Exit::NotFound,
         ErrorCode::PermissionDenied | ErrorCode::InternalTopic => Exit::Denied,
         ErrorCode::InvalidTopicName
         | ErrorCode::InvalidPartitions
         | ErrorCode::InvalidReplicationFactor
-        | ErrorCode::InvalidConfig => Exit::Usage,
+        | ErrorCode::InvalidConfig
+        | ErrorCode::InvalidGroup
+        | ErrorCode::InvalidPattern
+        | ErrorCode::InvalidTransactionalId
+        | ErrorCode::InvalidTransactionTimeout => Exit::Usage,
         _ => Exit::Failed,
     }
 }

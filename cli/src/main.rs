@@ -19,6 +19,7 @@ mod debug;
 mod dev;
 mod escape;
 mod failure;
+mod group;
 mod lines;
 mod moment;
 mod moves;
@@ -32,6 +33,7 @@ mod record_view;
 mod stdio;
 mod template;
 mod topic;
+mod txn;
 mod verify;
 
 use args::{Cli, Command};
@@ -59,6 +61,8 @@ fn run(cli: Cli) -> Outcome {
         Command::Cluster(command) => asking()?.block_on(cluster::run(command, &common)),
         Command::BrokerAdmin(command) => asking()?.block_on(broker_admin::run(command, &common)),
         Command::Partition(command) => asking()?.block_on(partition::run(command, &common)),
+        Command::Group(command) => asking()?.block_on(group::run(command, &common)),
+        Command::Txn(command) => asking()?.block_on(txn::run(command, &common)),
         Command::Produce(args) => asking()?.block_on(produce::run(args, &common)),
         Command::Consume(args) => asking()?.block_on(consume::run(args, &common)),
         Command::Verify(args) => asking()?.block_on(verify::run(&args, &common)),

@@ -7,9 +7,9 @@ use crate::failure::{Exit, Failure, Outcome, chain, exit_of};
 use crate::lines::{Chunk, Lines};
 use crate::output::{self, Format};
 use crate::stdio::say;
-use crate::{record_json, template};
+use crate::{moment, record_json, template};
 use clap::{Args, ValueEnum};
-use flowstone_client::{Ack, Acks, Compression, ErrorCode, Producer, Record, RecordMetadata};
+use flowstone_client::{Ack, Acks, Compression, ErrorCode, Producer, Record, RecordMetadata, Transaction};
 use futures::FutureExt;
 use indicatif::ProgressBar;
 use std::collections::VecDeque;
@@ -55,6 +55,15 @@ pub(crate) struct ProduceArgs {
     /// Store each record once, whatever has to be sent again; needs --acks quorum
     #[arg(long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
     idempotent: Option<bool>,
+
+    /// Store the whole input as one transaction under this id: readers of committed records get all of it or nothing. Who
+    /// used the id before is cut off
+    #[arg(long, value_name = "ID")]
+    transactional_id: Option<String>,
+
+    /// How long the transaction may stay open before the cluster aborts it
+    #[arg(long, value_name = "SPAN", default_value = "5m", value_parser = moment::parse_span, requires = "transactional_id")]
+    transaction_timeout: Duration,
 
     /// What a line is: a value, or a record as `consume -o json` writes it. Of such a record, key, value, headers
     /// and timestamp are taken; topic, partition and offset are not
@@ -145,7 +154,6 @@ impl Delimiter {
 pub(crate) async fn run(args: ProduceArgs, common: &Common) -> Outcome {
     let idempotent = check(&args, common)?;
     let input = open(args.file.as_deref())?;
-    let mut interrupted = Box::pin(tokio::signal::ctrl_c());
     let client = connect(common).await?;
     check_place(&client, &args).await?;
     let producer = client
@@ -153,11 +161,61 @@ pub(crate) async fn run(args: ProduceArgs, common: &Common) -> Outcome {
         .acks(args.acks.to_client())
         .idempotent(idempotent)
         .compression(args.compression.to_client())
-        .delivery_timeout(common.timeout)
-        .build()
-        .await?;
-
+        .delivery_timeout(common.timeout);
     let began = Instant::now();
+    let Some(id) = &args.transactional_id else {
+        let producer = producer.build().await?;
+        let (sent, end) = produce(&Sink::Plain(&producer), &args, common, input).await;
+        // With `--acks none` only the end of the stream says that the broker has it; failures are told above.
+        let _ = producer.close(common.timeout).await;
+        return sent.finish(end, &args.topic, began.elapsed());
+    };
+    let mut producer = producer.transactional_id(id).transaction_timeout(args.transaction_timeout).build().await?;
+    let transaction = producer.begin().await?;
+    let (sent, end) = produce(&Sink::Transaction(&transaction), &args, common, input).await;
+    let whole = matches!(end, End::Input) && sent.is_whole();
+    let ended = if whole { transaction.commit().await } else { transaction.abort().await };
+    // Its failures are told below, or are those of an end that is decided.
+    let _ = producer.close(common.timeout).await;
+    match (whole, ended) {
+        (true, Ok(())) => sent.finish(end, &args.topic, began.elapsed()),
+        (true, Err(error)) => Err(Failure::from(error).context("the transaction was not committed")),
+        (false, ended) => {
+            let fate = match ended {
+                Ok(()) => "the transaction was aborted, nothing of it counts".to_owned(),
+                Err(error) => format!("the transaction is not committed, and its abort failed ({error})"),
+            };
+            let told = sent.finish(end, &args.topic, began.elapsed());
+            Err(told.err().unwrap_or_else(|| Failure::failed("interrupted")).context(fate))
+        }
+    }
+}
+
+/// Where records go.
+enum Sink<'a> {
+    Plain(&'a Producer),
+    Transaction(&'a Transaction<'a>),
+}
+
+impl Sink<'_> {
+    async fn send(&self, record: Record<'_>) -> flowstone_client::Result<Ack> {
+        match self {
+            Self::Plain(producer) => producer.send(record).await,
+            Self::Transaction(transaction) => transaction.send(record).await,
+        }
+    }
+
+    async fn flush(&self) -> flowstone_client::Result<()> {
+        match self {
+            Self::Plain(producer) => producer.flush().await,
+            Self::Transaction(transaction) => transaction.flush().await,
+        }
+    }
+}
+
+/// Sends the input, and waits for what became of it.
+async fn produce(sink: &Sink<'_>, args: &ProduceArgs, common: &Common, input: Input) -> (Sent, End) {
+    let mut interrupted = Box::pin(tokio::signal::ctrl_c());
     let mut sent = Sent::new(common.output == Format::Json);
     let mut chunks = read_ahead(input);
     let bar = progress();
@@ -182,7 +240,7 @@ pub(crate) async fn run(args: ProduceArgs, common: &Common) -> Outcome {
                 let fed = tokio::select! {
                     biased;
                     _ = &mut interrupted => break End::Interrupted,
-                    fed = feed(&producer, &args, &chunk, &mut sent) => fed,
+                    fed = feed(sink, args, &chunk, &mut sent) => fed,
                 };
                 if let Err(error) = fed {
                     break End::Unreadable(error);
@@ -198,23 +256,21 @@ pub(crate) async fn run(args: ProduceArgs, common: &Common) -> Outcome {
     if matches!(end, End::Interrupted) {
         // What was sent is given its time; who has none says so again.
         tokio::select! {
-            () = sent.settle(&producer) => {}
+            () = sent.settle(sink) => {}
             _ = tokio::signal::ctrl_c() => sent.look(),
         }
     } else {
         tokio::select! {
-            () = sent.settle(&producer) => {}
+            () = sent.settle(sink) => {}
             _ = &mut interrupted => {
                 sent.look();
                 bar.finish_and_clear();
-                return sent.finish(End::Interrupted, &args.topic, began.elapsed());
+                return (sent, End::Interrupted);
             }
         }
     }
-    // With `--acks none` only the end of the stream says that the broker has it; failures are told above.
-    let _ = producer.close(common.timeout).await;
     bar.finish_and_clear();
-    sent.finish(end, &args.topic, began.elapsed())
+    (sent, end)
 }
 
 /// What clap cannot check; whether the producer is idempotent.
@@ -226,6 +282,11 @@ fn check(args: &ProduceArgs, common: &Common) -> Outcome<bool> {
         return Err(Failure::usage("produce prints nothing, or with -o json what was acknowledged; leave -o out"));
     }
     let quorum = args.acks == AcksArg::Quorum;
+    if args.transactional_id.is_some() && (!quorum || args.idempotent == Some(false)) {
+        return Err(Failure::usage(
+            "a transaction needs --acks quorum and idempotence; leave --acks and --idempotent out",
+        ));
+    }
     match args.idempotent {
         Some(true) if !quorum => Err(Failure::usage(format!(
             "--idempotent=true needs --acks quorum, not {}; leave one of them out",
@@ -300,7 +361,7 @@ fn progress() -> ProgressBar {
 ///
 /// # Errors
 /// A line that is no record.
-async fn feed(producer: &Producer, args: &ProduceArgs, chunk: &Chunk, sent: &mut Sent) -> Result<(), String> {
+async fn feed(sink: &Sink<'_>, args: &ProduceArgs, chunk: &Chunk, sent: &mut Sent) -> Result<(), String> {
     for line in chunk.lines() {
         sent.line += 1;
         let mut record = Record::to(&args.topic);
@@ -331,7 +392,7 @@ async fn feed(producer: &Producer, args: &ProduceArgs, chunk: &Chunk, sent: &mut
             record = record.header(key.as_str(), value.as_str());
         }
         let bytes = record.value_bytes().map_or(0, <[u8]>::len);
-        match producer.send(record).await {
+        match sink.send(record).await {
             Ok(ack) => sent.pending.push_back(Pending { ack, line: sent.line, bytes }),
             Err(error) => sent.failed(sent.line, &error),
         }
@@ -411,9 +472,9 @@ impl Sent {
     }
 
     /// Waits for all that was sent.
-    async fn settle(&mut self, producer: &Producer) {
+    async fn settle(&mut self, sink: &Sink<'_>) {
         // What failed is told by the records' own acknowledgements.
-        let _ = producer.flush().await;
+        let _ = sink.flush().await;
         while let Some(pending) = self.pending.front_mut() {
             let result = (&mut pending.ack).await;
             let (line, bytes) = (pending.line, pending.bytes);
@@ -457,6 +518,11 @@ impl Sent {
                 message: chain(error),
             }),
         }
+    }
+
+    /// Whether everything sent is acknowledged.
+    fn is_whole(&self) -> bool {
+        self.pending.is_empty() && self.failures.is_empty()
     }
 
     fn print(&mut self) {

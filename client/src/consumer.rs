@@ -88,10 +88,10 @@ pub enum OnOutOfRange {
 #[non_exhaustive]
 pub enum Isolation {
     /// All, those of transactions that are open or were aborted too.
-    #[default]
     ReadUncommitted,
     /// Those of committed transactions, and those without one. Reading waits at the first record of the oldest open
     /// transaction.
+    #[default]
     ReadCommitted,
 }
 
@@ -138,6 +138,13 @@ pub struct Position {
     pub partition: i32,
     /// The offset.
     pub offset: i64,
+}
+
+impl Position {
+    /// This offset of this partition.
+    pub fn new(topic: impl AsRef<str>, partition: i32, offset: i64) -> Self {
+        Self { topic: Arc::from(topic.as_ref()), partition, offset }
+    }
 }
 
 /// What to read, and how; made by [`Client::consumer`](crate::Client::consumer).
@@ -236,7 +243,7 @@ impl ConsumerBuilder {
         self
     }
 
-    /// Which records of transactions are handed out; [`Isolation::ReadUncommitted`] unless set.
+    /// Which records of transactions are handed out; [`Isolation::ReadCommitted`] unless set.
     pub fn isolation(mut self, isolation: Isolation) -> Self {
         self.isolation = isolation;
         self

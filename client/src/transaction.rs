@@ -285,10 +285,13 @@ pub struct Transaction<'a> {
     consumed: Mutex<Consumed>,
 }
 
+/// Next offset by topic id and partition.
+type Offsets = BTreeMap<(Bytes, i32), i64>;
+
 /// By group: whose batches they were, and the next offset of each partition.
 #[derive(Debug, Default)]
 struct Consumed {
-    groups: BTreeMap<String, (Member, BTreeMap<(Bytes, i32), i64>)>,
+    groups: BTreeMap<String, (Member, Offsets)>,
 }
 
 impl Transaction<'_> {
@@ -301,6 +304,14 @@ impl Transaction<'_> {
         // Before it is known to be taken in: what is sent by then may reach a broker.
         self.producer.begun.store(true, Ordering::SeqCst);
         self.producer.producer.send(record).await
+    }
+
+    /// As [`Producer::flush`]: waits until every record taken in so far is acknowledged or failed.
+    ///
+    /// # Errors
+    /// As [`Producer::flush`].
+    pub async fn flush(&self) -> Result<()> {
+        self.producer.producer.flush().await
     }
 
     /// The offsets behind this batch become the group's when the transaction commits; never otherwise: from now on the
@@ -394,13 +405,7 @@ impl Transaction<'_> {
         Ok(())
     }
 
-    async fn commit_offsets(
-        &self,
-        identity: Identity,
-        group: String,
-        member: &Member,
-        offsets: BTreeMap<(Bytes, i32), i64>,
-    ) -> Result<()> {
+    async fn commit_offsets(&self, identity: Identity, group: String, member: &Member, offsets: Offsets) -> Result<()> {
         self.producer.begun.store(true, Ordering::SeqCst);
         let (_, member_id, member_epoch) = member.identity();
         let offset = |((topic_id, partition), offset): ((Bytes, i32), i64)| pb::CommitOffset {

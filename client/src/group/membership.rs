@@ -63,6 +63,8 @@ pub(crate) struct Membership {
     epoch: i32,
     /// What the coordinator wants it to own.
     assigned: BTreeSet<Part>,
+    /// The coordinator said what that is.
+    is_assigned: bool,
     /// What it owns, with what it is giving up.
     owned: BTreeSet<Part>,
     /// Part of `owned`: not handed out any more.
@@ -86,6 +88,7 @@ impl Membership {
             phase: Phase::Away,
             epoch: 0,
             assigned: BTreeSet::new(),
+            is_assigned: false,
             owned: BTreeSet::new(),
             revoking: BTreeSet::new(),
             session_timeout: FIRST_SESSION_TIMEOUT,
@@ -116,6 +119,11 @@ impl Membership {
     /// Whether this partition may be handed out and committed.
     pub(crate) fn owns(&self, part: &Part) -> bool {
         self.owned.contains(part)
+    }
+
+    /// Whether an assignment was taken in, and these many partitions are all that it owns and shall own.
+    pub(crate) fn is_settled(&self, held: usize) -> bool {
+        self.phase == Phase::Member && self.is_assigned && self.owned == self.assigned && self.owned.len() == held
     }
 
     /// Whether it is on its way to another member.
@@ -176,6 +184,7 @@ impl Membership {
             }
         }
         self.assigned = assigned;
+        self.is_assigned = true;
         if self.revoking.is_empty() {
             steps.push(self.tell_owned(now));
         }
@@ -234,6 +243,7 @@ impl Membership {
     pub(crate) fn lose_all(&mut self) -> Vec<Step> {
         self.epoch = 0;
         self.assigned.clear();
+        self.is_assigned = false;
         self.revoking.clear();
         std::mem::take(&mut self.owned).into_iter().map(Step::Lost).collect()
     }

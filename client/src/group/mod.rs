@@ -80,7 +80,7 @@ const COMMIT_EVERY: Duration = Duration::from_secs(1);
 
 impl GroupBuilder {
     pub(crate) fn new(cluster: Arc<Cluster>, group: String, client_id: String) -> Self {
-        let consumer = ConsumerBuilder::new(cluster.clone()).isolation(Isolation::ReadCommitted);
+        let consumer = ConsumerBuilder::new(cluster.clone());
         Self {
             cluster,
             group,
@@ -405,16 +405,16 @@ impl GroupConsumer {
 
     fn poll_next_record(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<ConsumerRecord>>> {
         loop {
-            if let Some((batch, next)) = self.current.take() {
-                if let Some(record) = batch.get(next).map(|record| record.to_record()) {
-                    let after = batch.offset_at(next + 1).unwrap_or(batch.next_offset());
-                    self.shared.state().hand_back(Instant::now());
-                    if !self.hand_out(&batch, after) {
-                        continue;
-                    }
-                    self.current = Some((batch, next + 1));
-                    return Poll::Ready(Some(Ok(record)));
+            if let Some((batch, next)) = self.current.take()
+                && let Some(record) = batch.get(next).map(|record| record.to_record())
+            {
+                let after = batch.offset_at(next + 1).unwrap_or(batch.next_offset());
+                self.shared.state().hand_back(Instant::now());
+                if !self.hand_out(&batch, after) {
+                    continue;
                 }
+                self.current = Some((batch, next + 1));
+                return Poll::Ready(Some(Ok(record)));
             }
             match std::task::ready!(self.poll_batch(context)) {
                 Some(Ok(batch)) => {
@@ -520,6 +520,12 @@ impl GroupConsumer {
             .collect();
         assigned.sort();
         assigned
+    }
+
+    /// Whether the group has said what this member shall read, and all of that is being read.
+    pub fn is_settled(&self) -> bool {
+        let state = self.shared.state();
+        state.membership.is_settled(state.held.len()) && state.changes.is_empty()
     }
 
     /// This member's id.
