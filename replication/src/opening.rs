@@ -13,10 +13,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use flowstone_protocol::control::log_start_of;
-use flowstone_protocol::{BatchHeader, ControlType, RaftIndex, Term, Timestamp};
+use flowstone_protocol::{BatchHeader, ControlType, RaftIndex, ReplicaId, Term, Timestamp};
 use flowstone_storage::checkpoint::{CREATION_INDEX, Checkpoint};
 use flowstone_storage::{
-    DataDir, Disk, EntryBody, HardState, Install, Log, OpenError, OpenMode, ReplicaIdentity, StorageError,
+    DataDir, Disk, EntryBody, HardState, Install, KeptLog, Log, OpenError, OpenMode, ReplicaIdentity, StorageError,
 };
 
 use crate::machine::{Machine, MachineBody, MachineEntry};
@@ -41,6 +41,10 @@ pub(crate) enum Opened<M: Machine> {
     Pulls {
         machine: M,
         install: Option<Box<Install>>,
+        /// What another replica left here.
+        kept: Option<Box<KeptLog>>,
+        /// Which one that is.
+        replaces: Option<ReplicaId>,
     },
     /// The file system failed: tried again.
     Failed {
@@ -134,7 +138,16 @@ impl OpenJob {
                 self.is_new |= is_new;
                 self.open_log()
             }
-            Ok(Begun::Pull(install)) => return Opened::Pulls { machine, install },
+            Ok(Begun::Pull(install)) => {
+                let Self { disk, spec, .. } = &self;
+                let kept = KeptLog::find(disk, &spec.dir).unwrap_or_else(|error| {
+                    tracing::warn!(tp = %spec.tp, %error, "cannot look for what an earlier replica left: all is copied from others");
+                    None
+                });
+                let replaces = ReplicaIdentity::read(disk, &spec.dir).ok().map(|identity| identity.replica);
+                let replaces = replaces.filter(|&replica| replica != spec.replica);
+                return Opened::Pulls { machine, install, kept: kept.map(Box::new), replaces };
+            }
             Err(unusable) => Err(unusable),
         };
         let log = match begun {

@@ -15,6 +15,7 @@
 //! (`parked_reads_max`, then `OVERLOADED`), reads on their way to the disk (`disk_reads_max`, then `OVERLOADED`).
 //! What pools report back is bounded by what was given to them: a flush, a checkpoint, an opening per replica.
 
+mod compacting;
 mod peers;
 mod pulling;
 mod resting;
@@ -34,6 +35,7 @@ use flowstone_storage::{
     RetentionConfig, Scrubbed, StorageError,
 };
 
+use self::compacting::Compacting;
 use self::peers::{NEVER, Places};
 pub(crate) use self::pulling::Installed;
 use self::pulling::{LOWER_MARK, Pull};
@@ -295,6 +297,7 @@ impl<M: Machine> Shards<M> {
                 resting: Resting::new(number, start),
                 pulls: Vec::new(),
                 scrubbing: Scrubbing::new(config, now),
+                compacting: Compacting::new(config, now),
                 timers: Timers::new(config),
                 stopping: None,
                 unclean: false,
@@ -629,6 +632,7 @@ impl<M: Machine> Message<M> {
             | Self::Installed { .. }
             | Self::Scrubbed { .. }
             | Self::Repaired { .. }
+            | Self::Compacted { .. }
             | Self::LogClosed { .. } => {}
         }
     }
@@ -664,6 +668,8 @@ struct Slot<M: Machine> {
     repair: Option<Repairing>,
     /// Its log was copied from others a moment ago.
     is_copied: bool,
+    /// Which other one's files go once it is copied.
+    replaces: Option<ReplicaId>,
     relaxed: RelaxedNote,
 }
 
@@ -784,6 +790,7 @@ struct Shard<M: Machine> {
     /// Places in the table that pull something.
     pulls: Vec<u32>,
     scrubbing: Scrubbing,
+    compacting: Compacting,
     timers: Timers,
     stopping: Option<mpsc::Sender<bool>>,
     /// A log could not be closed cleanly: the broker does not note that it stopped so.
@@ -984,6 +991,7 @@ impl<M: Machine> Shard<M> {
             hint: None,
             repair: None,
             is_copied: false,
+            replaces: None,
             relaxed: RelaxedNote::Not,
         };
         let index = match self.free.pop() {
@@ -1085,10 +1093,11 @@ impl<M: Machine> Shard<M> {
                 tracing::error!(tp = %slot.spec.tp, %message, "cannot open a replica; trying again");
                 self.set_failed(key.index, machine, message);
             }
-            Opened::Pulls { machine, install } => {
+            Opened::Pulls { machine, install, kept, replaces } => {
                 slot.state = State::Pulling { machine };
+                slot.replaces = replaces;
                 self.show(key.index);
-                self.begin_install(key.index, install);
+                self.begin_install(key.index, install, kept);
             }
             Opened::Lost(lost) => {
                 let message = &lost.message;
@@ -1793,6 +1802,7 @@ impl<M: Machine> Shard<M> {
             .chain(marks)
             .chain(pulls)
             .chain(self.scrubbing.due())
+            .chain(self.compacting.due())
             .min()
     }
 
@@ -1859,6 +1869,7 @@ impl<M: Machine> Shard<M> {
             self.drive_due_pulls();
         }
         self.scrub_if_due();
+        self.compact_if_due();
     }
 
     fn event(&mut self, index: u32, event: Event<M>) {

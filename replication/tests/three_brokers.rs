@@ -1067,3 +1067,83 @@ fn a_follower_that_catches_up_does_not_keep_a_dead_leader_alive() {
     cluster.network.pull_takes.store(0, Ordering::Relaxed);
     cluster.until_equal(&[away, third]);
 }
+
+impl Cluster {
+    /// The segments of a broker's replica, the oldest first.
+    fn segments(&self, at: usize) -> Vec<PathBuf> {
+        let dir = self.brokers[at].as_ref().unwrap().data_dir.replica_dir(TP);
+        let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+        let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|it| it == "log")).collect();
+        files.sort();
+        files
+    }
+
+    /// Another replica takes this one's place on its broker, which keeps the folder.
+    fn replace(&mut self, at: usize, replica: u64) {
+        let mut places = founders();
+        places.push((replica_id(replica), broker_id(at)));
+        self.open(at, replica, Start::Learner, &places);
+        for at in 0..3 {
+            self.handle(at).set_peers(places.clone().into());
+        }
+        let others: Vec<_> = (0..3).filter(|&other| other != at).map(|at| 11 + at as u64).collect();
+        self.drive(&[others[0], others[1], replica], &[11 + at as u64], true);
+    }
+}
+
+/// Flips bits of a byte.
+fn damage(path: &std::path::Path, position: u64) {
+    use std::os::unix::fs::FileExt as _;
+    let file = std::fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, position).unwrap();
+    file.write_all_at(&[byte[0] ^ 0x40], position).unwrap();
+}
+
+#[test]
+fn a_replica_that_takes_another_ones_place_pulls_what_is_damaged_and_keeps_the_rest() {
+    let config = ShardsConfig { checkpoint_entries: 100, pull_bytes: 8 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    for _ in 0..10 {
+        cluster.write_many(100);
+    }
+    cluster.until_equal(&[0, 1, 2]);
+    let at = (cluster.leader() + 1) % 3;
+    let segments = cluster.segments(at);
+    assert!(segments.len() > 10, "{segments:?}");
+    cluster.kill(at, true);
+    // A byte here, a byte there, and a file.
+    damage(&segments[2], 20_000);
+    damage(&segments[5], 100);
+    damage(&segments[5], 50_000);
+    std::fs::remove_file(&segments[7]).unwrap();
+    cluster.restart(at);
+    cluster.replace(at, 99);
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    let (pulled, size) = (cluster.metrics(at).pulled_bytes, cluster.status(at).size_bytes);
+    assert!(size > 900_000 && pulled < 150_000, "{pulled} of {size} bytes were pulled");
+    // It is one like any other, and answers for all of it.
+    cluster.kill(at, true);
+    cluster.restart(at);
+    cluster.open(at, 99, Start::Learner, &founders());
+    cluster.until_equal(&[0, 1, 2]);
+}
+
+#[test]
+fn what_another_history_left_is_not_kept() {
+    let config = ShardsConfig { checkpoint_entries: 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many(20);
+    cluster.until_equal(&[0, 1, 2]);
+    // Its tail is whole, was flushed, and is none of the group's.
+    let old = cluster.cut_leader_with_tail(300);
+    for _ in 0..300 {
+        cluster.write();
+    }
+    cluster.kill(old, true);
+    cluster.restart(old);
+    cluster.replace(old, 99);
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+}

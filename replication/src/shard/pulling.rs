@@ -12,8 +12,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use flowstone_protocol::{Error, ErrorCode, RaftIndex, Term};
-use flowstone_storage::{HardState, Install, LogEntry, ReplicaIdentity, StorageError, checkpoint};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex, ReplicaId, Term};
+use flowstone_storage::{HardState, Install, KeptLog, LogEntry, ReplicaIdentity, StorageError, checkpoint};
 
 use super::{Message, Shard, SlotKey, State};
 use crate::effects::{Event, HardStateNumber, Offered, Pulled};
@@ -34,6 +34,12 @@ const FULL_PAUSE: Duration = Duration::from_secs(1);
 pub(super) const LOWER_MARK: HardStateNumber = HardStateNumber(u64::MAX);
 /// What is installed is made durable after so many bytes: a crash does not begin anew.
 const INSTALL_FLUSH_BYTES: u64 = 32 << 20;
+/// Bytes that one job copies of what is there already, and flushes.
+const COPY_BYTES_MAX: u64 = 32 << 20;
+/// Bytes of one piece of that.
+const COPY_PIECE_BYTES: usize = 1 << 20;
+/// Where nothing good is found, twice as many entries are pulled before it is looked for again; so often.
+const COPY_MISSES_MAX: u32 = 16;
 
 /// What a replica is pulling.
 #[derive(Debug)]
@@ -48,6 +54,8 @@ pub(super) struct Pull {
     turn: usize,
     /// What was asked for last was asked of the leader.
     asks_leader: bool,
+    /// Who that was.
+    asked: Option<(BrokerId, ReplicaId)>,
     /// Sources there were then.
     sources: usize,
     /// Sources in a row that have trimmed what is wanted.
@@ -75,7 +83,21 @@ enum Goal {
         /// It takes the place of a log that reaches further and diverged before this entry: a checkpoint from there on
         /// covers all that the replica still answers for.
         at_least: Option<RaftIndex>,
+        /// Who gave its checkpoint.
+        source: Option<(BrokerId, ReplicaId)>,
+        /// What is in the replica's folder already, under whatever id: what is good of it need not be pulled.
+        kept: Option<Box<KeptLog>>,
+        /// Up to here it is not, or is damaged: to be pulled.
+        missing: Option<RaftIndex>,
+        /// Times in a row that nothing good was found there.
+        misses: u32,
     },
+}
+
+impl Goal {
+    fn install(install: Option<Box<Install>>, kept: Option<Box<KeptLog>>, at_least: Option<RaftIndex>) -> Self {
+        Self::Install { install, unflushed: 0, at_least, source: None, kept, missing: None, misses: 0 }
+    }
 }
 
 /// What it waits for.
@@ -97,10 +119,59 @@ enum Step {
 pub(crate) enum Installed {
     /// It goes on; with what was refused, if anything.
     Goes(Box<Install>, Option<StorageError>),
+    /// It was begun.
+    Begun(Box<Install>, Option<Box<KeptLog>>),
+    /// It took what was there already.
+    Copied(Box<Copied>),
     /// It is to be taken up again from what is on the disk.
     Broken(StorageError),
     /// It is complete.
     Done,
+}
+
+/// How far what was there already took an install.
+#[derive(Debug)]
+pub(crate) struct Copied {
+    install: Box<Install>,
+    /// Nothing, where there is no more to find.
+    kept: Option<Box<KeptLog>>,
+    bytes: u64,
+    /// Up to here it is to be pulled.
+    missing: Option<RaftIndex>,
+    /// The disk is full.
+    refused: Option<StorageError>,
+}
+
+/// Copies what is good of a log that was there already, for a while.
+fn copy_kept(mut install: Box<Install>, mut kept: Box<KeptLog>, misses: u32) -> Result<Copied, StorageError> {
+    let target = install.target().applied;
+    let mut bytes_max = COPY_PIECE_BYTES;
+    let (mut bytes, mut missing, mut refused) = (0, None, None);
+    while bytes < COPY_BYTES_MAX && !install.has_all() {
+        let next = install.next_index();
+        let appended = kept.read(next, target, bytes_max).map(|batches| (batches.len(), install.append(batches)));
+        match appended {
+            Some((count, Ok(()))) => bytes += count as u64,
+            // Which of them is another one?
+            Some((_, Err(StorageError::Refused { .. }))) if bytes_max > 1 => bytes_max = 1,
+            Some((_, Err(StorageError::Refused { .. }))) | None => {
+                let misses = if bytes > 0 { 0 } else { misses };
+                missing = Some(next.plus((1 << misses.min(COPY_MISSES_MAX)) - 1).min(target));
+                break;
+            }
+            Some((_, Err(error))) if error.is_disk_full() => {
+                refused = Some(error);
+                break;
+            }
+            Some((_, Err(error))) => return Err(error),
+        }
+    }
+    if bytes > 0 {
+        install.flush()?;
+    }
+    let goes_on = missing.map(|missing| kept.resumes_behind(missing));
+    let kept = (goes_on != Some(None)).then_some(kept);
+    Ok(Copied { install, kept, bytes, missing: goes_on.flatten().map(|on| RaftIndex::new(on.get() - 1)), refused })
 }
 
 impl Pull {
@@ -112,6 +183,7 @@ impl Pull {
             failures: 0,
             turn: 0,
             asks_leader: false,
+            asked: None,
             sources: 0,
             trimmed: 0,
             is_disk_full: false,
@@ -238,8 +310,8 @@ impl<M: Machine> Shard<M> {
     }
 
     /// It has no log to go on with, or one that is not complete.
-    pub(super) fn begin_install(&mut self, index: u32, install: Option<Box<Install>>) {
-        self.slots[index as usize].pull = Some(Pull::new(Goal::Install { install, unflushed: 0, at_least: None }));
+    pub(super) fn begin_install(&mut self, index: u32, install: Option<Box<Install>>, kept: Option<Box<KeptLog>>) {
+        self.slots[index as usize].pull = Some(Pull::new(Goal::install(install, kept, None)));
         self.note_pull(index);
         self.drive_pull(index);
     }
@@ -327,8 +399,9 @@ impl<M: Machine> Shard<M> {
                 }
             }
             (Goal::Install { install: None, .. }, State::Pulling { .. }) => PullWhat::Checkpoint,
-            (Goal::Install { install, at_least, .. }, State::Pulling { .. }) => match install {
+            (Goal::Install { install, at_least, kept, missing, misses, .. }, State::Pulling { .. }) => match install {
                 Some(it) if it.has_all() => {
+                    *kept = None;
                     let (applied, replica) = (it.target().applied, slot.spec.replica);
                     // What diverged is not answered for any more, and that is durable before it goes.
                     if at_least.is_some_and(|at_least| at_least <= applied)
@@ -369,11 +442,24 @@ impl<M: Machine> Shard<M> {
                     }
                     return;
                 }
-                Some(install) => PullWhat::Batches {
-                    first: install.next_index(),
-                    last: install.target().applied,
-                    max_bytes: self.config.pull_bytes,
-                },
+                Some(it) => {
+                    let (first, target) = (it.next_index(), it.target().applied);
+                    *missing = missing.filter(|&missing| missing >= first);
+                    if missing.is_none()
+                        && let Some(kept) = kept.take()
+                        && let Some(install) = install.take()
+                    {
+                        let misses = *misses;
+                        pull.step = Step::Job;
+                        self.install_job(index, move || match copy_kept(install, kept, misses) {
+                            Ok(copied) => Installed::Copied(Box::new(copied)),
+                            Err(error) => Installed::Broken(error),
+                        });
+                        return;
+                    }
+                    let last = missing.map_or(target, |missing| missing.min(target));
+                    PullWhat::Batches { first, last, max_bytes: self.config.pull_bytes }
+                }
                 None => PullWhat::Checkpoint,
             },
             // It ended, or was opened anew, meanwhile.
@@ -394,6 +480,7 @@ impl<M: Machine> Shard<M> {
         }
         let (source, of) = sources[pull.turn % sources.len()];
         pull.asks_leader = Some(source) == leader;
+        pull.asked = Some((source, of));
         pull.sources = sources.len();
         pull.number += 1;
         pull.step = Step::Answer;
@@ -472,9 +559,10 @@ impl<M: Machine> Shard<M> {
                 });
             }
             (
-                Goal::Install { install: None, at_least, .. },
+                Goal::Install { install: None, at_least, source, .. },
                 PullAnswer::Checkpoint { bytes, first_index, first_offset },
             ) => {
+                *source = pull.asked;
                 if let Some(at_least) = *at_least
                     && checkpoint::Checkpoint::decode(&bytes).is_ok_and(|checkpoint| checkpoint.applied < at_least)
                 {
@@ -491,7 +579,11 @@ impl<M: Machine> Shard<M> {
                 };
                 self.install_job(index, move || {
                     match Install::begin(&disk, &dir, identity, &bytes, first_index, first_offset, log) {
-                        Ok(install) => Installed::Goes(Box::new(install), None),
+                        Ok(install) => {
+                            // Without it all is pulled.
+                            let kept = KeptLog::find(&disk, &dir).unwrap_or_default();
+                            Installed::Begun(Box::new(install), kept.map(Box::new))
+                        }
                         Err(error) => Installed::Broken(error),
                     }
                 });
@@ -531,7 +623,9 @@ impl<M: Machine> Shard<M> {
             slot.pull = None;
             return self.close_if_idle(index);
         }
-        let Some(Pull { goal: Goal::Install { install, .. }, step, is_disk_full, failures, .. }) = &mut slot.pull
+        let Some(Pull {
+            goal: Goal::Install { install, kept, missing, misses, .. }, step, is_disk_full, failures, ..
+        }) = &mut slot.pull
         else {
             return;
         };
@@ -548,9 +642,34 @@ impl<M: Machine> Shard<M> {
                 *is_disk_full = error.is_disk_full();
                 self.install_failed(index, &error);
             }
+            Installed::Begun(it, found) => {
+                *install = Some(it);
+                (*kept, *missing, *misses) = (found, None, 0);
+                *failures = 0;
+                self.drive_pull(index);
+            }
+            Installed::Copied(copied) => {
+                let Copied { install: it, kept: left, bytes, missing: until, refused } = *copied;
+                *install = Some(it);
+                (*kept, *missing) = (left, until);
+                *misses = if bytes > 0 { 0 } else { *misses + 1 };
+                match refused {
+                    Some(error) => {
+                        *is_disk_full = true;
+                        self.install_failed(index, &error);
+                    }
+                    None => self.drive_pull(index),
+                }
+            }
             Installed::Broken(error) => self.install_failed(index, &error),
             Installed::Done => {
                 slot.pull = None;
+                let (tp, replaced) = (slot.spec.tp, slot.replaces.take());
+                if let Some(replaced) = replaced {
+                    // Its files are gone; its id is never used again.
+                    self.stripe_mut(tp).forget(replaced);
+                }
+                let slot = &mut self.slots[index as usize];
                 slot.is_copied = true;
                 tracing::info!(tp = %slot.spec.tp, "a replica was copied from others, and is opened");
                 if let State::Pulling { machine } = std::mem::replace(&mut slot.state, State::Opening) {
@@ -607,11 +726,14 @@ impl<M: Machine> Shard<M> {
             // One that trimmed what is wanted says nothing of the others.
             Goal::CatchUp { compare: false, .. } if is_final => self.reinstall(index),
             Goal::CatchUp { .. } => {}
-            Goal::Install { .. } if !is_trimmed => {}
+            // One that trimmed what is wanted says nothing of the others, but of its own checkpoint.
+            Goal::Install { source, .. }
+                if !is_trimmed || (pull.trimmed < pull.sources && (source.is_none() || *source != pull.asked)) => {}
             // That is begun anew, with another's newest checkpoint.
-            Goal::Install { install, unflushed, .. } => {
+            Goal::Install { install, unflushed, source, .. } => {
                 *install = None;
                 *unflushed = 0;
+                *source = None;
             }
         }
     }
@@ -636,7 +758,7 @@ impl<M: Machine> Shard<M> {
         let late = std::mem::take(&mut slot.events);
         self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
         slot.state = State::Pulling { machine: replica.into_machine() };
-        slot.pull = Some(Pull::new(Goal::Install { install: None, unflushed: 0, at_least }));
+        slot.pull = Some(Pull::new(Goal::install(None, None, at_least)));
         self.wakes[index as usize] = super::NEVER;
         self.note_pull(index);
         self.show(index);
