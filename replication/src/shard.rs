@@ -15,7 +15,6 @@
 //! (`parked_reads_max`, then `OVERLOADED`), reads on their way to the disk (`disk_reads_max`, then `OVERLOADED`).
 //! What pools report back is bounded by what was given to them: a flush, a checkpoint, an opening per replica.
 
-mod compacting;
 mod peers;
 mod pulling;
 mod resting;
@@ -35,7 +34,6 @@ use flowstone_storage::{
     RetentionConfig, Scrubbed, StorageError,
 };
 
-use self::compacting::Compacting;
 use self::peers::{NEVER, Places};
 pub(crate) use self::pulling::Installed;
 use self::pulling::{LOWER_MARK, Pull};
@@ -297,7 +295,6 @@ impl<M: Machine> Shards<M> {
                 resting: Resting::new(number, start),
                 pulls: Vec::new(),
                 scrubbing: Scrubbing::new(config, now),
-                compacting: Compacting::new(config, now),
                 timers: Timers::new(config),
                 stopping: None,
                 unclean: false,
@@ -632,7 +629,6 @@ impl<M: Machine> Message<M> {
             | Self::Installed { .. }
             | Self::Scrubbed { .. }
             | Self::Repaired { .. }
-            | Self::Compacted { .. }
             | Self::LogClosed { .. } => {}
         }
     }
@@ -790,7 +786,6 @@ struct Shard<M: Machine> {
     /// Places in the table that pull something.
     pulls: Vec<u32>,
     scrubbing: Scrubbing,
-    compacting: Compacting,
     timers: Timers,
     stopping: Option<mpsc::Sender<bool>>,
     /// A log could not be closed cleanly: the broker does not note that it stopped so.
@@ -1802,7 +1797,6 @@ impl<M: Machine> Shard<M> {
             .chain(marks)
             .chain(pulls)
             .chain(self.scrubbing.due())
-            .chain(self.compacting.due())
             .min()
     }
 
@@ -1869,7 +1863,6 @@ impl<M: Machine> Shard<M> {
             self.drive_due_pulls();
         }
         self.scrub_if_due();
-        self.compact_if_due();
     }
 
     fn event(&mut self, index: u32, event: Event<M>) {
