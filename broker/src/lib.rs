@@ -13,6 +13,7 @@ pub mod config;
 pub mod peer;
 pub mod telemetry;
 pub mod topic_config;
+mod transaction;
 
 mod admin_http;
 mod broker;

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use flowstone_protocol::{
@@ -19,6 +20,8 @@ use crate::group::state::{GroupRules, GroupTable};
 use crate::internal_topics::InternalTopic;
 use crate::producers::Producers;
 use crate::topic_config::TopicConfig;
+use crate::transaction::commands::{TransactionCommand, TransactionReply};
+use crate::transaction::state::{TransactionRules, TransactionTable};
 
 /// A replica of this broker.
 pub(crate) type Replica = ReplicaHandle<PartitionMachine>;
@@ -34,6 +37,8 @@ pub(crate) enum PartitionMachine {
     Metadata(Box<Coordinator<MetadataTable>>),
     /// A partition of `__consumer_offsets`.
     Groups(Box<Coordinator<GroupTable>>),
+    /// A partition of `__transaction_state`.
+    Transactions(Box<Coordinator<TransactionTable>>),
 }
 
 /// What the machine behind a replica commits, for those who read it.
@@ -42,12 +47,22 @@ pub(crate) enum MachineView {
     /// Nothing but the records themselves.
     Records,
     Groups(Published<GroupTable>),
+    Transactions(Published<TransactionTable>),
 }
 
-/// What the machines behind the cluster's own topics are made with.
-#[derive(Clone, Debug, Default)]
+/// What the machines behind topics are made with.
+#[derive(Clone, Debug)]
 pub(crate) struct MachineRules {
     pub(crate) groups: Arc<GroupRules>,
+    pub(crate) transactions: Arc<TransactionRules>,
+    /// Idle producers are forgotten after this long.
+    pub(crate) producer_expiration: Duration,
+}
+
+impl Default for MachineRules {
+    fn default() -> Self {
+        Self { groups: Arc::default(), transactions: Arc::default(), producer_expiration: Producers::EXPIRATION }
+    }
 }
 
 /// A command to a coordinator.
@@ -55,6 +70,7 @@ pub(crate) struct MachineRules {
 pub(crate) enum PartitionCommand {
     Metadata(MetadataCommand),
     Groups(GroupCommand),
+    Transactions(TransactionCommand),
 }
 
 /// A coordinator's answer.
@@ -62,6 +78,7 @@ pub(crate) enum PartitionCommand {
 pub(crate) enum PartitionReply {
     Metadata(MetadataReply),
     Groups(GroupReply),
+    Transactions(TransactionReply),
 }
 
 impl PartitionMachine {
@@ -76,7 +93,11 @@ impl PartitionMachine {
                 let (coordinator, view) = Coordinator::new(GroupTable::new(Arc::clone(&rules.groups)));
                 (Self::Groups(Box::new(coordinator)), MachineView::Groups(view))
             }
-            Some(InternalTopic::Transactions) | None => (Self::records(), MachineView::Records),
+            Some(InternalTopic::Transactions) => {
+                let (coordinator, view) = Coordinator::new(TransactionTable::new(Arc::clone(&rules.transactions)));
+                (Self::Transactions(Box::new(coordinator)), MachineView::Transactions(view))
+            }
+            None => (Self::Records(Producers::new(rules.producer_expiration)), MachineView::Records),
         }
     }
 
@@ -103,6 +124,39 @@ impl Machine for PartitionMachine {
             Self::Records(producers) => producers.admit(batch),
             Self::Metadata(coordinator) => coordinator.admit(batch),
             Self::Groups(coordinator) => coordinator.admit(batch),
+            Self::Transactions(coordinator) => coordinator.admit(batch),
+        }
+    }
+
+    fn admit_marker(&mut self, marker: &Marker, _now: Timestamp) -> Admission {
+        match self {
+            Self::Records(producers) => producers.admit_marker(marker),
+            _ => Admission::Refuse(Error::new(ErrorCode::InternalTopic, "no transaction writes into a coordinator's log")),
+        }
+    }
+
+    fn expired(&mut self, now: Timestamp) -> Option<Bytes> {
+        match self {
+            Self::Records(producers) => producers.expired(now),
+            _ => None,
+        }
+    }
+
+    fn may_expire(&self) -> bool {
+        matches!(self, Self::Records(producers) if producers.may_expire())
+    }
+
+    fn last_stable_offset(&self, high_watermark: Offset) -> Offset {
+        match self {
+            Self::Records(producers) => producers.last_stable_offset(high_watermark),
+            _ => high_watermark,
+        }
+    }
+
+    fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
+        match self {
+            Self::Records(producers) => producers.aborted_between(from, to),
+            _ => Vec::new(),
         }
     }
 
@@ -146,6 +200,7 @@ impl Machine for PartitionMachine {
             Self::Records(producers) => producers.appended(entry),
             Self::Metadata(coordinator) => coordinator.appended(entry),
             Self::Groups(coordinator) => coordinator.appended(entry),
+            Self::Transactions(coordinator) => coordinator.appended(entry),
         }
     }
 
@@ -154,6 +209,7 @@ impl Machine for PartitionMachine {
             Self::Records(producers) => producers.committed(entry),
             Self::Metadata(coordinator) => coordinator.committed(entry),
             Self::Groups(coordinator) => coordinator.committed(entry),
+            Self::Transactions(coordinator) => coordinator.committed(entry),
         }
     }
 
@@ -167,7 +223,11 @@ impl Machine for PartitionMachine {
                 let Commanded { batch, reply } = coordinator.command(command, now);
                 Commanded { batch, reply: reply.map(PartitionReply::Groups) }
             }
-            (Self::Records(_) | Self::Metadata(_) | Self::Groups(_), command) => {
+            (Self::Transactions(coordinator), PartitionCommand::Transactions(command)) => {
+                let Commanded { batch, reply } = coordinator.command(command, now);
+                Commanded { batch, reply: reply.map(PartitionReply::Transactions) }
+            }
+            (Self::Records(_) | Self::Metadata(_) | Self::Groups(_) | Self::Transactions(_), command) => {
                 let error = Error::new(ErrorCode::Internal, format!("no coordinator here takes {command:?}"));
                 Commanded { batch: None, reply: Err(error) }
             }
@@ -179,6 +239,7 @@ impl Machine for PartitionMachine {
             Self::Records(producers) => producers.lead(),
             Self::Metadata(coordinator) => coordinator.lead(term),
             Self::Groups(coordinator) => coordinator.lead(term),
+            Self::Transactions(coordinator) => coordinator.lead(term),
         }
     }
 
@@ -187,13 +248,14 @@ impl Machine for PartitionMachine {
             Self::Records(producers) => producers.step_down(),
             Self::Metadata(coordinator) => coordinator.step_down(),
             Self::Groups(coordinator) => coordinator.step_down(),
+            Self::Transactions(coordinator) => coordinator.step_down(),
         }
     }
 
     fn reads_records(&self) -> bool {
         match self {
             Self::Records(_) => false,
-            Self::Metadata(_) | Self::Groups(_) => true,
+            Self::Metadata(_) | Self::Groups(_) | Self::Transactions(_) => true,
         }
     }
 
@@ -207,6 +269,7 @@ impl Machine for PartitionMachine {
             Self::Records(producers) => producers.checkpoint(),
             Self::Metadata(coordinator) => coordinator.checkpoint(),
             Self::Groups(coordinator) => coordinator.checkpoint(),
+            Self::Transactions(coordinator) => coordinator.checkpoint(),
         }
     }
 
@@ -215,6 +278,7 @@ impl Machine for PartitionMachine {
             Self::Records(producers) => producers.restore(checkpoint),
             Self::Metadata(coordinator) => coordinator.restore(checkpoint),
             Self::Groups(coordinator) => coordinator.restore(checkpoint),
+            Self::Transactions(coordinator) => coordinator.restore(checkpoint),
         }
     }
 }

@@ -1,121 +1,168 @@
-//! What a partition remembers of its idempotent producers: the machine behind every topic's log.
+//! What a partition remembers of its producers and their transactions: the machine behind every topic's log.
 //!
-//! For each producer id: its epoch and its last five batches. That state follows from the log alone (a batch is
-//! remembered when it is committed), so it is the same on every replica and after every restart. On the leader an
-//! overlay adds what is appended and not committed yet, since that decides about the next batch too.
+//! For each producer id: its epoch, its last five batches, and whether a transaction of it is open. That state follows from
+//! the log alone (a batch is remembered when it is committed), so it is the same on every replica and after every restart.
+//! On the leader an overlay adds what is appended and not committed yet, since that decides about the next batch too.
 //!
 //! ```text
 //!   committed:  .. [5..7] [8..9]                    from the log, in checkpoints
 //!   overlay:    .. [5..7] [8..9] [10..14] [15..15]  the leader's; dropped when it steps down
 //!                                                ^ next: 16
 //! ```
+//!
+//! A transaction is open from its first batch here to its marker. The marker carries the epoch after the transaction's own,
+//! and whatever comes later under a lower epoch is refused: nothing late touches the next transaction, nor hangs.
+//!
+//! State is given up in two ways, both by the log alone: by the leader's word that a producer was idle for long
+//! ([`ControlType::ProducerExpiry`]), and where there are more than [`PRODUCERS_MAX`], that of the one which wrote least
+//! recently. Neither happens to one with an open transaction. Of what was given up enough is kept to tell the producer so.
 
-use std::collections::{HashMap, VecDeque};
+mod checkpoint;
+mod forgotten;
+mod producer;
+mod transactions;
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
 
 use bytes::Bytes;
-use flowstone_protocol::internal::{ProducerBatch, ProducerState, ProducersCheckpoint};
+use flowstone_protocol::control::{decode_marker, log_start_of};
+use flowstone_protocol::internal::ProducersExpired;
 use flowstone_protocol::{
-    BatchHeader, Error, ErrorCode, Offset, ProducerEpoch, ProducerId, RaftIndex, Sequence, Timestamp,
+    BatchHeader, ControlType, Error, ErrorCode, Marker, Offset, ProducerId, RaftIndex, Sequence, Timestamp,
 };
-use flowstone_replication::{Admission, MachineEntry};
+use flowstone_replication::{Admission, MachineBody, MachineEntry};
 use prost::Message;
 
-/// Batches remembered per producer: as many as a producer has in flight, so that whichever of them is sent again is
-/// recognised.
-const BATCHES_MAX: usize = 5;
+use forgotten::{Forgotten, Rest};
+use producer::{BATCHES_MAX, Batch, Producer, Said};
+use transactions::Transactions;
 
-/// A batch that a producer wrote.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Batch {
-    first: Sequence,
-    last: Sequence,
-    base_offset: Offset,
-    index: RaftIndex,
-    timestamp: Timestamp,
-}
-
-/// One producer, as far as this partition knows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Producer {
-    epoch: ProducerEpoch,
-    /// Oldest first, never empty, never above [`BATCHES_MAX`].
-    batches: VecDeque<Batch>,
-}
-
-impl Producer {
-    fn new(epoch: ProducerEpoch) -> Self {
-        Self { epoch, batches: VecDeque::with_capacity(BATCHES_MAX) }
-    }
-
-    fn push(&mut self, batch: Batch) {
-        if self.batches.len() == BATCHES_MAX {
-            self.batches.pop_front();
-        }
-        self.batches.push_back(batch);
-    }
-
-    /// Takes a batch in; a new epoch begins anew.
-    fn take(&mut self, epoch: ProducerEpoch, batch: Batch) {
-        if self.epoch != epoch {
-            *self = Self::new(epoch);
-        }
-        self.push(batch);
-    }
-
-    fn last(&self) -> Option<&Batch> {
-        self.batches.back()
-    }
-}
+/// Producers that one partition remembers, and transactions that may be open in it.
+const PRODUCERS_MAX: usize = 10_000;
+/// Producers that one entry of the log lets go.
+const EXPIRED_AT_ONCE_MAX: usize = 1_000;
 
 /// The machine: see the module.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Producers {
-    committed: HashMap<ProducerId, Producer>,
-    /// Leader only: producers with batches in flight, these batches included.
+    committed: Known,
+    /// Leader only: producers with entries in flight, these included.
     overlay: HashMap<ProducerId, Producer>,
+    /// Leader only: since when each producer is seen with the same last entry.
+    idle: HashMap<ProducerId, (RaftIndex, Timestamp)>,
+    /// An idle producer is forgotten after this long.
+    expiration: Duration,
+}
+
+/// What is committed. Equal logs lead to equal states.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Known {
+    producers: HashMap<ProducerId, Producer>,
+    /// By their last entry.
+    recent: BTreeMap<RaftIndex, ProducerId>,
+    transactions: Transactions,
+    forgotten: Forgotten,
+}
+
+impl Known {
+    /// From a checkpoint.
+    fn insert(&mut self, id: ProducerId, producer: Producer) {
+        self.recent.insert(producer.last_index, id);
+        if let Some(first) = producer.open {
+            self.transactions.open(first, id);
+        }
+        self.producers.insert(id, producer);
+    }
+
+    fn take(&mut self, said: &Said) {
+        let id = said.id();
+        let producer = self.producers.entry(id).or_insert_with(Producer::unknown);
+        self.recent.remove(&producer.last_index);
+        self.forgotten.remove(id);
+        let before = producer.open;
+        producer.take(said);
+        self.recent.insert(producer.last_index, id);
+        match (before, producer.open, said) {
+            (None, Some(first), _) => self.transactions.open(first, id),
+            (Some(first), None, Said::Ended { ended, .. }) => {
+                self.transactions.end(first, ended.offset, ended.commit);
+            }
+            _ => {}
+        }
+        if self.producers.len() > PRODUCERS_MAX {
+            let is_idle = |id: &&ProducerId| self.producers.get(id).is_some_and(|producer| producer.open.is_none());
+            let idle = self.recent.values().find(is_idle).copied();
+            if let Some(idle) = idle {
+                self.forget(idle);
+            }
+        }
+    }
+
+    /// Gives a producer's state up, unless a transaction of it is open.
+    fn forget(&mut self, id: ProducerId) {
+        let Some(producer) = self.producers.get(&id).filter(|producer| producer.open.is_none()) else { return };
+        let rest = Rest { epoch: producer.epoch, is_unused: producer.batches.is_empty() };
+        self.recent.remove(&producer.last_index);
+        self.producers.remove(&id);
+        self.forgotten.push(id, rest);
+    }
+}
+
+impl Default for Producers {
+    fn default() -> Self {
+        Self::new(Self::EXPIRATION)
+    }
 }
 
 impl Producers {
+    /// How long idle producers are remembered where nothing else is configured.
+    pub(crate) const EXPIRATION: Duration = Duration::from_secs(24 * 60 * 60);
+
+    /// A machine that has seen nothing, and forgets producers that were idle for so long.
+    pub(crate) fn new(expiration: Duration) -> Self {
+        Self { committed: Known::default(), overlay: HashMap::new(), idle: HashMap::new(), expiration }
+    }
+
+    fn known(&self, id: ProducerId) -> Option<&Producer> {
+        self.overlay.get(&id).or_else(|| self.committed.producers.get(&id))
+    }
+
     /// May this batch be appended?
     pub(crate) fn admit(&self, batch: &BatchHeader) -> Admission {
-        if batch.producer_id == ProducerId::NONE {
+        let id = batch.producer_id;
+        if id == ProducerId::NONE {
             return Admission::Append;
         }
-        let Some(known) = self.overlay.get(&batch.producer_id).or_else(|| self.committed.get(&batch.producer_id))
-        else {
-            if batch.base_sequence == Sequence::new(0) {
-                return Admission::Append;
-            }
-            return refuse(
-                ErrorCode::UnknownProducer,
-                format!(
-                    "producer {} begins at sequence {}, and this partition knows nothing of it (its state went with the \
-                     records, or this is another log than the one it wrote to); what it sent before may or may not be \
-                     stored: take a new producer id",
-                    batch.producer_id, batch.base_sequence
-                ),
-            );
+        let begins = batch.base_sequence == Sequence::new(0);
+        let Some(known) = self.known(id) else {
+            return self.admit_unknown(batch, begins);
         };
         if batch.producer_epoch < known.epoch {
+            return fenced(batch, known.epoch.get());
+        }
+        let transactional = batch.attributes.is_transactional();
+        if transactional != known.transactional {
+            let (is, was) = if transactional { ("", "plainly") } else { ("out", "in transactions") };
             return refuse(
-                ErrorCode::ProducerFenced,
+                ErrorCode::InvalidTransactionState,
                 format!(
-                    "producer {} is at epoch {}, and this batch has epoch {}: a newer instance took over; stop this one",
-                    batch.producer_id, known.epoch, batch.producer_epoch
+                    "producer {id} sent a batch with{is} a transaction, and has written {was} so far; use another producer \
+                     for that"
                 ),
             );
         }
         if batch.producer_epoch > known.epoch {
-            if batch.base_sequence == Sequence::new(0) {
-                return Admission::Append;
+            if known.open.is_some() {
+                return refuse(
+                    ErrorCode::ConcurrentTransactions,
+                    format!("the transaction before this one of producer {id} is being ended; try again in a moment"),
+                );
             }
-            return refuse(
-                ErrorCode::OutOfOrderSequence,
-                format!(
-                    "producer {} begins epoch {} at sequence {}; a new epoch begins at 0",
-                    batch.producer_id, batch.producer_epoch, batch.base_sequence
-                ),
-            );
+            return match begins {
+                true => self.admit_transaction(transactional),
+                false => out_of_order(batch, "a new epoch begins at 0"),
+            };
         }
         let (first, last) = (batch.base_sequence, batch.last_sequence());
         if let Some(original) = known.batches.iter().find(|seen| seen.first == first && seen.last == last) {
@@ -123,124 +170,237 @@ impl Producers {
             return Admission::Duplicate { base_offset, index, timestamp };
         }
         let Some(newest) = known.last() else {
-            return Admission::Append;
+            return match begins {
+                true => self.admit_transaction(transactional),
+                false => out_of_order(batch, "a new transaction begins at 0: batches before it are missing"),
+            };
         };
         let expected = newest.last.next();
         if first == expected {
             return Admission::Append;
         }
         if ahead_of(first, expected) {
-            return refuse(
-                ErrorCode::OutOfOrderSequence,
-                format!(
-                    "producer {} sent sequence {first}, and {expected} is next: batches before it are missing; send them \
-                     first",
-                    batch.producer_id
-                ),
-            );
+            return out_of_order(batch, &format!("{expected} is next: batches before it are missing; send them first"));
         }
         refuse(
             ErrorCode::DuplicateSequence,
             format!(
-                "producer {} sent sequences {first} to {last} again, and they are too old to say at which offset they \
-                 are (the last {BATCHES_MAX} batches are remembered, {expected} is next): they are stored",
-                batch.producer_id
+                "producer {id} sent sequences {first} to {last} again, and they are too old to say at which offset they are \
+                 (the last {BATCHES_MAX} batches are remembered, {expected} is next): they are stored"
             ),
         )
     }
 
-    /// Leader: the batch is in the log and in flight.
-    pub(crate) fn appended(&mut self, entry: &MachineEntry<'_>) {
-        if let Some((id, epoch, batch)) = producer_batch(entry) {
-            let committed = &self.committed;
-            let known = || committed.get(&id).cloned().unwrap_or_else(|| Producer::new(epoch));
-            self.overlay.entry(id).or_insert_with(known).take(epoch, batch);
+    /// A batch of a producer of which nothing is known any more, or yet.
+    fn admit_unknown(&self, batch: &BatchHeader, begins: bool) -> Admission {
+        let id = batch.producer_id;
+        let rest = self.committed.forgotten.get(id);
+        if let Some(rest) = rest {
+            if batch.producer_epoch < rest.epoch {
+                return fenced(batch, rest.epoch.get());
+            }
+            if batch.producer_epoch == rest.epoch && !(rest.is_unused && begins) {
+                return refuse(
+                    ErrorCode::ProducerExpired,
+                    format!(
+                        "producer {id} wrote nothing here for longer than producer.id.expiration.ms, or more than \
+                         {PRODUCERS_MAX} others have since: what it wrote is forgotten, and whether sequence {} was stored \
+                         before cannot be told; take a new producer id",
+                        batch.base_sequence
+                    ),
+                );
+            }
+        }
+        if begins {
+            return self.admit_transaction(batch.attributes.is_transactional());
+        }
+        refuse(
+            ErrorCode::UnknownProducer,
+            format!(
+                "producer {id} begins at sequence {}, and this partition knows nothing of it (its state went with the \
+                 records, or this is another log than the one it wrote to); what it sent before may or may not be stored: \
+                 take a new producer id",
+                batch.base_sequence
+            ),
+        )
+    }
+
+    /// A producer's first batch, perhaps of a transaction.
+    fn admit_transaction(&self, transactional: bool) -> Admission {
+        if transactional && self.committed.transactions.open_count() >= PRODUCERS_MAX {
+            return refuse(
+                ErrorCode::Overloaded,
+                format!("{PRODUCERS_MAX} transactions are open in this partition; try again when some have ended"),
+            );
+        }
+        Admission::Append
+    }
+
+    /// May this transaction be ended so?
+    pub(crate) fn admit_marker(&self, marker: &Marker) -> Admission {
+        let id = marker.producer_id;
+        let late = || {
+            refuse(
+                ErrorCode::ProducerFenced,
+                format!(
+                    "a later transaction of producer {id} than the one to be ended has begun here: that one is over"
+                ),
+            )
+        };
+        let Some(known) = self.known(id) else {
+            return match self.committed.forgotten.get(id) {
+                Some(rest) if marker.producer_epoch <= rest.epoch => late(),
+                // What was to be written in it never came: it comes too late from now on.
+                _ => Admission::Append,
+            };
+        };
+        if let Some(ended) = known.ended
+            && marker.coordinator_epoch < ended.coordinator
+        {
+            return refuse(
+                ErrorCode::NotCoordinator,
+                format!(
+                    "a coordinator of epoch {} ended a transaction of producer {id} here, and this one has epoch {}: it was \
+                     replaced",
+                    ended.coordinator, marker.coordinator_epoch
+                ),
+            );
+        }
+        match known.ended.filter(|ended| ended.epoch == marker.producer_epoch) {
+            Some(ended) if ended.commit == marker.commit => {
+                Admission::Duplicate { base_offset: ended.offset, index: ended.index, timestamp: ended.timestamp }
+            }
+            Some(ended) => refuse(
+                ErrorCode::InvalidTransactionState,
+                format!(
+                    "the transaction of producer {id} was {} here, and is now to be {}: this is a defect of the coordinator",
+                    if ended.commit { "committed" } else { "aborted" },
+                    if marker.commit { "committed" } else { "aborted" },
+                ),
+            ),
+            None if marker.producer_epoch <= known.epoch => late(),
+            None => Admission::Append,
         }
     }
 
-    /// The batch is committed.
-    pub(crate) fn committed(&mut self, entry: &MachineEntry<'_>) {
-        let Some((id, epoch, batch)) = producer_batch(entry) else {
-            return;
-        };
-        self.committed.entry(id).or_insert_with(|| Producer::new(epoch)).take(epoch, batch);
-        // Nothing of it is in flight any more: both would say the same.
-        if self.overlay.get(&id).and_then(Producer::last).is_some_and(|newest| newest.index <= batch.index) {
-            self.overlay.remove(&id);
+    /// What the entry says of a producer; `None` where it says nothing.
+    fn said(entry: &MachineEntry<'_>) -> Option<Said> {
+        if let MachineBody::Records(batch) = entry.body
+            && entry.header.attributes.is_control()
+        {
+            return match decode_marker(batch) {
+                Ok(marker) => Some(Said::ended(entry, &marker)),
+                Err(error) => {
+                    tracing::error!(offset = entry.base_offset.get(), %error, "a marker is not understood: it ends nothing");
+                    None
+                }
+            };
         }
+        Said::wrote(entry)
+    }
+
+    /// Leader: the entry is in the log and in flight.
+    pub(crate) fn appended(&mut self, entry: &MachineEntry<'_>) {
+        if let Some(said) = Self::said(entry) {
+            let committed = &self.committed.producers;
+            let known = || committed.get(&said.id()).cloned().unwrap_or_else(Producer::unknown);
+            self.overlay.entry(said.id()).or_insert_with(known).take(&said);
+        }
+    }
+
+    /// The entry is committed.
+    pub(crate) fn committed(&mut self, entry: &MachineEntry<'_>) {
+        if let MachineBody::Control { ctype, payload } = entry.body {
+            match ctype {
+                ControlType::LogStart => {
+                    if let Ok(log_start) = log_start_of(payload) {
+                        self.committed.transactions.prune(log_start);
+                    }
+                }
+                ControlType::ProducerExpiry => self.forget(payload),
+                _ => {}
+            }
+            return;
+        }
+        let Some(said) = Self::said(entry) else { return };
+        self.committed.take(&said);
+        // Nothing of it is in flight any more: both would say the same.
+        if self.overlay.get(&said.id()).is_some_and(|producer| producer.last_index <= entry.index) {
+            self.overlay.remove(&said.id());
+        }
+    }
+
+    fn forget(&mut self, payload: &[u8]) {
+        match ProducersExpired::decode(payload) {
+            Ok(expired) => {
+                for id in expired.producer_ids {
+                    self.committed.forget(ProducerId::new(id));
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "what was said of idle producers is not understood: none is forgotten")
+            }
+        }
+    }
+
+    /// Leader: the producers that have been idle for too long, as the payload of a control batch.
+    pub(crate) fn expired(&mut self, now: Timestamp) -> Option<Bytes> {
+        let (committed, overlay, expiration) = (&self.committed.producers, &self.overlay, self.expiration);
+        self.idle.retain(|id, _| committed.contains_key(id));
+        let mut expired = Vec::new();
+        for (id, producer) in committed {
+            let (index, since) = self.idle.entry(*id).or_insert((producer.last_index, now));
+            if *index != producer.last_index {
+                (*index, *since) = (producer.last_index, now);
+            } else if since.after(expiration) <= now && producer.open.is_none() && !overlay.contains_key(id) {
+                expired.push((producer.last_index, id.get()));
+            }
+        }
+        if expired.is_empty() {
+            return None;
+        }
+        // Those that have been idle longest, and in an order that does not depend on a map.
+        expired.sort_unstable();
+        expired.truncate(EXPIRED_AT_ONCE_MAX);
+        let producer_ids = expired.into_iter().map(|(_, id)| id).collect();
+        Some(ProducersExpired { producer_ids }.encode_to_vec().into())
+    }
+
+    /// Whether there is anybody to be forgotten.
+    pub(crate) fn may_expire(&self) -> bool {
+        !self.committed.producers.is_empty()
+    }
+
+    /// Where the oldest open transaction begins, `high_watermark` where none is open.
+    pub(crate) fn last_stable_offset(&self, high_watermark: Offset) -> Offset {
+        self.committed.transactions.stable(high_watermark)
+    }
+
+    /// Transactions that were aborted and have batches between two offsets.
+    pub(crate) fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
+        self.committed.transactions.aborted_between(from, to)
+    }
+
+    /// Nobody has been idle under this leader yet.
+    pub(crate) fn lead(&mut self) {
+        self.idle.clear();
     }
 
     /// What was in flight may never be committed.
     pub(crate) fn step_down(&mut self) {
         self.overlay.clear();
+        self.idle.clear();
     }
 
     pub(crate) fn checkpoint(&self) -> Bytes {
-        let mut producers: Vec<ProducerState> = self
-            .committed
-            .iter()
-            .map(|(id, producer)| ProducerState {
-                producer_id: id.get(),
-                producer_epoch: i32::from(producer.epoch.get()),
-                batches: producer
-                    .batches
-                    .iter()
-                    .map(|batch| ProducerBatch {
-                        first_sequence: batch.first.get(),
-                        last_sequence: batch.last.get(),
-                        base_offset: batch.base_offset.get(),
-                        raft_index: batch.index.get(),
-                        timestamp: batch.timestamp.get(),
-                    })
-                    .collect(),
-                ..ProducerState::default()
-            })
-            .collect();
-        // Equal states have equal checkpoints.
-        producers.sort_by_key(|producer| producer.producer_id);
-        ProducersCheckpoint { producers, ..Default::default() }.encode_to_vec().into()
+        checkpoint::encode(&self.committed)
     }
 
     pub(crate) fn restore(&mut self, checkpoint: &[u8]) -> Result<(), Error> {
-        let malformed = |what: String| Error::new(ErrorCode::CorruptLog, format!("the producers' checkpoint {what}"));
-        let checkpoint =
-            ProducersCheckpoint::decode(checkpoint).map_err(|error| malformed(format!("is malformed: {error}")))?;
-        let mut committed = HashMap::with_capacity(checkpoint.producers.len());
-        for producer in checkpoint.producers {
-            let epoch =
-                i16::try_from(producer.producer_epoch).map_err(|_| malformed("has an epoch too large".into()))?;
-            if !(1..=BATCHES_MAX).contains(&producer.batches.len()) {
-                return Err(malformed(format!("has a producer of {} batches", producer.batches.len())));
-            }
-            let batches = producer.batches.iter().map(|batch| Batch {
-                first: Sequence::new(batch.first_sequence),
-                last: Sequence::new(batch.last_sequence),
-                base_offset: Offset::new(batch.base_offset),
-                index: RaftIndex::new(batch.raft_index),
-                timestamp: Timestamp::new(batch.timestamp),
-            });
-            let producer_state = Producer { epoch: ProducerEpoch::new(epoch), batches: batches.collect() };
-            committed.insert(ProducerId::new(producer.producer_id), producer_state);
-        }
-        *self = Self { committed, overlay: HashMap::new() };
+        let committed = checkpoint::decode(checkpoint)?;
+        *self = Self { committed, ..Self::new(self.expiration) };
         Ok(())
     }
-}
-
-/// The producer's part of an entry; `None` for batches without a producer and for the log's own.
-fn producer_batch(entry: &MachineEntry<'_>) -> Option<(ProducerId, ProducerEpoch, Batch)> {
-    let header = entry.header;
-    if header.producer_id == ProducerId::NONE || header.attributes.is_control() {
-        return None;
-    }
-    let batch = Batch {
-        first: header.base_sequence,
-        last: header.last_sequence(),
-        base_offset: entry.base_offset,
-        index: entry.index,
-        timestamp: header.max_timestamp,
-    };
-    Some((header.producer_id, header.producer_epoch, batch))
 }
 
 /// Whether `a` comes after `b` on the circle of 2^31 sequence numbers: the shorter way decides.
@@ -249,165 +409,30 @@ fn ahead_of(a: Sequence, b: Sequence) -> bool {
     distance != 0 && distance < 1 << 30
 }
 
+fn fenced(batch: &BatchHeader, epoch: i16) -> Admission {
+    refuse(
+        ErrorCode::ProducerFenced,
+        format!(
+            "producer {} is at epoch {epoch}, and this batch has epoch {}: its transaction is over, or a newer instance took \
+             over; stop this one",
+            batch.producer_id, batch.producer_epoch
+        ),
+    )
+}
+
+fn out_of_order(batch: &BatchHeader, why: &str) -> Admission {
+    refuse(
+        ErrorCode::OutOfOrderSequence,
+        format!(
+            "producer {} sent sequence {} of epoch {}: {why}",
+            batch.producer_id, batch.base_sequence, batch.producer_epoch
+        ),
+    )
+}
+
 fn refuse(code: ErrorCode, message: String) -> Admission {
     Admission::Refuse(Error::new(code, message))
 }
 
 #[cfg(test)]
-mod tests {
-    use flowstone_protocol::{Compression, RecordBatchBuilder, Term};
-    use flowstone_replication::MachineBody;
-
-    use super::*;
-
-    /// A partition of one replica: what is appended gets the next offset and index.
-    #[derive(Default)]
-    struct Partition {
-        producers: Producers,
-        in_flight: VecDeque<(BatchHeader, Offset, RaftIndex)>,
-        end: i64,
-        index: u64,
-    }
-
-    fn header(id: i64, epoch: i16, first: i32, records: i32) -> BatchHeader {
-        let mut batch = RecordBatchBuilder::new(Compression::None).producer(
-            ProducerId::new(id),
-            ProducerEpoch::new(epoch),
-            Sequence::new(first),
-        );
-        for _ in 0..records {
-            batch.append(Timestamp::new(1), None, Some(b"x"), []).expect("fits");
-        }
-        BatchHeader::parse(&batch.build()).expect("built here")
-    }
-
-    fn entry<'a>(header: &'a BatchHeader, base_offset: Offset, index: RaftIndex) -> MachineEntry<'a> {
-        MachineEntry { index, term: Term::new(1), base_offset, header, body: MachineBody::Header }
-    }
-
-    impl Partition {
-        /// `Ok(offset)` appended, `Err(Ok(offset))` duplicate, `Err(Err(code))` refused.
-        fn send(&mut self, id: i64, epoch: i16, first: i32, records: i32) -> Result<i64, Result<i64, ErrorCode>> {
-            let header = header(id, epoch, first, records);
-            match self.producers.admit(&header) {
-                Admission::Append => {
-                    let (offset, index) = (Offset::new(self.end), RaftIndex::new(self.index));
-                    self.producers.appended(&entry(&header, offset, index));
-                    self.in_flight.push_back((header, offset, index));
-                    self.end += i64::from(records);
-                    self.index += 1;
-                    Ok(offset.get())
-                }
-                Admission::Duplicate { base_offset, .. } => Err(Ok(base_offset.get())),
-                Admission::Refuse(error) => Err(Err(error.code)),
-            }
-        }
-
-        fn commit(&mut self, batches: usize) {
-            for (header, offset, index) in self.in_flight.drain(..batches) {
-                self.producers.committed(&entry(&header, offset, index));
-            }
-        }
-    }
-
-    #[test]
-    fn batches_follow_each_other_whether_committed_or_in_flight() {
-        let mut partition = Partition::default();
-        assert_eq!(partition.send(7, 0, 0, 3), Ok(0));
-        assert_eq!(partition.send(7, 0, 3, 2), Ok(3));
-        assert_eq!(partition.send(7, 0, 3, 2), Err(Ok(3)), "a duplicate of what is in flight");
-        partition.commit(2);
-        assert_eq!(partition.send(7, 0, 0, 3), Err(Ok(0)), "a duplicate of what is committed");
-        assert_eq!(partition.send(7, 0, 5, 1), Ok(5));
-        assert_eq!(partition.send(8, 0, 0, 1), Ok(6), "another producer");
-        assert_eq!(partition.send(-1, -1, -1, 1), Ok(7), "no producer");
-    }
-
-    #[test]
-    fn gaps_and_strangers_are_told() {
-        let mut partition = Partition::default();
-        assert_eq!(partition.send(7, 0, 5, 1), Err(Err(ErrorCode::UnknownProducer)));
-        assert_eq!(partition.send(7, 0, 0, 3), Ok(0));
-        assert_eq!(partition.send(7, 0, 4, 1), Err(Err(ErrorCode::OutOfOrderSequence)));
-        assert_eq!(
-            partition.send(7, 0, 0, 2),
-            Err(Err(ErrorCode::DuplicateSequence)),
-            "other bounds: not the same batch"
-        );
-    }
-
-    #[test]
-    fn five_batches_are_remembered() {
-        let mut partition = Partition::default();
-        for first in 0..6 {
-            assert_eq!(partition.send(7, 0, first, 1), Ok(i64::from(first)));
-        }
-        let check = |partition: &mut Partition| {
-            assert_eq!(partition.send(7, 0, 0, 1), Err(Err(ErrorCode::DuplicateSequence)));
-            for first in 1..6 {
-                assert_eq!(partition.send(7, 0, first, 1), Err(Ok(i64::from(first))));
-            }
-        };
-        check(&mut partition);
-        partition.commit(6);
-        check(&mut partition);
-    }
-
-    #[test]
-    fn epochs_fence() {
-        let mut partition = Partition::default();
-        assert_eq!(partition.send(7, 1, 0, 1), Ok(0));
-        assert_eq!(partition.send(7, 0, 1, 1), Err(Err(ErrorCode::ProducerFenced)));
-        assert_eq!(partition.send(7, 2, 1, 1), Err(Err(ErrorCode::OutOfOrderSequence)));
-        assert_eq!(partition.send(7, 2, 0, 1), Ok(1));
-        assert_eq!(partition.send(7, 1, 1, 1), Err(Err(ErrorCode::ProducerFenced)));
-        partition.commit(2);
-        assert_eq!(partition.send(7, 2, 0, 1), Err(Ok(1)));
-    }
-
-    #[test]
-    fn sequences_wrap() {
-        let mut partition = Partition::default();
-        assert_eq!(partition.send(7, 0, 0, 1), Ok(0));
-        partition.commit(1);
-        // As after 2^31 - 3 records: the last batch before the wrap ends at MAX - 1.
-        let newest = partition.producers.committed.get_mut(&ProducerId::new(7)).expect("known");
-        newest.batches[0].first = Sequence::new(i32::MAX - 1);
-        newest.batches[0].last = Sequence::new(i32::MAX - 1);
-        assert_eq!(partition.send(7, 0, i32::MAX, 3), Ok(1), "MAX, 0, 1");
-        assert_eq!(partition.send(7, 0, 3, 1), Err(Err(ErrorCode::OutOfOrderSequence)));
-        assert_eq!(partition.send(7, 0, 2, 1), Ok(4));
-        assert_eq!(partition.send(7, 0, i32::MAX, 3), Err(Ok(1)));
-    }
-
-    #[test]
-    fn what_was_in_flight_is_forgotten_with_leadership() {
-        let mut partition = Partition::default();
-        assert_eq!(partition.send(7, 0, 0, 1), Ok(0));
-        partition.commit(1);
-        assert_eq!(partition.send(7, 0, 1, 1), Ok(1));
-        partition.producers.step_down();
-        partition.in_flight.clear();
-        assert_eq!(partition.send(7, 0, 2, 1), Err(Err(ErrorCode::OutOfOrderSequence)));
-        assert_eq!(partition.send(7, 0, 1, 1), Ok(2));
-    }
-
-    #[test]
-    fn a_checkpoint_restores_what_was_committed() {
-        let mut partition = Partition::default();
-        for first in 0..7 {
-            partition.send(7, 3, first, 1).expect("in order");
-        }
-        partition.send(8, 0, 0, 4).expect("in order");
-        partition.commit(7);
-        let bytes = partition.producers.checkpoint();
-        let mut restored = Producers::default();
-        restored.restore(&bytes).expect("own bytes");
-        assert_eq!(restored.committed, partition.producers.committed);
-        assert!(restored.overlay.is_empty() && !restored.committed.contains_key(&ProducerId::new(8)));
-        assert_eq!(restored.checkpoint(), bytes);
-        assert!(restored.restore(b"\xff\xff").is_err());
-        restored.restore(b"").expect("from nothing");
-        assert!(restored.committed.is_empty());
-    }
-}
+mod tests;

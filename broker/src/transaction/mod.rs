@@ -1,0 +1,8 @@
+//! Transactions: their coordinator (a pure table and what acts for it), and the way to it.
+
+pub(crate) mod commands;
+pub(crate) mod records;
+pub(crate) mod state;
+
+#[cfg(test)]
+mod table_tests;
