@@ -68,6 +68,13 @@ impl<M: Machine> Default for Parked<M> {
 }
 
 impl<M: Machine> Parked<M> {
+    /// Gives back the room of those that waited.
+    pub(crate) fn shed(&mut self) {
+        self.committed.shrink_to_fit();
+        self.persisted.shrink_to_fit();
+        self.permits.shrink_to_fit();
+    }
+
     pub(crate) fn park(&mut self, index: RaftIndex, only_persisted: bool, waiting: Waiting<M>) {
         let queue = if only_persisted { &mut self.persisted } else { &mut self.committed };
         // Nearly always at the end; a duplicate waits for an entry further up front, after those who came before.

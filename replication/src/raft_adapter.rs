@@ -246,17 +246,19 @@ impl RaftAdapter {
         Ok(result)
     }
 
-    // A function of term and voters alone, so that it does not matter how often the crate drew its own: a new election is
-    // a new term, hence a new order. Voters stand one after the other, so that votes are rarely split.
+    // A function of term and voters, so that it does not matter how often the crate drew its own: a new election is a new
+    // term, hence a new order. Voters stand one after the other, so that votes are rarely split; the seed moves each by less
+    // than they are apart.
     fn set_election_timeout(&mut self) {
         let raft = &self.node.raft;
         let of = (raft.term, raft.leader_id, self.gone == Some(raft.term));
         if self.timeout_of != Some(of) {
-            let draw = |id: u64| mix(self.seed ^ mix(id) ^ mix(raft.term).rotate_left(17));
-            let own = draw(self.id);
-            let before = self.voters.iter().filter(|&&id| id != self.id && id != raft.leader_id && draw(id) < own);
+            // Everybody has to come to the same order: no broker's own seed is in it.
+            let order = |id: u64| mix(mix(id) ^ mix(raft.term).rotate_left(17));
+            let own = order(self.id);
+            let before = self.voters.iter().filter(|&&id| id != self.id && id != raft.leader_id && order(id) < own);
             let place = before.count().min(ELECTION_TICKS);
-            let jitter = if of.2 { 0 } else { (own >> 32) as usize % ELECTION_TICKS_APART };
+            let jitter = if of.2 { 0 } else { mix(self.seed ^ own) as usize % ELECTION_TICKS_APART };
             self.timeout = ELECTION_TICKS + ELECTION_TICKS_MORE + place * ELECTION_TICKS_APART + jitter;
             self.timeout_of = Some(of);
         }
@@ -512,6 +514,16 @@ impl RaftAdapter {
                 hear(&mut self.heard, replica.get(), known.max(at));
             }
         }
+    }
+
+    /// Gives back the memory that only a busy group needs: of thousands most are at rest.
+    pub(crate) fn shed(&mut self) {
+        let raft = &mut self.node.raft;
+        raft.maybe_free_inflight_buffers();
+        raft.msgs.shrink_to_fit();
+        raft.raft_log.unstable.entries.shrink_to_fit();
+        self.heard.shrink_to_fit();
+        self.node.store().shed();
     }
 
     /// Offers again what followers were told to pull and have not: either message may be lost.

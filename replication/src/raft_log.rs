@@ -56,6 +56,13 @@ impl RaftLog {
         }
     }
 
+    /// Gives back what only a busy group needs.
+    pub(crate) fn shed(&self) {
+        let mut reads = self.reads.borrow_mut();
+        reads.orders.shrink_to_fit();
+        reads.under_way.shrink_to_fit();
+    }
+
     /// What is to be read for followers.
     pub(crate) fn fetches(&self) -> Vec<FetchOrder> {
         std::mem::take(&mut self.reads.borrow_mut().orders)

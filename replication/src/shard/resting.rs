@@ -299,6 +299,15 @@ impl<M: Machine> Shard<M> {
         }
     }
 
+    /// Nothing is expected to happen to it: what only a busy replica needs is given back.
+    fn shed(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        slot.events.shrink_to_fit();
+        if let State::Running(replica) = &mut slot.state {
+            replica.shed();
+        }
+    }
+
     /// Whether beats say all that its group has to say: it needs no clock of its own.
     pub(super) fn is_spoken_for(&self, index: u32) -> bool {
         self.quiet[index as usize].is_some_and(|quiet| quiet.is_spoken_for())
@@ -358,7 +367,8 @@ impl<M: Machine> Shard<M> {
             if quiet.lanes[at].is_none() {
                 quiet.lanes[at] = Some(lane);
                 let row = quiet.row(tp, at);
-                if quiet.is_spoken_for() {
+                let is_spoken_for = quiet.is_spoken_for();
+                if is_spoken_for {
                     quiet.answered = 0;
                     self.wakes[index as usize] = super::NEVER;
                 }
@@ -366,6 +376,9 @@ impl<M: Machine> Shard<M> {
                 told.sum = told.sum.wrapping_add(sum_of(&row));
                 told.carrier = index;
                 joins.push(row);
+                if is_spoken_for {
+                    self.shed(index);
+                }
             }
         }
         let leaves = std::mem::take(&mut told.leaves);
@@ -504,6 +517,7 @@ impl<M: Machine> Shard<M> {
                     groups += 1;
                     if let Some(index) = index {
                         self.wakes[index as usize] = super::NEVER;
+                        self.shed(index);
                     }
                 }
                 None => unfit.push(*row),
