@@ -7,6 +7,7 @@ mod namespaces;
 mod network;
 mod operations;
 mod processes;
+mod table;
 mod topics;
 
 use flowstone_chaos::{Cluster, Setup, Workload};

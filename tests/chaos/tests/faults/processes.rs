@@ -120,3 +120,27 @@ fn memory_stays_bounded_while_a_follower_takes_nothing() {
     cluster.broker(paused).resume().expect("it runs");
     cluster.wait_healthy().expect("it catches up");
 }
+
+#[test]
+fn data_of_a_newer_release_is_refused_and_the_others_go_on() {
+    let _alone = alone();
+    let (mut cluster, mut workload) = three();
+    assert!(cluster.broker(3).terminate(Duration::from_secs(30)).expect("it stops").success());
+    // As a newer release left it: its version, and the checksum that belongs to it.
+    let manifest = cluster.broker(3).data_dir().join("manifest");
+    let known = std::fs::read(&manifest).expect("every data directory has one");
+    let mut newer = known.clone();
+    newer[8..12].copy_from_slice(&99_u32.to_le_bytes());
+    let covered = newer.len() - 4;
+    let crc = crc32fast::hash(&newer[..covered]);
+    newer[covered..].copy_from_slice(&crc.to_le_bytes());
+    std::fs::write(&manifest, newer).expect("written");
+    cluster.start(3).expect("the binary starts");
+    let ended = cluster.broker(3).wait_for_end(HANG).expect("it refuses, and ends");
+    assert!(!ended.status.success() && ended.messages.contains("newer"), "{}", ended.messages);
+    workload.goes_on(&cluster).expect("two are a majority");
+    // The release that wrote it takes it up again, and finds it as it was.
+    std::fs::write(&manifest, known).expect("written");
+    cluster.start_all().expect("it comes back");
+    all_is_well(&cluster, workload);
+}
