@@ -699,6 +699,11 @@ enum State<M: Machine> {
         message: String,
         reopen_at: Instant,
     },
+    /// It ended over damaged bytes that others have whole: opened anew once these are repaired.
+    Mending {
+        replica: Box<Replica<M>>,
+        message: String,
+    },
     /// Until an operator acts.
     Quarantined {
         message: String,
@@ -896,7 +901,7 @@ impl<M: Machine> Shard<M> {
                     State::Opening => {
                         Error::new(ErrorCode::LeaderNotReady, "the partition is being opened; try again in a moment")
                     }
-                    State::Failed { message, .. } => Error::new(
+                    State::Failed { message, .. } | State::Mending { message, .. } => Error::new(
                         ErrorCode::StorageFailed,
                         format!("the replica failed and is opened anew: {message}"),
                     ),
@@ -1484,7 +1489,7 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[index as usize];
         let message = ended.to_string();
         self.port.counters.replicas_ended.fetch_add(1, Ordering::Relaxed);
-        let State::Running(replica) = std::mem::replace(&mut slot.state, State::Ending) else {
+        let State::Running(mut replica) = std::mem::replace(&mut slot.state, State::Ending) else {
             unreachable!("only a running replica is stepped");
         };
         slot.events.clear();
@@ -1495,13 +1500,19 @@ impl<M: Machine> Shard<M> {
             self.send(index, tp, message);
         }
         let slot = &mut self.slots[index as usize];
-        if matches!(ended, Ended::Storage(StorageError::Corrupt { .. })) {
+        if let Ended::Storage(StorageError::Corrupt { offset, .. }) = ended {
             // Opened again it would find the same bytes.
             if slot.spec.has_peers() {
-                tracing::error!(tp = %slot.spec.tp, message, "a replica is lost: it is to be replaced");
-                let (last_term, last_index) = (replica.log().last_term(), replica.log().last_index());
-                slot.state = State::Lost(Lost { message, lost_memory: false, last_term, last_index });
-                self.show(index);
+                let sealed = if slot.closing.is_none() { replica.seal_at(*offset) } else { Ok(()) };
+                let job = sealed.ok().and_then(|()| replica.log().scrub_job_at(*offset));
+                slot.state = State::Mending { replica, message };
+                match job {
+                    Some(job) => {
+                        self.show(index);
+                        self.look_at_rot(index, job);
+                    }
+                    None => self.lose(index),
+                }
                 return;
             }
             let message =
@@ -1516,12 +1527,39 @@ impl<M: Machine> Shard<M> {
         self.set_failed(index, machine, message);
     }
 
+    /// What is damaged in a replica that ended over it can not be repaired.
+    fn lose(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        slot.repair = None;
+        match std::mem::replace(&mut slot.state, State::Ending) {
+            State::Mending { replica, message } => {
+                tracing::error!(tp = %slot.spec.tp, message, "a replica is lost: it is to be replaced");
+                let (last_term, last_index) = (replica.log().last_term(), replica.log().last_index());
+                slot.state = State::Lost(Lost { message, lost_memory: false, last_term, last_index });
+                self.show(index);
+            }
+            state => slot.state = state,
+        }
+    }
+
+    /// What was damaged in a replica that ended over it is repaired, or was not found: it is opened anew.
+    fn mended(&mut self, index: u32) {
+        let slot = &mut self.slots[index as usize];
+        match std::mem::replace(&mut slot.state, State::Ending) {
+            State::Mending { replica, message } => {
+                let machine = replica.into_machine();
+                self.set_failed(index, machine, message);
+            }
+            state => slot.state = state,
+        }
+    }
+
     /// Publishes how a replica is.
     fn show(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         let mut now = match &slot.state {
             State::Running(replica) => replica.status(),
-            State::Failed { message, .. } => ReplicaStatus {
+            State::Failed { message, .. } | State::Mending { message, .. } => ReplicaStatus {
                 role: Role::Opening,
                 health: Health::Failed { message: message.clone() },
                 ..slot.shown.clone()
@@ -1967,7 +2005,7 @@ impl<M: Machine> Shard<M> {
 
 /// Whether something that it answered for may have been only in memory.
 fn is_in_doubt<M: Machine>(state: &State<M>) -> bool {
-    matches!(state, State::Failed { .. } | State::Lost(Lost { lost_memory: true, .. }))
+    matches!(state, State::Failed { .. } | State::Mending { .. } | State::Lost(Lost { lost_memory: true, .. }))
 }
 
 fn take_due(at: &mut Option<Instant>, now: Instant) -> bool {

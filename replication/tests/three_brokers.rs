@@ -120,6 +120,8 @@ struct Cluster {
     config: ShardsConfig,
     log: LogConfig,
     flush: FlushMode,
+    /// Machines read the log again when they step down.
+    replays: bool,
     next_sequence: i32,
 }
 
@@ -172,6 +174,7 @@ impl Cluster {
             config,
             log,
             flush: FlushMode::Quorum,
+            replays: false,
             next_sequence: 0,
         };
         for at in 0..3 {
@@ -226,7 +229,9 @@ impl Cluster {
             peers: peers.into(),
             start,
         };
-        let handle = ask(|opened| broker.shards.open(spec, Ledger::default(), opened)).unwrap();
+        let mut machine = Ledger::default();
+        machine.replays = self.replays;
+        let handle = ask(|opened| broker.shards.open(spec, machine, opened)).unwrap();
         broker.handle = Some(handle);
     }
 
@@ -1146,4 +1151,29 @@ fn what_another_history_left_is_not_kept() {
     cluster.replace(old, 99);
     cluster.write_many(10);
     cluster.until_equal(&[0, 1, 2]);
+}
+
+#[test]
+fn rot_that_a_coordinator_meets_when_it_steps_down_costs_the_range_and_not_the_replica() {
+    let mut cluster = Cluster::new(config(), small_segments());
+    cluster.replays = true;
+    cluster.open_founders();
+    cluster.write_many(300);
+    cluster.until_equal(&[0, 1, 2]);
+    let old = cluster.leader();
+    let segments = cluster.segments(old);
+    damage(&segments[1], 20_000);
+    let to = replica_id(11 + (old as u64 + 1) % 3);
+    // It may be answered by the replica's end.
+    drop(ask(|reply| cluster.handle(old).transfer_leader(Some(to), reply)));
+    let is_lost = || matches!(cluster.status(old).health, Health::Lost { .. });
+    until("it is repaired", || {
+        assert!(!is_lost(), "{:?}", cluster.status(old));
+        (cluster.metrics(old).repaired_ranges > 0).then_some(())
+    });
+    assert!(cluster.metrics(old).replicas_ended > 0, "it was met");
+    cluster.write_many(10);
+    cluster.until_equal(&[0, 1, 2]);
+    assert_eq!(cluster.status(old).health, Health::Ok);
+    assert!(cluster.metrics(old).pulled_bytes < 20_000, "{:?}", cluster.metrics(old));
 }

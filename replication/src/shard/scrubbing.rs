@@ -79,6 +79,9 @@ impl Scrubbing {
     }
 }
 
+/// A replica that ended over what is damaged is given up after so many failures in a row.
+const MENDING_FAILURES_MAX: u32 = 12;
+
 /// What of a replica is being repaired.
 #[derive(Debug)]
 pub(super) struct Repairing {
@@ -188,6 +191,9 @@ impl<M: Machine> Shard<M> {
             Ok(_) => {}
             Err(error) => tracing::warn!(%tp, %error, "cannot look for rot"),
         }
+        if by_read && self.slots[index as usize].repair.is_none() {
+            self.mended(index);
+        }
         self.close_if_idle(index);
         self.drive_pull(index);
     }
@@ -211,6 +217,12 @@ impl<M: Machine> Shard<M> {
         {
             self.scrub(index, job, true);
         }
+    }
+
+    /// Measures what a replica ended over.
+    pub(super) fn look_at_rot(&mut self, index: u32, job: ScrubJob) {
+        self.scrubbing.looking.insert(index);
+        self.scrub(index, job, true);
     }
 
     fn on_rotten(&mut self, index: u32, rotten: Rotten) {
@@ -251,7 +263,7 @@ impl<M: Machine> Shard<M> {
     fn drive_repair(&mut self, index: u32) {
         let key = self.key(index);
         let slot = &mut self.slots[index as usize];
-        let State::Running(replica) = &slot.state else {
+        let (State::Running(replica) | State::Mending { replica, .. }) = &slot.state else {
             slot.repair = None;
             return;
         };
@@ -318,7 +330,9 @@ impl<M: Machine> Shard<M> {
             slot.jobs -= 1;
         }
         let tp = slot.spec.tp;
-        let (State::Running(replica), Some(repairing)) = (&mut slot.state, &mut slot.repair) else {
+        let (State::Running(replica) | State::Mending { replica, .. }, Some(repairing)) =
+            (&mut slot.state, &mut slot.repair)
+        else {
             slot.repair = None;
             self.close_if_idle(index);
             return self.drive_pull(index);
@@ -375,6 +389,9 @@ impl<M: Machine> Shard<M> {
         tracing::warn!(tp = %slot.spec.tp, error, failures = repairing.failures, "damaged records could not be repaired; trying again");
         let pause = PAUSE_MIN.saturating_mul(1 << (repairing.failures - 1).min(10)).min(PAUSE_MAX);
         repairing.step = Step::Until(self.now + pause);
+        if repairing.failures >= MENDING_FAILURES_MAX && matches!(slot.state, State::Mending { .. }) {
+            self.lose(index);
+        }
     }
 
     /// This one is done with.
@@ -389,7 +406,10 @@ impl<M: Machine> Shard<M> {
                 repairing.failures = 0;
                 self.drive_repair(index);
             }
-            None => slot.repair = None,
+            None => {
+                slot.repair = None;
+                self.mended(index);
+            }
         }
     }
 }

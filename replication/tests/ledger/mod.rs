@@ -38,6 +38,8 @@ pub struct Ledger {
     last_committed: RaftIndex,
     last_appended: RaftIndex,
     pub leads: Vec<Term>,
+    /// As a coordinator does: what was appended is applied, and all is read again when it steps down.
+    pub replays: bool,
 }
 
 impl Ledger {
@@ -107,6 +109,10 @@ impl Machine for Ledger {
         false
     }
 
+    fn applies_at_append(&self) -> bool {
+        self.replays
+    }
+
     fn checkpoint(&self) -> Bytes {
         let mut bytes = BytesMut::new();
         bytes.put_u64(self.last_committed.get());
@@ -121,7 +127,7 @@ impl Machine for Ledger {
 
     fn restore(&mut self, mut checkpoint: &[u8]) -> Result<(), Error> {
         let leads = std::mem::take(&mut self.leads);
-        *self = Self { leads, ..Self::default() };
+        *self = Self { leads, replays: self.replays, ..Self::default() };
         if checkpoint.is_empty() {
             return Ok(());
         }
