@@ -52,6 +52,9 @@ use crate::room::Room;
 use crate::server::{self, Gate};
 use crate::service::REQUEST_BYTES_MIN;
 use crate::topic_config::{TopicConfig, TopicOverrides};
+use crate::transaction;
+use crate::transaction::driver::Transactions;
+use crate::transaction::state::TransactionRules;
 
 /// Hard state files of a new data directory. Fixed when it is made; a few, so that they flush side by side.
 const STRIPES: u32 = 8;
@@ -433,7 +436,11 @@ impl Starting {
         );
         let mut reconciler =
             Reconciler::new(&shards, Arc::clone(&data_dir), table.clone(), replicas.clone(), self.config.topic.clone());
-        reconciler.machine_rules = MachineRules { groups: Arc::new(group_rules(&self.config)), ..MachineRules::default() };
+        reconciler.machine_rules = MachineRules {
+            groups: Arc::new(group_rules(&self.config)),
+            transactions: Arc::new(transaction_rules(&self.config)),
+            producer_expiration: self.config.producer.id_expiration,
+        };
         reconciler.adopt(&Arc::new(own), succession, recoveries);
         // Opening many replicas may take long: whoever scrapes sees how far that is.
         metrics.watch(BrokerCollector {
@@ -1090,6 +1097,14 @@ fn group_rules(config: &Config) -> GroupRules {
         offsets_max: config.group.offsets,
         offsets_retention: config.group.offsets_retention,
         assignor: config.group.assignor.clone(),
+    }
+}
+
+fn transaction_rules(config: &Config) -> TransactionRules {
+    TransactionRules {
+        timeout_max: config.transaction.max_timeout,
+        id_expiration: config.transaction.id_expiration,
+        ids_max: config.transaction.ids_per_partition,
     }
 }
 

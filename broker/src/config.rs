@@ -41,6 +41,10 @@ pub struct Config {
     pub limits: LimitsConfig,
     /// Consumer groups.
     pub group: GroupConfig,
+    /// Transactions.
+    pub transaction: TransactionConfig,
+    /// Producers that write to this broker's partitions.
+    pub producer: ProducerConfig,
     /// Defaults of topics' configuration, canonical values by Kafka's keys.
     pub topic: TopicOverrides,
     /// Logging.
@@ -192,6 +196,24 @@ pub struct GroupConfig {
     pub offsets: usize,
     /// How long an empty group keeps its offsets.
     pub offsets_retention: Duration,
+}
+
+/// Section `[transaction]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TransactionConfig {
+    /// The longest that a transaction may be open.
+    pub max_timeout: Duration,
+    /// A transactional id that was not used for so long is forgotten.
+    pub id_expiration: Duration,
+    /// Transactional ids of one partition of `__transaction_state`.
+    pub ids_per_partition: usize,
+}
+
+/// Section `[producer]`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ProducerConfig {
+    /// An idempotent producer that wrote nothing to a partition for so long is forgotten there.
+    pub id_expiration: Duration,
 }
 
 /// Section `[log]`: the broker's own messages.
@@ -682,6 +704,38 @@ pub const KEYS: &[Key] = &[
         "How long a consumer group without members keeps its committed offsets."
     ),
     key!(
+        "transaction.max_timeout",
+        "15m",
+        transaction.max_timeout,
+        positive_duration,
+        shown_duration,
+        "The longest timeout that a transactional producer may ask for."
+    ),
+    key!(
+        "transaction.id_expiration",
+        "7d",
+        transaction.id_expiration,
+        positive_duration,
+        shown_duration,
+        "A transactional id without an open transaction is forgotten after this long without use."
+    ),
+    key!(
+        "transaction.ids_per_partition",
+        "100000",
+        transaction.ids_per_partition,
+        positive,
+        shown,
+        "Transactional ids of one partition of `__transaction_state`."
+    ),
+    key!(
+        "producer.id.expiration.ms",
+        "1d",
+        producer.id_expiration,
+        positive_duration,
+        shown_duration,
+        "What a partition remembers of an idempotent producer is forgotten after this long without a write of it; a producer that goes on later is told `PRODUCER_EXPIRED`."
+    ),
+    key!(
         "log.level",
         "info",
         log.level,
@@ -925,6 +979,12 @@ impl Config {
                 offsets: 0,
                 offsets_retention: Duration::ZERO,
             },
+            transaction: TransactionConfig {
+                max_timeout: Duration::ZERO,
+                id_expiration: Duration::ZERO,
+                ids_per_partition: 0,
+            },
+            producer: ProducerConfig { id_expiration: Duration::ZERO },
             topic: TopicOverrides::new(),
             log: LogConfig { level: String::new(), format: LogFormat::Auto },
             origins: Vec::new(),

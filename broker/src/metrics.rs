@@ -42,10 +42,11 @@ pub(crate) enum Api {
     Admin,
     FindCoordinators,
     Groups,
+    Transactions,
 }
 
 impl Api {
-    const ALL: [Api; 7] = [
+    const ALL: [Api; 8] = [
         Api::Produce,
         Api::Fetch,
         Api::Metadata,
@@ -53,6 +54,7 @@ impl Api {
         Api::Admin,
         Api::FindCoordinators,
         Api::Groups,
+        Api::Transactions,
     ];
 }
 

@@ -15,6 +15,7 @@ use crate::coordinator::Published;
 use crate::metrics::Metrics;
 use crate::partition::{LocalReplicas, OpenPartition, Slot};
 use crate::room::Room;
+use crate::transaction::driver::Transactions;
 
 /// One broker, as its services see it.
 #[derive(Debug)]

@@ -2,14 +2,15 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use flowstone_protocol::{
-    BatchHeader, BrokerId, Error, ErrorCode, Marker, Offset, ProducerId, ReplicaId, Term, Timestamp, TopicPartition,
+    BatchHeader, BrokerId, Error, ErrorCode, Marker, Offset, ProducerEpoch, ProducerId, ReplicaId, Term, Timestamp,
+    TopicPartition,
 };
 use flowstone_replication::{Admission, Commanded, Machine, MachineEntry, ReplicaHandle};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
 use crate::controller::commands::{MetadataCommand, MetadataReply};
@@ -283,6 +284,32 @@ impl Machine for PartitionMachine {
     }
 }
 
+/// Transactions that a coordinator was heard to have a partition in: what they write here need not be asked for again.
+#[derive(Debug, Default)]
+pub(crate) struct AddedTransactions {
+    /// Held for a look or an entry; nothing waits inside.
+    added: Mutex<HashMap<ProducerId, (ProducerEpoch, Instant)>>,
+}
+
+/// Producers remembered so; when there are more, all are asked for again.
+const ADDED_MAX: usize = 10_000;
+/// For so long: past it, it is asked for again, so that nothing that is long over is taken for known.
+const ADDED_FOR: Duration = Duration::from_secs(60);
+
+impl AddedTransactions {
+    pub(crate) fn contains(&self, producer: ProducerId, epoch: ProducerEpoch) -> bool {
+        self.added.lock().get(&producer).is_some_and(|(known, since)| *known == epoch && since.elapsed() < ADDED_FOR)
+    }
+
+    pub(crate) fn insert(&self, producer: ProducerId, epoch: ProducerEpoch) {
+        let mut added = self.added.lock();
+        if added.len() >= ADDED_MAX {
+            added.clear();
+        }
+        added.insert(producer, (epoch, Instant::now()));
+    }
+}
+
 /// A replica that was opened, with what the services need to know of its topic.
 #[derive(Debug)]
 pub(crate) struct OpenPartition {
@@ -296,6 +323,7 @@ pub(crate) struct OpenPartition {
     pub(crate) replica: Replica,
     /// What its machine commits.
     pub(crate) view: MachineView,
+    pub(crate) added: AddedTransactions,
     /// Where the group's replicas are, as the reconciler told it last.
     peers: RwLock<Peers>,
     /// Written by the reconciler when the topic's settings change; readers clone it out.
@@ -318,6 +346,7 @@ impl OpenPartition {
             replica_id,
             replica,
             view: MachineView::Records,
+            added: AddedTransactions::default(),
             peers: RwLock::new(peers),
             config: RwLock::new(Arc::new(config)),
         }

@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use flowstone_protocol::peer::{
+    AddToTransactionRequest, AddToTransactionResponse, WriteMarkersRequest, WriteMarkersResponse,
     BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, ForwardResponse, HelloRequest, HelloResponse,
     InstructRequest, InstructResponse, KnownBroker, RegisterRequest, RegisterResponse, ReportRequest, ReportResponse,
     instruct_request,
@@ -28,6 +29,8 @@ use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
 use crate::peer::{PeerBook, PeerCalls, PeerIdentity, PeerNetwork};
 use crate::service;
+use crate::transaction::adder::answer_add;
+use crate::transaction::driver::answer_markers;
 
 /// This broker, as others ask for it.
 #[derive(Debug)]
@@ -454,5 +457,21 @@ impl PeerCalls for Calls {
             }
         }
         Ok(InstructResponse { error: None })
+    }
+
+    async fn add_to_transaction(
+        &self,
+        _from: PeerIdentity,
+        request: AddToTransactionRequest,
+    ) -> Result<AddToTransactionResponse, Error> {
+        Ok(answer_add(self.node()?, request).await)
+    }
+
+    async fn write_markers(
+        &self,
+        _from: PeerIdentity,
+        request: WriteMarkersRequest,
+    ) -> Result<WriteMarkersResponse, Error> {
+        Ok(answer_markers(self.node()?, request).await)
     }
 }

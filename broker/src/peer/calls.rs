@@ -1,7 +1,7 @@
 //! What the broker behind the peer listener does: the calls that it answers, and what it is told of streams.
 
 use flowstone_protocol::peer as pb;
-use flowstone_protocol::{BrokerId, Error};
+use flowstone_protocol::{BrokerId, Error, ErrorCode};
 use flowstone_replication::{GroupMessage, Machine, PullAnswer, PullRequest, Reply, Shards};
 
 use super::identity::PeerIdentity;
@@ -31,6 +31,24 @@ pub trait PeerCalls: Send + Sync + 'static {
 
     /// Something to do with a partition that is led here.
     async fn instruct(&self, from: PeerIdentity, request: pb::InstructRequest) -> Result<pb::InstructResponse, Error>;
+
+    /// Partitions are about to be written in transactions that are coordinated here.
+    async fn add_to_transaction(
+        &self,
+        _from: PeerIdentity,
+        _request: pb::AddToTransactionRequest,
+    ) -> Result<pb::AddToTransactionResponse, Error> {
+        Err(Error::new(ErrorCode::Unsupported, "no transactions are coordinated here; look for the coordinator again"))
+    }
+
+    /// Transactions that are decided end in partitions that are led here.
+    async fn write_markers(
+        &self,
+        _from: PeerIdentity,
+        _request: pb::WriteMarkersRequest,
+    ) -> Result<pb::WriteMarkersResponse, Error> {
+        Err(Error::new(ErrorCode::Unsupported, "no partitions are led here; look for their leaders again"))
+    }
 }
 
 /// What the network hands to the replicas. Each is called on the network's own tasks and must return at once.

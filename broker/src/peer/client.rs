@@ -111,6 +111,18 @@ impl PeerClient {
         InstructRequest,
         InstructResponse
     );
+    call!(
+        /// Asks a coordinator to add partitions to transactions; the same again changes nothing.
+        add_to_transaction,
+        AddToTransactionRequest,
+        AddToTransactionResponse
+    );
+    call!(
+        /// Asks a broker to end transactions in partitions that it leads; the same again changes nothing.
+        write_markers,
+        WriteMarkersRequest,
+        WriteMarkersResponse
+    );
 
     /// Asks a broker for a range.
     pub(crate) async fn pull(

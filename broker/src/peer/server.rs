@@ -199,6 +199,20 @@ impl Peer for PeerService {
         handed_on!(self, request, Trust::Registered, instruct)
     }
 
+    async fn add_to_transaction(
+        &self,
+        request: Request<pb::AddToTransactionRequest>,
+    ) -> Result<Response<pb::AddToTransactionResponse>, Status> {
+        handed_on!(self, request, Trust::Registered, add_to_transaction)
+    }
+
+    async fn write_markers(
+        &self,
+        request: Request<pb::WriteMarkersRequest>,
+    ) -> Result<Response<pb::WriteMarkersResponse>, Status> {
+        handed_on!(self, request, Trust::Registered, write_markers)
+    }
+
     async fn pull(&self, request: Request<pb::PullRequest>) -> Result<Response<pb::PullResponse>, Status> {
         let request = request.get_ref();
         self.answer(request.caller.as_ref(), Trust::Registered, |_| Serving::serve(&self.shared, request)).await

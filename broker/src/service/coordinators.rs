@@ -132,7 +132,7 @@ pub(super) async fn ensure_here(
 ///
 /// # Errors
 /// `NOT_COORDINATOR` with the one who is, as far as that is known; `LEADER_NOT_READY`, `NO_LEADER` where nobody is yet.
-pub(super) fn coordinator(node: &Node, kind: InternalTopic, key: &str) -> Result<Arc<OpenPartition>, Error> {
+pub(crate) fn coordinator(node: &Node, kind: InternalTopic, key: &str) -> Result<Arc<OpenPartition>, Error> {
     let Some(known) = known(node, kind) else {
         let what = "nobody coordinates anything yet; look for the coordinator first (FindCoordinators)";
         return Err(Error::new(ErrorCode::NotCoordinator, what));
@@ -148,6 +148,19 @@ pub(super) fn coordinator(node: &Node, kind: InternalTopic, key: &str) -> Result
         Some(Slot::Opening) => Err(begins(kind, tp)),
         None => Err(elsewhere(node, kind, tp)),
     }
+}
+
+/// The broker that leads the coordinator's partition of `key`, as far as is known here.
+///
+/// # Errors
+/// `NO_LEADER` where nobody is known to; `NOT_COORDINATOR` where nobody needed a coordinator yet.
+pub(crate) fn coordinator_broker(node: &Node, kind: InternalTopic, key: &str) -> Result<BrokerId, Error> {
+    let Some(known) = known(node, kind) else {
+        let what = "nobody coordinates anything yet; look for the coordinator first (FindCoordinators)";
+        return Err(Error::new(ErrorCode::NotCoordinator, what));
+    };
+    let tp = partition_of(known, key);
+    node.leader(tp).by.ok_or_else(|| no_coordinator(kind, tp))
 }
 
 fn begins(kind: InternalTopic, tp: TopicPartition) -> Error {

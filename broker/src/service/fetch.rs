@@ -92,7 +92,9 @@ pub(crate) struct Fetched {
     /// Of all chunks.
     pub(crate) bytes: usize,
     pub(crate) high_watermark: i64,
+    pub(crate) last_stable_offset: i64,
     pub(crate) log_start: i64,
+    pub(crate) aborted: Vec<pb::AbortedTransaction>,
     pub(crate) error: Option<pb::ErrorDetail>,
 }
 
@@ -115,6 +117,8 @@ struct Position {
     in_line: usize,
     /// Any replica will do.
     any_replica: bool,
+    /// Only what is committed of transactions.
+    committed: bool,
     /// The highest high watermark that the client was told, here or elsewhere.
     known_high_watermark: Option<Offset>,
     /// Dropped with the position: a read that is parked for it is then nobody's, and its shard forgets it.
@@ -255,7 +259,23 @@ impl FetchSession {
             );
             return Err(self.node.explain(error, &partition));
         }
+        let committed = match pb::IsolationLevel::try_from(wanted.isolation) {
+            Ok(pb::IsolationLevel::Unspecified | pb::IsolationLevel::ReadUncommitted) => false,
+            Ok(pb::IsolationLevel::ReadCommitted) => true,
+            Err(_) => {
+                let error = Error::new(
+                    ErrorCode::InvalidRequest,
+                    format!(
+                        "isolation level {} is not known: read_uncommitted is 1, read_committed 2; upgrade the broker if \
+                         there are more by now",
+                        wanted.isolation
+                    ),
+                );
+                return Err(self.node.explain(error, &partition));
+            }
+        };
         Ok(Position {
+            committed,
             generation,
             session: wanted.session,
             partition,
@@ -303,7 +323,9 @@ impl FetchSession {
             chunks: Vec::new(),
             bytes: 0,
             high_watermark: -1,
+            last_stable_offset: -1,
             log_start: -1,
+            aborted: Vec::new(),
             error: Some(error.to_detail()),
         };
         let error = Ready { generation, fetched };
@@ -375,7 +397,16 @@ impl FetchSession {
                     chunks: answer.bytes.chunks,
                     bytes,
                     high_watermark: answer.high_watermark.get(),
+                    last_stable_offset: answer.last_stable_offset.get(),
                     log_start: answer.log_start.get(),
+                    aborted: answer
+                        .aborted
+                        .into_iter()
+                        .map(|(producer, first)| pb::AbortedTransaction {
+                            producer_id: producer.get(),
+                            first_offset: first.get(),
+                        })
+                        .collect(),
                     error: None,
                 };
                 self.ready.push_back(Ready { generation, fetched });
@@ -395,7 +426,9 @@ impl FetchSession {
             }
             let max_bytes = if position.one_by_one { 1 } else { response_bytes };
             // A read at the end is parked, for as long as nothing is written: it must not hold up the others.
-            let parks = position.next >= position.partition.replica.status().high_watermark;
+            let status = position.partition.replica.status();
+            let readable = if position.committed { status.last_stable_offset } else { status.high_watermark };
+            let parks = position.next >= readable;
             let bytes = if parks { 0 } else { max_bytes };
             self.count += 1;
             let number = self.count;
@@ -408,7 +441,7 @@ impl FetchSession {
                 wait: true,
                 any_replica: position.any_replica,
                 known_high_watermark: position.known_high_watermark,
-                committed: false,
+                committed: position.committed,
             };
             let arrivals = Arc::downgrade(&self.arrivals);
             let parked = parks.then(|| self.node.metrics.read_parks());

@@ -90,7 +90,8 @@ impl HttpBody for FetchBody {
 
 /// The head of a response; its pieces go behind `frames`.
 fn encode(fetched: Fetched, frames: &mut VecDeque<Bytes>) -> Bytes {
-    let Fetched { fetch_id, session, chunks, bytes, high_watermark, log_start, error } = fetched;
+    let Fetched { fetch_id, session, chunks, bytes, high_watermark, last_stable_offset, log_start, aborted, error } =
+        fetched;
     let fields = pb::FetchResponse {
         fetch_id,
         session,
@@ -98,7 +99,8 @@ fn encode(fetched: Fetched, frames: &mut VecDeque<Bytes>) -> Bytes {
         high_watermark,
         log_start,
         error,
-        ..Default::default()
+        last_stable_offset,
+        aborted,
     };
     let mut key = BytesMut::with_capacity(16);
     if bytes > 0 {
@@ -134,7 +136,9 @@ mod tests {
             bytes: batches.len(),
             chunks,
             high_watermark: -1,
+            last_stable_offset: 5,
             log_start: i64::MAX,
+            aborted: vec![pb::AbortedTransaction { producer_id: 7, first_offset: 3 }; 2],
             error: error.clone(),
         };
         let mut frames = VecDeque::new();
@@ -150,7 +154,8 @@ mod tests {
             high_watermark: -1,
             log_start: i64::MAX,
             error,
-            ..Default::default()
+            last_stable_offset: 5,
+            aborted: vec![pb::AbortedTransaction { producer_id: 7, first_offset: 3 }; 2],
         };
         assert_eq!(read, wanted);
     }

@@ -11,6 +11,7 @@ mod offsets;
 mod partitions;
 mod produce;
 mod topics;
+mod transactions;
 
 use std::convert::Infallible;
 use std::future::ready;
@@ -162,7 +163,7 @@ pub(crate) fn now() -> Timestamp {
 }
 
 /// The replica here that may serve `tp`, or what to tell the client. Whether it leads is its own to say.
-fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
+pub(crate) fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
     match node.replicas.get(tp) {
         Some(Slot::Open(partition)) => return Ok(partition),
         Some(Slot::Failed(error) | Slot::Refused(error)) => return Err(error),

@@ -100,6 +100,6 @@ async fn one(node: &Arc<Node>, query: pb::OffsetQuery, linearizable: bool) -> Re
         high_watermark: status.high_watermark.get(),
         records,
         error: None,
-        last_stable_offset: status.high_watermark.get(),
+        last_stable_offset: status.last_stable_offset.get(),
     })
 }

@@ -11,6 +11,7 @@
 //! fills, and it waits in turn. A client that leaves in the middle loses nothing acknowledged: what was handed to the
 //! shard goes its way, only its answers have nobody left to take them.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,11 +21,12 @@ use std::time::Instant;
 use bytes::Bytes;
 use flowstone_protocol::batch::validate_produced;
 use flowstone_protocol::{
-    BatchError, BatchHeader, Compression, Error, ErrorCode, Timestamp, ValidationLimits, pb, rewrite,
+    BatchError, BatchHeader, Compression, Error, ErrorCode, Timestamp, TopicPartition, ValidationLimits, pb, rewrite,
 };
 use flowstone_replication::{Acks, Permit, Produced, Reply};
-use futures::Stream;
+use futures::stream::FuturesUnordered;
 use futures::task::AtomicWaker;
+use futures::{Stream, StreamExt};
 use parking_lot::Mutex;
 use tokio::sync::watch;
 use tonic::{Status, Streaming};
@@ -35,6 +37,7 @@ use crate::node::Node;
 use crate::partition::OpenPartition;
 use crate::receiving::Held;
 use crate::topic_config::{CompressionPolicy, TimestampPolicy, TopicConfig};
+use crate::transaction::commands::{Addition, check_id};
 
 /// What a request takes of the shard's room at least: its bookkeeping counts too, or small requests would be unbounded.
 pub(crate) const REQUEST_BYTES_MIN: usize = 1 << 10;
@@ -49,6 +52,9 @@ const MESSAGES_PER_TURN: usize = 64;
 
 type Pending<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
+/// Batches that wait until their partition is in their transaction, of one stream; then no more requests are read.
+const ADDING_MAX: usize = 1_000;
+
 /// One produce stream: reads requests and yields answers.
 pub(crate) struct ProduceSession {
     node: Arc<Node>,
@@ -56,6 +62,11 @@ pub(crate) struct ProduceSession {
     /// What was received of a request; given back once its batch has room in its shard.
     held: Held,
     step: Step,
+    /// Partitions that are being added to a transaction, with the batches that wait for that, in order.
+    adding: HashMap<TopicPartition, Vec<(Checked, Permit)>>,
+    /// Batches in `adding`.
+    adding_count: usize,
+    additions: FuturesUnordered<Pending<(Arc<OpenPartition>, Result<(), Error>)>>,
     answers: Arc<Answers>,
     drain: Pending<()>,
     /// Set: no more requests are read; once everything is answered, the stream ends so.
@@ -74,6 +85,8 @@ enum Step {
 
 /// A batch that may be appended.
 struct Checked {
+    /// Of the batch's transaction; empty for a plain batch.
+    transactional_id: String,
     request_id: u64,
     received: Instant,
     acks: Acks,
@@ -128,7 +141,18 @@ impl std::fmt::Debug for ProduceSession {
 impl ProduceSession {
     pub(crate) fn new(node: Arc<Node>, requests: Streaming<pb::ProduceRequest>, held: Held) -> Self {
         let drain = drained(node.drain.clone());
-        Self { node, requests, held, step: Step::Read, answers: Arc::default(), drain, ending: None }
+        Self {
+            node,
+            requests,
+            held,
+            step: Step::Read,
+            adding: HashMap::new(),
+            adding_count: 0,
+            additions: FuturesUnordered::new(),
+            answers: Arc::default(),
+            drain,
+            ending: None,
+        }
     }
 
     /// Reads and hands on until something has to be waited for.
@@ -138,9 +162,12 @@ impl ProduceSession {
         }
         let mut turns = 0;
         loop {
+            while let Poll::Ready(Some((partition, added))) = self.additions.poll_next_unpin(cx) {
+                self.added(&partition, added);
+            }
             match &mut self.step {
                 Step::Read => {
-                    if self.ending.is_some() {
+                    if self.ending.is_some() || self.adding_count >= ADDING_MAX {
                         return;
                     }
                     if turns == MESSAGES_PER_TURN {
@@ -182,7 +209,8 @@ impl ProduceSession {
         }
     }
 
-    fn take(&mut self, request: pb::ProduceRequest) {
+    fn take(&mut self, mut request: pb::ProduceRequest) {
+        let transactional_id = std::mem::take(&mut request.transactional_id);
         let received = Instant::now();
         self.node.metrics.received(Api::Produce, request.batch.len());
         let request_id = request.request_id;
@@ -198,7 +226,15 @@ impl ProduceSession {
         let rules = Rules::new(&self.node, &partition.config());
         let batch = request.batch;
         let target = Arc::clone(&partition);
-        let checked = move |(batch, header)| Checked { request_id, received, acks, partition: target, batch, header };
+        let checked = move |(batch, header)| Checked {
+            transactional_id,
+            request_id,
+            received,
+            acks,
+            partition: target,
+            batch,
+            header,
+        };
         let node = Arc::clone(&self.node);
         let refused =
             move |error, partition: &OpenPartition| Refused { request_id, acks, error: node.explain(error, partition) };
@@ -235,6 +271,10 @@ impl ProduceSession {
     }
 
     fn admit(&mut self, checked: Checked) {
+        if let Err(error) = check_transaction(&checked) {
+            let error = self.node.explain(error, &checked.partition);
+            return self.refuse(Refused { request_id: checked.request_id, acks: checked.acks, error });
+        }
         let bytes = checked.batch.len().max(REQUEST_BYTES_MIN);
         if let Some(permit) = checked.partition.replica.try_reserve(bytes) {
             return self.append(checked, permit);
@@ -247,9 +287,68 @@ impl ProduceSession {
         }));
     }
 
+    /// Appends it, unless its partition has to be added to its transaction first, or others of that partition wait so.
     fn append(&mut self, checked: Checked, permit: Permit) {
-        let Checked { request_id, received, acks, partition, batch, header } = checked;
         self.held.release();
+        let tp = checked.partition.tp;
+        if let Some(waiting) = self.adding.get_mut(&tp) {
+            waiting.push((checked, permit));
+            self.adding_count += 1;
+            return;
+        }
+        let (producer, epoch) = (checked.header.producer_id, checked.header.producer_epoch);
+        if checked.transactional_id.is_empty() || checked.partition.added.contains(producer, epoch) {
+            return self.append_now(checked, permit);
+        }
+        let addition = Addition {
+            id: checked.transactional_id.as_str().into(),
+            producer,
+            epoch,
+            partition: Some(tp),
+            group: None,
+        };
+        let (node, partition) = (Arc::clone(&self.node), Arc::clone(&checked.partition));
+        self.additions.push(Box::pin(async move {
+            let added = node.transactions.adder.add(&node, addition).await;
+            if added.is_ok() {
+                partition.added.insert(producer, epoch);
+            }
+            (partition, added)
+        }));
+        self.adding.insert(tp, vec![(checked, permit)]);
+        self.adding_count += 1;
+    }
+
+    /// The partition is in the transaction of the first batch that waited for that, or cannot be.
+    fn added(&mut self, partition: &OpenPartition, added: Result<(), Error>) {
+        let waiting = self.adding.remove(&partition.tp).unwrap_or_default();
+        self.adding_count -= waiting.len();
+        let mut first = None;
+        for (checked, permit) in waiting {
+            let of = (checked.header.producer_id, checked.header.producer_epoch);
+            match &added {
+                // Those behind of the same transaction go the same way; others have one of their own to ask for.
+                Err(error) if *first.get_or_insert(of) == of => {
+                    let error = self.node.explain(error.clone(), &checked.partition);
+                    self.node.metrics.refused(Api::Produce, &error);
+                    let error = Some(error.to_detail());
+                    let request_id = checked.request_id;
+                    self.answers.push(pb::ProduceResult { request_id, base_offset: -1, log_append_time: -1, error });
+                }
+                _ => self.append_again(checked, permit),
+            }
+        }
+    }
+
+    /// As [`Self::append`], of one whose message was released before.
+    fn append_again(&mut self, checked: Checked, permit: Permit) {
+        let held = std::mem::take(&mut self.held);
+        self.append(checked, permit);
+        self.held = held;
+    }
+
+    fn append_now(&self, checked: Checked, permit: Permit) {
+        let Checked { request_id, received, acks, partition, batch, header, .. } = checked;
         self.answers.state.lock().in_flight += 1;
         let answers = Arc::clone(&self.answers);
         let node = Arc::clone(&self.node);
@@ -287,7 +386,7 @@ impl Stream for ProduceSession {
             let results = std::mem::take(&mut state.ready);
             return Poll::Ready(Some(Ok(pb::ProduceResponse { results })));
         }
-        let idle = matches!(session.step, Step::Read) && state.in_flight == 0;
+        let idle = matches!(session.step, Step::Read) && state.in_flight == 0 && session.adding_count == 0;
         drop(state);
         match &session.ending {
             Some(Ok(())) if idle => Poll::Ready(None),
@@ -299,6 +398,29 @@ impl Stream for ProduceSession {
             _ => Poll::Pending,
         }
     }
+}
+
+/// Whether what the request says of a transaction and what its batch says agree.
+fn check_transaction(checked: &Checked) -> Result<(), Error> {
+    let transactional = checked.header.attributes.is_transactional();
+    let named = !checked.transactional_id.is_empty();
+    if transactional != named {
+        let what = if transactional {
+            "a transactional batch came without its transactional id: it belongs to no transaction; send both, or a plain batch"
+        } else {
+            "a plain batch came with a transactional id; mark the batch as transactional, or leave the id out"
+        };
+        return Err(Error::new(ErrorCode::InvalidTransactionState, what));
+    }
+    if !transactional {
+        return Ok(());
+    }
+    if checked.acks != Acks::Quorum {
+        let what = "a transactional batch is acknowledged by a majority, or it could be lost from what is committed; set \
+                    acks to quorum";
+        return Err(Error::new(ErrorCode::InvalidRequest, what));
+    }
+    check_id(&checked.transactional_id)
 }
 
 /// Ends when the broker drains.

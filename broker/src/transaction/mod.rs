@@ -1,6 +1,8 @@
-//! Transactions: their coordinator (a pure table and what acts for it), and the way to it.
+//! Transactions: their coordinator (a pure table, and what acts for it), and the way to it.
 
+pub(crate) mod adder;
 pub(crate) mod commands;
+pub(crate) mod driver;
 pub(crate) mod records;
 pub(crate) mod state;
 

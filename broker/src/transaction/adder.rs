@@ -1,0 +1,262 @@
+//! From the broker that takes a transactional write to the coordinator: the partition is in the transaction from now on.
+//!
+//! Who asks while a call to the same broker is under way goes with the next one, all in one message, as entries share a
+//! flush: however many partitions begin to be written at once, a coordinator is asked twice at the most.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use flowstone_protocol::peer::{AddToTransactionRequest, AddToTransactionResponse, TransactionAddition};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, ProducerEpoch, ProducerId, pb};
+use futures::future::join_all;
+use parking_lot::Mutex;
+use tokio::sync::oneshot;
+
+use super::commands::{Addition, TransactionCommand, TransactionReply};
+use crate::cluster::calls;
+use crate::internal_topics::InternalTopic;
+use crate::node::Node;
+use crate::partition::{MachineView, OpenPartition, PartitionCommand, PartitionReply};
+use crate::service::{coordinator, coordinator_broker, submit};
+
+/// An addition is tried for this long: about two elections of a coordinator.
+const ADD_MAX: Duration = Duration::from_secs(10);
+/// A coordinator waits so long for the transaction before to be ended everywhere, and says then to ask again.
+const WAIT_MAX: Duration = Duration::from_secs(3);
+/// A call takes at most this long.
+const CALL_MAX: Duration = Duration::from_secs(5);
+/// Between two tries where nobody could be asked; doubles.
+const RETRY_MIN: Duration = Duration::from_millis(5);
+const RETRY_MAX: Duration = Duration::from_millis(200);
+/// Additions of one call.
+const CALL_ADDITIONS_MAX: usize = 1_000;
+/// Additions that wait for the next call to one broker; then `OVERLOADED`.
+const WAITING_MAX: usize = 20_000;
+
+type Waiting = (Addition, oneshot::Sender<Result<(), Error>>);
+
+/// Adds partitions and groups to transactions.
+#[derive(Debug, Default)]
+pub(crate) struct TransactionAdder {
+    /// Held for a push or a take; nothing waits inside.
+    lanes: Mutex<HashMap<BrokerId, Lane>>,
+}
+
+/// The way to one broker.
+#[derive(Debug, Default)]
+struct Lane {
+    waiting: Vec<Waiting>,
+    /// A call is under way, and takes what waits when it is back.
+    is_busy: bool,
+}
+
+impl TransactionAdder {
+    /// Adds a partition, or a group, to the transaction of a producer id and epoch, beginning it where it is not open.
+    /// Returns once the coordinator has that committed; the same again changes nothing.
+    ///
+    /// # Errors
+    /// `PRODUCER_FENCED`, `TRANSACTION_ABORTED` and `UNKNOWN_TRANSACTION` are the coordinator's word; `CONCURRENT_TRANSACTIONS`
+    /// where the transaction before is still being ended, and what is retriable where nobody could be asked.
+    pub(crate) async fn add(&self, node: &Arc<Node>, addition: Addition) -> Result<(), Error> {
+        let began = Instant::now();
+        let mut pause = RETRY_MIN;
+        let mut hint = None;
+        loop {
+            let added = match hint
+                .take()
+                .map_or_else(|| coordinator_broker(node, InternalTopic::Transactions, &addition.id), Ok)
+            {
+                Ok(broker) => self.ask(node, broker, addition.clone()).await,
+                Err(error) => Err(error),
+            };
+            let error = match added {
+                Err(error) if error.is_retriable() && began.elapsed() < ADD_MAX => error,
+                // To its client the coordinator is not this broker: what it may do is ask again.
+                Err(error) if error.code == ErrorCode::NotCoordinator => {
+                    let what = "the transaction's coordinator is not known at the moment; try again";
+                    return Err(Error::new(ErrorCode::NoLeader, what));
+                }
+                added => return added,
+            };
+            hint = error.leader_hint.as_ref().map(|(broker, _)| *broker);
+            if hint.is_none() {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+        }
+    }
+
+    async fn ask(&self, node: &Arc<Node>, broker: BrokerId, addition: Addition) -> Result<(), Error> {
+        let (sender, receiver) = oneshot::channel();
+        let begins = {
+            let mut lanes = self.lanes.lock();
+            let lane = lanes.entry(broker).or_default();
+            if lane.waiting.len() >= WAITING_MAX {
+                let what = "too many transactions begin at once; try again in a moment";
+                return Err(Error::new(ErrorCode::Overloaded, what));
+            }
+            lane.waiting.push((addition, sender));
+            !std::mem::replace(&mut lane.is_busy, true)
+        };
+        if begins {
+            let node = Arc::clone(node);
+            // On a task of its own: who asked first may go away, and others go with it.
+            tokio::spawn(async move { node.transactions.adder.run(&node, broker).await });
+        }
+        receiver.await.unwrap_or_else(|_| {
+            Err(Error::new(ErrorCode::ShuttingDown, "this broker is shutting down; ask another one"))
+        })
+    }
+
+    /// Calls until nobody waits.
+    async fn run(&self, node: &Arc<Node>, broker: BrokerId) {
+        loop {
+            let batch: Vec<Waiting> = {
+                let mut lanes = self.lanes.lock();
+                let Some(lane) = lanes.get_mut(&broker) else { return };
+                lane.waiting.retain(|(_, sender)| !sender.is_closed());
+                if lane.waiting.is_empty() {
+                    lanes.remove(&broker);
+                    return;
+                }
+                let count = lane.waiting.len().min(CALL_ADDITIONS_MAX);
+                lane.waiting.drain(..count).collect()
+            };
+            let (additions, senders): (Vec<_>, Vec<_>) = batch.into_iter().unzip();
+            let results = match broker == node.id {
+                true => add_here(node, additions).await,
+                false => add_there(node, broker, additions).await,
+            };
+            for (sender, result) in senders.into_iter().zip(results) {
+                // Whoever is gone needs no answer.
+                drop(sender.send(result));
+            }
+        }
+    }
+}
+
+async fn add_there(node: &Node, broker: BrokerId, additions: Vec<Addition>) -> Vec<Result<(), Error>> {
+    let count = additions.len();
+    let request = AddToTransactionRequest { caller: None, additions: additions.iter().map(to_message).collect() };
+    match node.control.peers.add_to_transaction(broker, request, CALL_MAX).await {
+        Ok(AddToTransactionResponse { results }) if results.len() == count => results.iter().map(result).collect(),
+        Ok(_) => vec![Err(Error::new(ErrorCode::Internal, "the coordinator answered something else")); count],
+        Err(error) => vec![Err(error); count],
+    }
+}
+
+/// What a row of an answer says; nothing is a success.
+pub(super) fn result(detail: &pb::ErrorDetail) -> Result<(), Error> {
+    match detail.code {
+        0 => Ok(()),
+        _ => Err(Error::from_detail(detail)),
+    }
+}
+
+pub(super) fn detail(result: Result<(), Error>) -> pb::ErrorDetail {
+    result.err().map(|error| error.to_detail()).unwrap_or_default()
+}
+
+fn to_message(addition: &Addition) -> TransactionAddition {
+    TransactionAddition {
+        transactional_id: addition.id.to_string(),
+        producer_id: addition.producer.get(),
+        producer_epoch: addition.epoch.get().into(),
+        topic_id: addition.partition.map(|tp| Bytes::copy_from_slice(&tp.topic.to_bytes())).unwrap_or_default(),
+        partition: addition.partition.map_or(-1, |tp| tp.partition.get()),
+        group: addition.group.as_deref().unwrap_or_default().to_owned(),
+    }
+}
+
+fn from_message(addition: &TransactionAddition) -> Result<Addition, Error> {
+    let odd = || {
+        Error::new(
+            ErrorCode::InvalidRequest,
+            "an addition to a transaction is malformed: a defect of the broker that asks",
+        )
+    };
+    let partition = match addition.partition {
+        ..0 => None,
+        partition => Some(calls::partition(&addition.topic_id, partition).ok_or_else(odd)?),
+    };
+    Ok(Addition {
+        id: addition.transactional_id.as_str().into(),
+        producer: ProducerId::new(addition.producer_id),
+        epoch: i16::try_from(addition.producer_epoch).map(ProducerEpoch::new).map_err(|_| odd())?,
+        partition,
+        group: (!addition.group.is_empty()).then(|| addition.group.as_str().into()),
+    })
+}
+
+/// Another broker asks the coordinators here.
+pub(crate) async fn answer_add(node: &Arc<Node>, request: AddToTransactionRequest) -> AddToTransactionResponse {
+    let read: Vec<Result<Addition, Error>> = request.additions.iter().map(from_message).collect();
+    let additions: Vec<Addition> = read.iter().filter_map(|addition| addition.as_ref().ok().cloned()).collect();
+    let mut added = add_here(node, additions).await.into_iter();
+    let results = read.into_iter().map(|addition| match addition {
+        Ok(_) => detail(added.next().unwrap_or(Ok(()))),
+        Err(error) => detail(Err(error)),
+    });
+    AddToTransactionResponse { results: results.collect() }
+}
+
+/// Has the coordinators here add; in the order of the additions.
+async fn add_here(node: &Arc<Node>, additions: Vec<Addition>) -> Vec<Result<(), Error>> {
+    let mut results: Vec<Result<(), Error>> = vec![Ok(()); additions.len()];
+    let mut partitions: Vec<(Arc<OpenPartition>, Vec<(usize, Addition)>)> = Vec::new();
+    for (at, addition) in additions.into_iter().enumerate() {
+        match coordinator(node, InternalTopic::Transactions, &addition.id) {
+            Ok(partition) => match partitions.iter_mut().find(|(known, _)| known.tp == partition.tp) {
+                Some((_, of)) => of.push((at, addition)),
+                None => partitions.push((partition, vec![(at, addition)])),
+            },
+            Err(error) => results[at] = Err(error),
+        }
+    }
+    let asked = partitions.into_iter().map(|(partition, of)| add_at(node, partition, of));
+    for (at, result) in join_all(asked).await.into_iter().flatten() {
+        results[at] = result;
+    }
+    results
+}
+
+/// Has one coordinator add; waits a while for transactions before to be ended.
+async fn add_at(
+    node: &Arc<Node>,
+    partition: Arc<OpenPartition>,
+    mut of: Vec<(usize, Addition)>,
+) -> Vec<(usize, Result<(), Error>)> {
+    let MachineView::Transactions(view) = &partition.view else {
+        let odd = || Error::new(ErrorCode::Internal, "no coordinator of transactions runs behind this partition");
+        return of.into_iter().map(|(at, _)| (at, Err(odd()))).collect();
+    };
+    let mut changes = view.changes();
+    let until = tokio::time::Instant::now() + WAIT_MAX;
+    let mut done = Vec::new();
+    loop {
+        changes.mark_unchanged();
+        let additions = of.iter().map(|(_, addition)| addition.clone()).collect();
+        let command = PartitionCommand::Transactions(TransactionCommand::Add(additions));
+        let results = match submit(node, InternalTopic::Transactions, &partition, command).await {
+            Ok(PartitionReply::Transactions(TransactionReply::Added(results))) => results,
+            Ok(_) => vec![Err(Error::new(ErrorCode::Internal, "the coordinator answered something else")); of.len()],
+            Err(error) => vec![Err(error); of.len()],
+        };
+        let is_late = tokio::time::Instant::now() >= until;
+        let mut again = Vec::new();
+        for ((at, addition), result) in of.into_iter().zip(results) {
+            match result {
+                Err(error) if error.code == ErrorCode::ConcurrentTransactions && !is_late => again.push((at, addition)),
+                result => done.push((at, result)),
+            }
+        }
+        if again.is_empty() {
+            return done;
+        }
+        of = again;
+        // Past that, it is asked once more, and told what it hears.
+        drop(tokio::time::timeout_at(until, changes.changed()).await);
+    }
+}
