@@ -1075,6 +1075,8 @@ async fn start_shards(
         inbox_requests_max: in_flight_bytes_max / REQUEST_BYTES_MIN + OTHER_REQUESTS_MAX,
         seed: rand::random(),
         scrub_bytes_per_second: config.limits.scrub_bytes_per_second,
+        compaction_bytes_per_second: config.limits.compaction_bytes_per_second.div_ceil(shards as u64),
+        compaction_memory_bytes: config.limits.compaction_memory / shards as u64,
         ..ShardsConfig::default()
     };
     let path = config.node.data_dir.clone();

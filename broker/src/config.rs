@@ -171,6 +171,10 @@ pub struct LimitsConfig {
     pub pulls_served: usize,
     /// Bytes per second of old segments that are read again to find rot; 0: none.
     pub scrub_bytes_per_second: u64,
+    /// Bytes per second that compaction reads and writes; 0: none.
+    pub compaction_bytes_per_second: u64,
+    /// What passes of compaction may take, all together, for the keys that they look at.
+    pub compaction_memory: u64,
 }
 
 /// Section `[group]`: consumer groups.
@@ -631,6 +635,22 @@ pub const KEYS: &[Key] = &[
         "Bytes per second of old segments that are read again in the background to find rot; 0: none."
     ),
     key!(
+        "limits.compaction_bytes_per_second",
+        "64 MiB",
+        limits.compaction_bytes_per_second,
+        parse_bytes,
+        size_u64,
+        "Bytes per second that the compaction of topics with `cleanup.policy=compact` reads and writes; 0: nothing is compacted."
+    ),
+    key!(
+        "limits.compaction_memory",
+        "64 MiB",
+        limits.compaction_memory,
+        size64,
+        size_u64,
+        "Memory for the keys that compaction looks at in one pass, some 30 bytes each; with less, a pass cleans less."
+    ),
+    key!(
         "group.session_timeout",
         "10s",
         group.session_timeout,
@@ -966,6 +986,8 @@ impl Config {
                 pull_bytes_per_second: 0,
                 pulls_served: 0,
                 scrub_bytes_per_second: 0,
+                compaction_bytes_per_second: 0,
+                compaction_memory: 0,
             },
             group: GroupConfig {
                 session_timeout: Duration::ZERO,

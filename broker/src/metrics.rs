@@ -393,7 +393,10 @@ impl Collector for BrokerCollector {
             let gauge = ConstGauge::new(value);
             gauge.encode(encoder.encode_descriptor(name, help, unit.as_ref(), gauge.metric_type())?)?;
         }
-        let counters: [(&str, &str, Option<Unit>, f64); 17] = [
+        let dirty = ConstGauge::new(shards.dirty_ratio());
+        let help = "Share of compacted topics' closed segments that no compaction has looked at, from 0 to 1";
+        dirty.encode(encoder.encode_descriptor("compaction_dirty_ratio", help, None, dirty.metric_type())?)?;
+        let counters: [(&str, &str, Option<Unit>, f64); 20] = [
             ("process_cpu", "Processor time of the process", Some(Unit::Seconds), process.cpu_seconds),
             ("replica_steps", "Steps of replicas", None, shards.steps as f64),
             ("flushes_inline", "Flushes that a shard ran itself", None, shards.flushes_inline as f64),
@@ -421,6 +424,14 @@ impl Collector for BrokerCollector {
             ("scrubbed", "Bytes of old segments read to find rot", Some(Unit::Bytes), shards.scrubbed_bytes as f64),
             ("rotten_ranges", "Damaged ranges found", None, shards.rotten_ranges as f64),
             ("repaired_ranges", "Damaged ranges replaced from another replica", None, shards.repaired_ranges as f64),
+            ("compactions", "Passes of compaction that ended", None, shards.compactions as f64),
+            ("compacted", "Bytes that compaction read and wrote", Some(Unit::Bytes), shards.compacted_bytes as f64),
+            (
+                "compaction_freed",
+                "Bytes that compaction made room for",
+                Some(Unit::Bytes),
+                shards.compaction_freed_bytes as f64,
+            ),
         ];
         for (name, help, unit, value) in counters {
             let counter = ConstCounter::new(value);
@@ -459,6 +470,17 @@ struct ShardTotals {
     scrubbed_bytes: u64,
     rotten_ranges: u64,
     repaired_ranges: u64,
+    compactions: u64,
+    compacted_bytes: u64,
+    compaction_freed_bytes: u64,
+    compaction_dirty_bytes: u64,
+    compaction_total_bytes: u64,
+}
+
+impl ShardTotals {
+    fn dirty_ratio(&self) -> f64 {
+        self.compaction_dirty_bytes as f64 / self.compaction_total_bytes.max(1) as f64
+    }
 }
 
 impl ShardTotals {
@@ -481,6 +503,11 @@ impl ShardTotals {
             totals.scrubbed_bytes += shard.scrubbed_bytes;
             totals.rotten_ranges += shard.rotten_ranges;
             totals.repaired_ranges += shard.repaired_ranges;
+            totals.compactions += shard.compactions;
+            totals.compacted_bytes += shard.compacted_bytes;
+            totals.compaction_freed_bytes += shard.compaction_freed_bytes;
+            totals.compaction_dirty_bytes += shard.compaction_dirty_bytes;
+            totals.compaction_total_bytes += shard.compaction_total_bytes;
             for (total, bucket) in totals.flush_buckets.iter_mut().zip(shard.flush_buckets) {
                 *total += bucket;
             }

@@ -10,6 +10,7 @@ use flowstone_protocol::{
     TopicPartition,
 };
 use flowstone_replication::{Admission, Commanded, Machine, MachineEntry, ReplicaHandle};
+use flowstone_storage::AbortedTransaction;
 use parking_lot::{Mutex, RwLock};
 use tokio::sync::watch;
 
@@ -192,6 +193,13 @@ impl Machine for PartitionMachine {
     fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
         match self {
             Self::Records(producers) => producers.aborted_between(from, to),
+            _ => Vec::new(),
+        }
+    }
+
+    fn aborted_transactions(&self) -> Vec<AbortedTransaction> {
+        match self {
+            Self::Records(producers) => producers.aborted_transactions(),
             _ => Vec::new(),
         }
     }

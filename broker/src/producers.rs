@@ -32,6 +32,7 @@ use flowstone_protocol::{
     BatchHeader, ControlType, Error, ErrorCode, Marker, Offset, ProducerId, RaftIndex, Sequence, Timestamp,
 };
 use flowstone_replication::{Admission, MachineBody, MachineEntry};
+use flowstone_storage::AbortedTransaction;
 use prost::Message;
 
 use forgotten::{Forgotten, Rest};
@@ -374,6 +375,12 @@ impl Producers {
     /// Where the oldest open transaction begins, `high_watermark` where none is open.
     pub(crate) fn last_stable_offset(&self, high_watermark: Offset) -> Offset {
         self.committed.transactions.stable(high_watermark)
+    }
+
+    /// All transactions that were aborted and that readers are told of.
+    pub(crate) fn aborted_transactions(&self) -> Vec<AbortedTransaction> {
+        let aborted = self.committed.transactions.aborted();
+        aborted.map(|it| AbortedTransaction { producer: it.producer, first: it.first, marker: it.last }).collect()
     }
 
     /// Transactions that were aborted and have batches between two offsets.

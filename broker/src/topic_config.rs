@@ -8,6 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use flowstone_protocol::{Compression, Error, ErrorCode};
+use flowstone_storage::CompactionConfig;
 
 use crate::units;
 
@@ -51,6 +52,10 @@ pub enum TimestampPolicy {
 /// A topic's effective settings, defaults and overrides merged.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TopicConfig {
+    /// Whether age and size make room: where not, the two that follow have no effect.
+    pub deletes: bool,
+    /// Whether, and how, only the last record of each key is kept.
+    pub compaction: Option<CompactionConfig>,
     /// Records older than this may go; `None` keeps them for ever.
     pub retention: Option<Duration>,
     /// Bytes of one partition's log above which its oldest segments go; `None` is without limit.
@@ -91,7 +96,7 @@ pub const TOPIC_KEYS: &[TopicKey] = &[
     TopicKey {
         name: "cleanup.policy",
         default: "delete",
-        doc: "What makes room: `delete` drops whole segments by age and size. `compact` is not available yet.",
+        doc: "What makes room: `delete` drops whole segments by age and size; `compact` keeps the last record of each key, and takes only records with one; `compact,delete` does both.",
         canonical: cleanup_policy,
     },
     TopicKey {
@@ -103,7 +108,7 @@ pub const TOPIC_KEYS: &[TopicKey] = &[
     TopicKey {
         name: "delete.retention.ms",
         default: "86400000",
-        doc: "How long a compacted topic keeps the marks of deleted keys. No effect under `cleanup.policy=delete`.",
+        doc: "How long a compacted topic keeps a tombstone (a record without a value, which deletes its key) after it was cleaned first. No effect under `cleanup.policy=delete`.",
         canonical: milliseconds,
     },
     TopicKey {
@@ -111,6 +116,12 @@ pub const TOPIC_KEYS: &[TopicKey] = &[
         default: "quorum",
         doc: "`quorum`: flushed to the disks of a majority before the answer; `relaxed`: in a majority's memory.",
         canonical: flush,
+    },
+    TopicKey {
+        name: "max.compaction.lag.ms",
+        default: "9223372036854775807",
+        doc: "A compacted topic's segments are closed at this age, and cleaned when they have records this old, however few there are to clean. No effect under `cleanup.policy=delete`.",
+        canonical: positive_milliseconds,
     },
     TopicKey {
         name: "max.message.bytes",
@@ -129,6 +140,12 @@ pub const TOPIC_KEYS: &[TopicKey] = &[
         default: "CreateTime",
         doc: "`CreateTime`: the producer's time; `LogAppendTime`: the leader's.",
         canonical: timestamp_type,
+    },
+    TopicKey {
+        name: "min.cleanable.dirty.ratio",
+        default: "0.5",
+        doc: "Share of a compacted partition's bytes, from 0 to 1, that must be new for it to be cleaned. No effect under `cleanup.policy=delete`.",
+        canonical: ratio,
     },
     TopicKey {
         name: "min.compaction.lag.ms",
@@ -211,11 +228,26 @@ impl TopicConfig {
                 .or_else(|| topic_key(name).map(|key| key.default))
                 .unwrap_or_default()
         };
+        let cleanup = value("cleanup.policy");
+        let compacts = cleanup.contains("compact");
+        let lag_max: u64 = number("max.compaction.lag.ms", value("max.compaction.lag.ms"))?;
+        let lag_max = (lag_max < i64::MAX as u64).then(|| Duration::from_millis(lag_max));
+        let compaction = CompactionConfig {
+            tombstones_kept: Duration::from_millis(number("delete.retention.ms", value("delete.retention.ms"))?),
+            lag_min: Duration::from_millis(number("min.compaction.lag.ms", value("min.compaction.lag.ms"))?),
+            lag_max,
+            dirty_per_mille_min: per_mille("min.cleanable.dirty.ratio", value("min.cleanable.dirty.ratio"))?,
+        };
+        let segment_age = Duration::from_millis(number("segment.ms", value("segment.ms"))?);
+        // What is not closed is not cleaned.
+        let segment_age_max = if compacts { lag_max } else { None };
         let config = TopicConfig {
+            deletes: cleanup.contains("delete"),
+            compaction: compacts.then_some(compaction),
             retention: unlimited_duration("retention.ms", value("retention.ms"))?,
             retention_bytes: unlimited_number("retention.bytes", value("retention.bytes"))?,
             segment_bytes: number("segment.bytes", value("segment.bytes"))?,
-            segment_age: Some(Duration::from_millis(number("segment.ms", value("segment.ms"))?)),
+            segment_age: Some(segment_age_max.map_or(segment_age, |age| age.min(segment_age))),
             max_message_bytes: number("max.message.bytes", value("max.message.bytes"))?,
             timestamp_ahead_max: Duration::from_millis(number(
                 "message.timestamp.after.max.ms",
@@ -235,6 +267,17 @@ impl TopicConfig {
             min_insync_replicas: number("min.insync.replicas", value("min.insync.replicas"))?,
             flush: if value("flowstone.flush") == "relaxed" { FlushPolicy::Relaxed } else { FlushPolicy::Quorum },
         };
+        if let Some(lag_max) = lag_max.filter(|lag_max| compacts && *lag_max < compaction.lag_min) {
+            return Err(Error::new(
+                ErrorCode::InvalidConfig,
+                format!(
+                    "max.compaction.lag.ms ({}) is below min.compaction.lag.ms ({}): a record would have to be cleaned \
+                     before it may be; raise the one or lower the other",
+                    lag_max.as_millis(),
+                    compaction.lag_min.as_millis()
+                ),
+            ));
+        }
         if config.segment_bytes < config.max_message_bytes as u64 {
             return Err(Error::new(
                 ErrorCode::InvalidConfig,
@@ -358,10 +401,31 @@ fn one_of(value: &str, known: &[&str]) -> Result<String, String> {
 }
 
 fn cleanup_policy(value: &str) -> Result<String, String> {
-    if value.split(',').any(|policy| policy.trim() == "compact") {
-        return Err("compaction is not available yet; use `delete`".to_owned());
+    let mut policies = value
+        .split(',')
+        .map(|policy| one_of(policy.trim(), &["compact", "delete"]))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| "must be one of compact, delete, or `compact,delete`".to_owned())?;
+    policies.sort_unstable();
+    policies.dedup();
+    Ok(policies.join(","))
+}
+
+fn positive_milliseconds(value: &str) -> Result<String, String> {
+    let ms = milliseconds(value)?;
+    if ms == "0" { Err("must be above 0".to_owned()) } else { Ok(ms) }
+}
+
+/// A share from 0 to 1, in steps of a thousandth.
+fn ratio(value: &str) -> Result<String, String> {
+    match value.parse::<f64>() {
+        Ok(share) if (0.0..=1.0).contains(&share) => Ok(((share * 1_000.0).round() / 1_000.0).to_string()),
+        _ => Err("must be a number from 0 to 1".to_owned()),
     }
-    one_of(value, &["delete"])
+}
+
+fn per_mille(key: &str, value: &str) -> Result<u32, Error> {
+    Ok((number::<f64>(key, value)? * 1_000.0).round() as u32)
 }
 
 fn compression_type(value: &str) -> Result<String, String> {
@@ -406,6 +470,25 @@ mod tests {
     }
 
     #[test]
+    fn what_makes_room_is_compaction_age_or_both() {
+        assert_eq!(canonical_value("cleanup.policy", "delete, compact").as_deref(), Ok("compact,delete"));
+        assert_eq!(canonical_value("min.cleanable.dirty.ratio", "0.25").as_deref(), Ok("0.25"));
+        let config = resolve(&[]).expect("the defaults");
+        assert!(config.deletes && config.compaction.is_none());
+        let config = resolve(&[("cleanup.policy", "compact"), ("max.compaction.lag.ms", "1h")]).expect("compacted");
+        assert!(!config.deletes);
+        let compaction = config.compaction.expect("compacted");
+        assert_eq!(compaction.tombstones_kept, Duration::from_secs(24 * 60 * 60));
+        assert_eq!((compaction.dirty_per_mille_min, compaction.lag_min), (500, Duration::ZERO));
+        assert_eq!(compaction.lag_max, Some(Duration::from_secs(3_600)));
+        assert_eq!(config.segment_age, Some(Duration::from_secs(3_600)));
+        let config = resolve(&[("cleanup.policy", "compact,delete")]).expect("both");
+        assert!(config.deletes && config.compaction.is_some_and(|compaction| compaction.lag_max.is_none()));
+        let lags = [("cleanup.policy", "compact"), ("max.compaction.lag.ms", "5"), ("min.compaction.lag.ms", "6")];
+        assert!(resolve(&lags).expect_err("contradictory").message.contains("raise the one or lower the other"));
+    }
+
+    #[test]
     fn bad_values_are_told() {
         let check = |key: &str, value: &str, part: &str| {
             let error = canonical_value(key, value).expect_err(key);
@@ -421,7 +504,11 @@ mod tests {
         check("segment.ms", "1", "at least 100 ms");
         check("segment.ms", "-1", "no duration");
         check("retention.ms", &"9".repeat(10_000), "longer than");
-        check("cleanup.policy", "compact", "not available yet");
+        check("cleanup.policy", "shred", "compact, delete");
+        check("cleanup.policy", "", "compact, delete");
+        check("min.cleanable.dirty.ratio", "1.5", "from 0 to 1");
+        check("min.cleanable.dirty.ratio", "NaN", "from 0 to 1");
+        check("max.compaction.lag.ms", "0", "above 0");
         check("compression.type", "rar", "one of");
         check("min.insync.replicas", "0", "1 to 1000");
         check("flowstone.flush", "maybe", "one of quorum, relaxed");

@@ -6,6 +6,7 @@ use bytes::Bytes;
 use flowstone_protocol::{
     BatchHeader, ControlType, Error, ErrorCode, Marker, Offset, ProducerId, RaftIndex, Term, Timestamp,
 };
+use flowstone_storage::AbortedTransaction;
 
 /// A deterministic state machine that is fed from one log.
 ///
@@ -52,6 +53,12 @@ pub trait Machine: Debug + Send + 'static {
     /// Transactions that were aborted and have batches between two offsets: producer and first offset of each.
     fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
         let _ = (from, to);
+        Vec::new()
+    }
+
+    /// All transactions that were aborted, as far as readers are told of them: their records need not be kept, their
+    /// markers must be.
+    fn aborted_transactions(&self) -> Vec<AbortedTransaction> {
         Vec::new()
     }
 

@@ -54,6 +54,16 @@ pub struct ShardMetrics {
     pub rotten_ranges: u64,
     /// Those of them that were replaced by good bytes of another replica.
     pub repaired_ranges: u64,
+    /// Passes of compaction that ended.
+    pub compactions: u64,
+    /// Bytes that compaction read and wrote.
+    pub compacted_bytes: u64,
+    /// Bytes that it made room for.
+    pub compaction_freed_bytes: u64,
+    /// Of compacted topics' sealed segments: bytes that no pass has looked at...
+    pub compaction_dirty_bytes: u64,
+    /// ...and all bytes.
+    pub compaction_total_bytes: u64,
 }
 
 /// The same, being counted.
@@ -71,6 +81,11 @@ pub(crate) struct Counters {
     pub(crate) scrubbed_bytes: AtomicU64,
     pub(crate) rotten_ranges: AtomicU64,
     pub(crate) repaired_ranges: AtomicU64,
+    pub(crate) compactions: AtomicU64,
+    pub(crate) compacted_bytes: AtomicU64,
+    pub(crate) compaction_freed_bytes: AtomicU64,
+    pub(crate) compaction_dirty_bytes: AtomicU64,
+    pub(crate) compaction_total_bytes: AtomicU64,
     flush_nanos: AtomicU64,
     flush_buckets: [AtomicU64; FLUSH_BUCKETS.len() + 1],
 }
@@ -102,6 +117,11 @@ impl Counters {
             scrubbed_bytes: self.scrubbed_bytes.load(Ordering::Relaxed),
             rotten_ranges: self.rotten_ranges.load(Ordering::Relaxed),
             repaired_ranges: self.repaired_ranges.load(Ordering::Relaxed),
+            compactions: self.compactions.load(Ordering::Relaxed),
+            compacted_bytes: self.compacted_bytes.load(Ordering::Relaxed),
+            compaction_freed_bytes: self.compaction_freed_bytes.load(Ordering::Relaxed),
+            compaction_dirty_bytes: self.compaction_dirty_bytes.load(Ordering::Relaxed),
+            compaction_total_bytes: self.compaction_total_bytes.load(Ordering::Relaxed),
         }
     }
 }

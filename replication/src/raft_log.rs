@@ -95,7 +95,7 @@ impl RaftLog {
         }
         // By the log's average; exactly is not worth a read.
         let entries = (log.last_index().get() + 1).saturating_sub(log.first_index().get()).max(1);
-        let behind = u128::from(checkpoint - low + 1) * u128::from(log.size_bytes()) / u128::from(entries);
+        let behind = u128::from(checkpoint - low + 1) * u128::from(log.raft_bytes()) / u128::from(entries);
         behind > u128::from(self.offer_after_bytes)
     }
 

@@ -25,15 +25,15 @@ use flowstone_protocol::{
 use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::read::Lookup;
 use flowstone_storage::{
-    Checkpoint, EntryBody, HardState, Log, LogEntry, Read, ReadError, RecordCount, RepairDone, RetentionConfig,
-    StorageError,
+    Checkpoint, Compaction, CompactionLimits, EntryBody, HardState, Log, LogEntry, Read, ReadError, RecordCount,
+    RepairDone, RetentionConfig, Settled, StorageError,
 };
 use raft::eraftpb::Entry;
 use raft::{Ready, StateRole};
 
 use crate::effects::{
-    Answer, CountOrder, Counted, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, LookupWork, Offered, Pulled,
-    ReadOrder,
+    Answer, CountOrder, Counted, Effects, Ended, Event, FlushOrder, HardStateNumber, LookupOrder, LookupWork, Offered,
+    Pulled, ReadOrder,
 };
 use crate::machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 use crate::membership::{Membership, MembershipChange};
@@ -551,6 +551,29 @@ impl<M: Machine> Replica<M> {
     /// When the repair failed: the log is as it was.
     pub fn repaired(&mut self, done: RepairDone) -> Result<bool, StorageError> {
         self.raft.log_mut().repaired(done)
+    }
+
+    /// Begins to compact its log, where that is due; see [`Log::begin_compaction`].
+    ///
+    /// What a follower that is heard of has not got yet is left as it is: it would have to be copied a compacted log in place
+    /// of some entries.
+    pub fn begin_compaction(&mut self, memory_bytes: u64, seed: u64, now: Timestamp) -> Option<Compaction> {
+        self.log().config().compaction?;
+        let own = self.config.replica;
+        let followers = self.raft.members().into_iter().filter(|member| member.replica != own && member.is_active);
+        let up_to = followers.map(|member| member.matched).min().unwrap_or(RaftIndex::new(u64::MAX));
+        let settled = Settled::new(self.last_stable_offset(), self.machine.aborted_transactions());
+        let limits = CompactionLimits { up_to, memory_bytes, seed, now };
+        self.raft.log_mut().begin_compaction(settled, limits)
+    }
+
+    /// Takes in what a piece of a compaction did; `false` where it was not begun by this life of the replica.
+    pub fn compacted(&mut self, compaction: &mut Compaction) -> bool {
+        let is_own = self.log().has_begun(compaction);
+        if is_own {
+            self.raft.log_mut().compacted(compaction);
+        }
+        is_own
     }
 
     /// Its machine.

@@ -15,6 +15,7 @@
 //! (`parked_reads_max`, then `OVERLOADED`), reads on their way to the disk (`disk_reads_max`, then `OVERLOADED`).
 //! What pools report back is bounded by what was given to them: a flush, a checkpoint, an opening per replica.
 
+mod compacting;
 mod peers;
 mod pulling;
 mod resting;
@@ -30,10 +31,11 @@ use std::time::{Duration, Instant, SystemTime};
 use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId, Term, Timestamp, TopicPartition};
 use flowstone_storage::hard_state::HardStateFlushDone;
 use flowstone_storage::{
-    CheckpointDone, DataDir, DataDirError, Disk, FlushDone, HardState, OpenError, RangeTicket, ReadError,
-    RetentionConfig, Scrubbed, StorageError,
+    CheckpointDone, Compaction, CompactionStep, DataDir, DataDirError, Disk, FlushDone, HardState, OpenError,
+    RangeTicket, ReadError, RetentionConfig, Scrubbed, StorageError,
 };
 
+use self::compacting::Compacting;
 use self::peers::{NEVER, Places};
 pub(crate) use self::pulling::Installed;
 use self::pulling::{LOWER_MARK, Pull};
@@ -134,6 +136,12 @@ pub struct ShardsConfig {
     pub scrub_bytes_per_second: u64,
     /// Every byte is looked at about this often, if the rate allows.
     pub scrub_every: Duration,
+    /// Compaction reads and writes at this rate, for all replicas of a shard together; 0: never.
+    pub compaction_bytes_per_second: u64,
+    /// What a pass of compaction may take for the keys that it looks at, in each shard.
+    pub compaction_memory_bytes: u64,
+    /// Every compacted log is looked at this often, to see whether a pass is due.
+    pub compaction_every: Duration,
     /// For election timeouts.
     pub seed: u64,
     /// The cluster's feature level, for what is created.
@@ -166,6 +174,9 @@ impl Default for ShardsConfig {
             pull_bytes: 1 << 20,
             scrub_bytes_per_second: 4 << 20,
             scrub_every: Duration::from_secs(7 * 24 * 60 * 60),
+            compaction_bytes_per_second: 32 << 20,
+            compaction_memory_bytes: 64 << 20,
+            compaction_every: Duration::from_secs(15),
             seed: 0,
             feature_level: 1,
             boot_id: std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
@@ -295,6 +306,7 @@ impl<M: Machine> Shards<M> {
                 resting: Resting::new(number, start),
                 pulls: Vec::new(),
                 scrubbing: Scrubbing::new(config, now),
+                compacting: Compacting::new(config, now),
                 timers: Timers::new(config),
                 stopping: None,
                 unclean: false,
@@ -576,6 +588,11 @@ pub(crate) enum Message<M: Machine> {
         slot: SlotKey,
         outcome: Repaired,
     },
+    Compacted {
+        slot: SlotKey,
+        compaction: Box<Compaction>,
+        stepped: Result<CompactionStep, StorageError>,
+    },
     Fetched {
         slot: SlotKey,
         fetched: Fetched,
@@ -629,6 +646,7 @@ impl<M: Machine> Message<M> {
             | Self::Installed { .. }
             | Self::Scrubbed { .. }
             | Self::Repaired { .. }
+            | Self::Compacted { .. }
             | Self::LogClosed { .. } => {}
         }
     }
@@ -791,6 +809,7 @@ struct Shard<M: Machine> {
     /// Places in the table that pull something.
     pulls: Vec<u32>,
     scrubbing: Scrubbing,
+    compacting: Compacting,
     timers: Timers,
     stopping: Option<mpsc::Sender<bool>>,
     /// A log could not be closed cleanly: the broker does not note that it stopped so.
@@ -854,6 +873,7 @@ impl<M: Machine> Shard<M> {
             Message::Pulled { slot, number, answer } => self.on_pulled(slot, number, answer),
             Message::Installed { slot, installed } => self.on_installed(slot, installed),
             Message::Scrubbed { slot, scrubbed, by_read } => self.on_scrubbed(slot, scrubbed, by_read),
+            Message::Compacted { slot, compaction, stepped } => self.on_compacted(slot, compaction, stepped),
             Message::Repaired { slot, outcome } => self.on_repaired(slot, outcome),
             Message::Fetched { slot, fetched } => self.report(slot, Event::Fetched(fetched)),
             Message::Counted { slot, counted } => self.report(slot, Event::Counted(counted)),
@@ -1835,6 +1855,7 @@ impl<M: Machine> Shard<M> {
             .chain(marks)
             .chain(pulls)
             .chain(self.scrubbing.due())
+            .chain(self.compacting.due())
             .min()
     }
 
@@ -1901,6 +1922,7 @@ impl<M: Machine> Shard<M> {
             self.drive_due_pulls();
         }
         self.scrub_if_due();
+        self.compact_if_due();
     }
 
     fn event(&mut self, index: u32, event: Event<M>) {

@@ -17,6 +17,8 @@ pub enum JobKind {
     Read,
     /// Openings, checkpoints, removals.
     Work,
+    /// Compaction: nobody waits for it.
+    Clean,
 }
 
 /// Runs what a shard must not wait for, and says how late it is.
@@ -34,6 +36,7 @@ pub(crate) struct ThreadPools {
     flush: FlushPool,
     read: FlushPool,
     work: FlushPool,
+    clean: FlushPool,
 }
 
 impl ThreadPools {
@@ -42,6 +45,7 @@ impl ThreadPools {
             flush: FlushPool::new("flush", flush)?,
             read: FlushPool::new("read", read)?,
             work: FlushPool::new("work", work)?,
+            clean: FlushPool::new("clean", 1)?,
         })
     }
 }
@@ -52,6 +56,7 @@ impl Workers for ThreadPools {
             JobKind::Flush => &self.flush,
             JobKind::Read => &self.read,
             JobKind::Work => &self.work,
+            JobKind::Clean => &self.clean,
         };
         pool.submit(Box::new(move || run_or_stop(job)));
     }

@@ -213,7 +213,7 @@ pub struct Compaction {
     horizon: Timestamp,
     swap: Option<Swap>,
     totals: CompactionTotals,
-    _busy: Arc<()>,
+    busy: Arc<()>,
 }
 
 #[derive(Debug)]
@@ -299,13 +299,18 @@ impl Log {
             horizon: Timestamp::NONE,
             swap: None,
             totals: CompactionTotals::default(),
-            _busy: Arc::clone(&self.compaction.busy),
+            busy: Arc::clone(&self.compaction.busy),
         })
     }
 
     /// Whether a pass, or a repair of a cleaned segment, is under way.
     pub fn is_compacting(&self) -> bool {
         Arc::strong_count(&self.compaction.busy) > 1
+    }
+
+    /// Whether a pass was begun by this log, rather than before it was opened anew.
+    pub fn has_begun(&self, compaction: &Compaction) -> bool {
+        Arc::ptr_eq(&self.compaction.busy, &compaction.busy)
     }
 
     pub(crate) fn busy(&self) -> Arc<()> {

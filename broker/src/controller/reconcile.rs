@@ -799,10 +799,18 @@ fn reconfigure(config: &TopicConfig) -> Reconfigure {
 }
 
 fn log_config(config: &TopicConfig) -> LogConfig {
-    LogConfig { segment_bytes: config.segment_bytes, segment_age: config.segment_age, ..LogConfig::default() }
+    LogConfig {
+        segment_bytes: config.segment_bytes,
+        segment_age: config.segment_age,
+        compaction: config.compaction,
+        ..LogConfig::default()
+    }
 }
 
 fn retention(config: &TopicConfig) -> RetentionConfig {
+    if !config.deletes {
+        return RetentionConfig::default();
+    }
     RetentionConfig { time: config.retention, bytes: config.retention_bytes }
 }
 

@@ -462,7 +462,7 @@ impl Rules {
             max_records: i32::try_from(node.config.limits.records_per_batch).unwrap_or(i32::MAX),
             now: now(),
             max_timestamp_ahead: topic.timestamp_ahead_max,
-            require_keys: false,
+            require_keys: topic.compaction.is_some(),
         };
         let codec = match topic.compression {
             CompressionPolicy::Producer => None,

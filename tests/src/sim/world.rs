@@ -507,7 +507,7 @@ impl World {
                     None => it.random.micros(100, 2_000),
                 },
                 JobKind::Read => it.random.micros(50, 5_000),
-                JobKind::Work => it.random.micros(100, 10_000),
+                JobKind::Work | JobKind::Clean => it.random.micros(100, 10_000),
             };
             self.numbers += 1;
             running.jobs.insert(self.numbers, (kind, job, it.disk.counts().operations));
