@@ -88,15 +88,10 @@ impl RaftLog {
 
     /// Whether a follower that needs `low` next is better off with pulling what is committed.
     fn is_far_behind(&self, low: u64) -> bool {
-        let log = self.log.borrow();
-        let checkpoint = log.checkpoint().applied.get();
-        if low > checkpoint {
-            return false;
-        }
-        // By the log's average; exactly is not worth a read.
-        let entries = (log.last_index().get() + 1).saturating_sub(log.first_index().get()).max(1);
-        let behind = u128::from(checkpoint - low + 1) * u128::from(log.raft_bytes()) / u128::from(entries);
-        behind > u128::from(self.offer_after_bytes)
+        let mut log = self.log.borrow_mut();
+        let checkpoint = log.checkpoint().applied;
+        let low = RaftIndex::new(low);
+        low <= checkpoint && log.bytes_between(low, checkpoint) > self.offer_after_bytes
     }
 
     /// Entries for a follower: from memory what is not committed, else from what was read for it.

@@ -299,10 +299,14 @@ impl Cluster {
     }
 
     fn write_many(&mut self, count: usize) {
+        self.write_many_of(count, 900);
+    }
+
+    fn write_many_of(&mut self, count: usize, bytes: usize) {
         let leader = self.handle(self.leader()).clone();
         let answers: Vec<_> = (0..count)
             .map(|_| {
-                let (bytes, header) = batch(1, self.next_sequence, 1, 900);
+                let (bytes, header) = batch(1, self.next_sequence, 1, bytes);
                 self.next_sequence += 1;
                 let (sender, receiver) = oneshot::channel();
                 leader.produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
@@ -1176,4 +1180,21 @@ fn rot_that_a_coordinator_meets_when_it_steps_down_costs_the_range_and_not_the_r
     cluster.until_equal(&[0, 1, 2]);
     assert_eq!(cluster.status(old).health, Health::Ok);
     assert!(cluster.metrics(old).pulled_bytes < 20_000, "{:?}", cluster.metrics(old));
+}
+
+#[test]
+fn a_follower_that_misses_many_small_entries_is_not_far_behind() {
+    let config = ShardsConfig { checkpoint_entries: 10, offer_after_bytes: 256 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    cluster.write_many_of(200, 20_000);
+    cluster.until_equal(&[0, 1, 2]);
+    let away = (cluster.leader() + 1) % 3;
+    cluster.cut(away);
+    // At the log's average they would be more than a megabyte.
+    for _ in 0..10 {
+        cluster.write_many_of(20, 10);
+    }
+    cluster.join(away);
+    cluster.until_equal(&[0, 1, 2]);
+    assert_eq!(cluster.metrics(away).pulled_bytes, 0, "it was sent what it missed");
 }

@@ -354,6 +354,28 @@ impl Log {
         })
     }
 
+    /// Bytes of the entries `first` to `last` that are held. Never waits: within a sealed segment whose index is not at
+    /// hand, entries are taken to be of one size.
+    pub fn bytes_between(&mut self, first: RaftIndex, last: RaftIndex) -> u64 {
+        let until = self.bytes_before(last.next());
+        until.saturating_sub(self.bytes_before(first))
+    }
+
+    /// Bytes of all segments before the entry `index`.
+    fn bytes_before(&mut self, index: RaftIndex) -> u64 {
+        let index = index.max(self.first_index());
+        let Ok((which, number)) = self.segment_of_index(index) else { return self.size_bytes() };
+        let earlier = match which {
+            Which::Sealed(at) => at,
+            Which::Active => self.sealed.len(),
+        };
+        let earlier: u64 = self.sealed.iter().take(earlier).map(|segment| segment.bytes).sum();
+        let view = self.view(which);
+        let share = || (u128::from(view.end) * number as u128 / view.batches.max(1) as u128) as u64;
+        let within = self.with_slots(which, false, |slots, _| Ok(u64::from(slots.slot(number)?.position)));
+        earlier + within.unwrap_or_else(|_| share())
+    }
+
     /// Data records of all segments before `offset`.
     fn records_before(&mut self, offset: Offset) -> Result<u64, NoSlot> {
         let which = self.segment_of_offset(offset);
