@@ -312,7 +312,8 @@ pub struct MemberStatus {
     pub matched: RaftIndex,
     /// It was heard of within about an election timeout.
     pub is_active: bool,
-    /// It is active, and about as far as the leader.
+    /// It is active, it is sent entries as they come, and it lacks 4 096 of them at most, however large they are: what is on
+    /// its way counts among those.
     pub in_sync: bool,
     /// Entries that it is not known to have.
     pub lag_entries: u64,
