@@ -9,13 +9,27 @@ use std::time::{Duration, Instant};
 fn a_broker_is_added_and_another_is_drained_and_decommissioned() {
     let _alone = alone();
     let (mut cluster, mut workload) = three();
+    cluster.ok(&["topic", "create", "held", "-p", "6", "-r", "3"]).expect("a topic");
+    cluster
+        .ok(&["bench", "produce", "--topic", "held", "--records", "20000", "--size", "1000"])
+        .expect("some megabytes to move");
+    let began = Instant::now();
     cluster.add(4).expect("a folder");
     cluster.start_all().expect("it joins");
+    let mut rounds = 0;
+    while !plan_of(&cluster).is_empty() {
+        cluster.eventually(&["partition", "rebalance", "--yes", "--timeout", "60s"]).expect("partitions move to it");
+        rounds += 1;
+        assert!(rounds < 20, "it does not come to an end: {:?}", plan_of(&cluster));
+    }
+    assert!(rounds > 0, "there was something to move");
     // It votes on the metadata, too.
     cluster
         .ok(&["broker-admin", "drain", "1", "--yes", "--timeout", "60s"])
         .expect("the fourth has room for its replicas");
     cluster.ok(&["broker-admin", "decommission", "1", "--yes"]).expect("it holds nothing any more");
+    let pulled: f64 = (2..=4).map(|id| cluster.broker(id).metric("flowstone_pulled_bytes_total").expect("asked")).sum();
+    eprintln!("a fourth broker took over from the first in {:?}, {:.1} MB copied", began.elapsed(), pulled / 1e6);
     workload.goes_on(&cluster).expect("it goes on");
     cluster.broker(1).kill().expect("it runs");
     cluster.remove(1);
@@ -24,6 +38,12 @@ fn a_broker_is_added_and_another_is_drained_and_decommissioned() {
     workload.goes_on(&cluster).expect("two are a majority");
     cluster.start_all().expect("it comes back");
     all_is_well(&cluster, workload);
+}
+
+/// What evening out would move.
+fn plan_of(cluster: &Cluster) -> Vec<serde_json::Value> {
+    let plan = cluster.json(&["partition", "rebalance", "--dry-run"]).expect("asked");
+    plan["moves"].as_array().cloned().unwrap_or_default()
 }
 
 #[test]
