@@ -62,6 +62,12 @@ impl<M: Machine> ReplicaHandle<M> {
         self.status.read()
     }
 
+    /// Since when its group rests, by its shard's own count, never 0: while it does, all members have everything, and are
+    /// heard of. The number is another one whenever it came back to rest. `None`: something is under way in it.
+    pub fn rests_since(&self) -> Option<u64> {
+        Some(self.status.rests_since.load(Ordering::Acquire)).filter(|&since| since != 0)
+    }
+
     /// Waits until it leads and serves.
     ///
     /// # Errors
@@ -222,6 +228,8 @@ pub(crate) struct StatusCell {
     // Negative: not known.
     leader_broker: AtomicI64,
     is_voter: AtomicBool,
+    // 0: it does not.
+    rests_since: AtomicU64,
     // Guards the message beside the state for the time of a clone.
     health: Mutex<Health>,
     // Told at every change of role, term or health.
@@ -242,6 +250,7 @@ impl StatusCell {
             leader: AtomicU64::new(0),
             leader_broker: AtomicI64::new(-1),
             is_voter: AtomicBool::new(false),
+            rests_since: AtomicU64::new(0),
             health: Mutex::new(Health::Ok),
             changed: Notify::new(),
         }
@@ -270,6 +279,17 @@ impl StatusCell {
                 .filter(|&id| id >= 0)
                 .map(BrokerId::new),
             is_voter: self.is_voter.load(Ordering::Relaxed),
+        }
+    }
+
+    /// By the shard's thread alone: it rests since this tick, if it did not already, or does not any more.
+    pub(crate) fn rests(&self, since: Option<u64>) {
+        match since {
+            None => self.rests_since.store(0, Ordering::Release),
+            Some(tick) if self.rests_since.load(Ordering::Relaxed) == 0 => {
+                self.rests_since.store(tick.max(1), Ordering::Release);
+            }
+            Some(_) => {}
         }
     }
 

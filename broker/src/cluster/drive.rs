@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use flowstone_protocol::{BrokerId, Error, ErrorCode, ReplicaId, TopicPartition};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId, TopicPartition};
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{GroupStatus, Health, MembershipChange, Reply};
 use futures::{StreamExt, stream};
@@ -196,6 +196,9 @@ pub(crate) struct Driver {
     in_sync_since: HashMap<TopicPartition, Instant>,
     /// Groups at rest whose members are not as wanted, as of the last survey.
     odd: HashSet<TopicPartition>,
+    /// Groups of which all was as wanted, by the metadata of then: since when they rest.
+    settled: HashMap<TopicPartition, u64>,
+    settled_by: Offset,
     steps: JoinSet<()>,
     /// Groups of which a step is under way.
     stepping: HashMap<TopicPartition, task::Id>,
@@ -212,6 +215,8 @@ impl Driver {
             gives_back,
             in_sync_since: HashMap::new(),
             odd: HashSet::new(),
+            settled: HashMap::new(),
+            settled_by: Offset::ZERO,
             steps: JoinSet::new(),
             stepping: HashMap::new(),
             giving_back: JoinSet::new(),
@@ -268,14 +273,29 @@ impl Driver {
         }
     }
 
-    /// All groups led here.
+    /// All groups led here, but for those that rest as they did when all was as wanted in them.
     async fn survey(&mut self) {
+        let full = self.led.full();
+        let applied = self.control.table.with(MetadataTable::applied);
+        if self.settled_by != applied || !full.is_empty() {
+            self.settled.clear();
+            self.settled_by = applied;
+        }
         // Asked before: while the table is looked at, the replica that applies the metadata waits.
         let open = self.replicas.all().into_iter().filter_map(|(tp, slot)| match slot {
-            Slot::Open(partition) if partition.replica.status().is_ready() => Some((tp, partition.replica.clone())),
+            Slot::Open(partition) => {
+                let status = partition.replica.status();
+                // Before it is asked how it is: what happens from now on is not in that.
+                let rests = partition.replica.rests_since().filter(|_| status.health == Health::Ok);
+                let is_settled = rests.is_some() && self.settled.get(&tp).copied() == rests;
+                (status.is_ready() && !is_settled).then(|| (tp, partition.replica.clone(), rests))
+            }
             _ => None,
         });
-        let open: Vec<(TopicPartition, Replica)> = open.collect();
+        let open: Vec<(TopicPartition, Replica, Option<u64>)> = open.collect();
+        let resting: HashMap<TopicPartition, u64> =
+            open.iter().filter_map(|(tp, _, rests)| Some((*tp, (*rests)?))).collect();
+        let open: Vec<(TopicPartition, Replica)> = open.into_iter().map(|(tp, replica, _)| (tp, replica)).collect();
         let goals: Vec<(Replica, Goal)> = self.control.table.with(|table| {
             let goal = |(tp, replica): (TopicPartition, Replica)| {
                 let goal = Goal::of(table, tp, table.partition(tp)?);
@@ -300,8 +320,16 @@ impl Driver {
             .filter(|(_, goal, view)| goal.next(view) != PlanStep::Nothing)
             .map(|(replica, _, _)| replica.tp())
             .collect();
+        for (replica, goal, view) in &views {
+            let as_wanted = goal.in_sync(view) == goal.wanted.len()
+                && goal.next(view) == PlanStep::Nothing
+                && goal.goes_back_to(view, &full).is_none();
+            match resting.get(&replica.tp()).filter(|_| as_wanted && full.is_empty()) {
+                Some(since) => self.settled.insert(replica.tp(), *since),
+                None => self.settled.remove(&replica.tp()),
+            };
+        }
         while self.giving_back.try_join_next().is_some() {}
-        let full = self.led.full();
         self.leave_full_disk(&views, &full);
         if self.gives_back {
             self.give_back(&views, &full);

@@ -91,7 +91,9 @@ impl<M: Machine> Shard<M> {
             _ => NEVER,
         };
         // What was due while nothing happened is due with the next tick.
-        let wake = if self.is_spoken_for(index) { NEVER } else { wake };
+        let is_spoken_for = self.is_spoken_for(index);
+        self.slots[index as usize].status.rests(is_spoken_for.then_some(self.ticks));
+        let wake = if is_spoken_for { NEVER } else { wake };
         self.wakes[index as usize] = wake.max(self.ticks + 1);
         if wake != NEVER {
             let at = self.now + self.config.tick;

@@ -299,9 +299,10 @@ impl<M: Machine> Shard<M> {
         }
     }
 
-    /// Nothing is expected to happen to it: what only a busy replica needs is given back.
-    fn shed(&mut self, index: u32) {
+    /// Spoken for from now on: nothing is expected to happen to it, and what only a busy replica needs is given back.
+    fn settle_down(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
+        slot.status.rests(Some(self.ticks));
         slot.events.shrink_to_fit();
         if let State::Running(replica) = &mut slot.state {
             replica.shed();
@@ -377,7 +378,7 @@ impl<M: Machine> Shard<M> {
                 told.carrier = index;
                 joins.push(row);
                 if is_spoken_for {
-                    self.shed(index);
+                    self.settle_down(index);
                 }
             }
         }
@@ -517,7 +518,7 @@ impl<M: Machine> Shard<M> {
                     groups += 1;
                     if let Some(index) = index {
                         self.wakes[index as usize] = super::NEVER;
-                        self.shed(index);
+                        self.settle_down(index);
                     }
                 }
                 None => unfit.push(*row),
