@@ -407,19 +407,43 @@ impl Transaction<'_> {
 
     async fn commit_offsets(&self, identity: Identity, group: String, member: &Member, offsets: Offsets) -> Result<()> {
         self.producer.begun.store(true, Ordering::SeqCst);
+        let deadline = Instant::now() + self.producer.sequel.coordinator.cluster().request_timeout();
+        let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
+        loop {
+            let committed = self.commit_offsets_once(identity, &group, member, &offsets).await;
+            let wait = backoff.failed();
+            match committed {
+                // The member was given more partitions meanwhile: what it has it still has.
+                Err(error)
+                    if error.code() == ErrorCode::StaleMemberEpoch
+                        && self.is_owned()
+                        && Instant::now() + wait < deadline => {}
+                committed => return committed,
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
+    async fn commit_offsets_once(
+        &self,
+        identity: Identity,
+        group: &str,
+        member: &Member,
+        offsets: &Offsets,
+    ) -> Result<()> {
         let (_, member_id, member_epoch) = member.identity();
-        let offset = |((topic_id, partition), offset): ((Bytes, i32), i64)| pb::CommitOffset {
-            topic_id,
-            partition,
-            offset,
+        let offset = |((topic_id, partition), offset): (&(Bytes, i32), &i64)| pb::CommitOffset {
+            topic_id: topic_id.clone(),
+            partition: *partition,
+            offset: *offset,
             leader_epoch: -1,
             metadata: String::new(),
         };
         let request = pb::CommitOffsetsRequest {
-            group,
+            group: group.to_owned(),
             member_id,
             member_epoch,
-            offsets: offsets.into_iter().map(offset).collect(),
+            offsets: offsets.iter().map(offset).collect(),
             transaction: Some(self.producer.sequel.reference(identity)),
         };
         let coordinator: Arc<Coordinator> = member.coordinator();

@@ -5,7 +5,7 @@ use super::reading::Reading;
 use super::{Log, Workbench};
 use crate::connect::connect;
 use crate::failure::{Failure, Outcome};
-use flowstone_checker::{Kind, SenderKind};
+use flowstone_checker::{Isolation, Kind, SenderKind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
@@ -15,19 +15,24 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(5);
 /// After an attempt that failed.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// Waits for all clients, until each partition takes a record, and reads everything. Where that is not possible within
-/// `heal`, it is an anomaly.
+/// Waits for all clients, then as [`heal_and_read_all`].
 pub(super) async fn wait_and_read_all(
     bench: &Arc<Workbench>,
     heal: Duration,
     producers: &mut JoinSet<Outcome>,
     readers: &mut JoinSet<Outcome>,
-) {
+) -> Vec<(Log, i64)> {
     bench.progress.set_message("waiting for what is under way");
     // A failure now is that of a client that was to end anyway.
     while producers.join_next().await.is_some() {}
     while readers.join_next().await.is_some() {}
     bench.history().sending_ended(bench.elapsed());
+    heal_and_read_all(bench, heal).await
+}
+
+/// Waits until each partition takes a record, and reads everything; where each ends. Where that is not possible within
+/// `heal`, it is an anomaly.
+pub(super) async fn heal_and_read_all(bench: &Arc<Workbench>, heal: Duration) -> Vec<(Log, i64)> {
     let deadline = Instant::now() + heal;
     bench.progress.set_message("waiting for the cluster to heal");
     let mut ends = Vec::new();
@@ -44,9 +49,10 @@ pub(super) async fn wait_and_read_all(
             stuck(bench, log, &format!("cannot be read to its end: {reason}"));
         }
     }
+    ends
 }
 
-fn stuck(bench: &Workbench, log: &Log, what: &str) {
+pub(super) fn stuck(bench: &Workbench, log: &Log, what: &str) {
     bench.history().report(Kind::Stuck, log.id, None, format!("the partition {what}"));
 }
 
@@ -79,7 +85,7 @@ async fn read_all(bench: &Arc<Workbench>, patience: Duration, ends: &[(Log, i64)
     let mut reading = loop {
         let attempt = async {
             let client = connect(&bench.common).await?;
-            Reading::begin(bench, &client, |log| log.base).await.map_err(Failure::from)
+            Reading::begin(bench, &client, Isolation::ReadCommitted, |log| log.base).await.map_err(Failure::from)
         };
         match attempt.await {
             Ok(reading) => break reading,
@@ -107,7 +113,7 @@ async fn read_all(bench: &Arc<Workbench>, patience: Duration, ends: &[(Log, i64)
     Ok(())
 }
 
-fn told(failure: Failure) -> String {
+pub(super) fn told(failure: Failure) -> String {
     match failure {
         Failure::Error { message, .. } => message,
         Failure::OutputClosed => "stdout was closed".to_owned(),

@@ -1,8 +1,10 @@
 //! `flowstone verify`: a workload against a live cluster, and a checker that judges what its clients saw.
 
 mod ending;
+mod members;
 mod producing;
 mod reading;
+mod workers;
 
 use crate::args::{Common, key_value};
 use crate::broker::StopSignals;
@@ -25,7 +27,8 @@ use tokio::task::JoinSet;
 /// Check a live cluster: write and read for a while, and find what a log that keeps its promises cannot have done.
 ///
 /// Several idempotent producers write every partition; readers follow the end, others read again from anywhere; the ends
-/// are asked for all the while. Then it waits until every partition takes a record again, reads everything once more, and
+/// are asked for all the while. With --workload group or transaction a consumer group reads along, whose members come, go
+/// and die; with transaction they write what they read on to a second topic, exactly once. Then it waits until every partition takes a record again, reads everything once more, and
 /// judges. Exit code 0 only without an anomaly. Kill, pause and cut off brokers while it runs. Ctrl-C ends the workload
 /// early and judges what there is; a second one judges at once.
 #[derive(Args, Debug)]
@@ -77,9 +80,9 @@ enum Workload {
     /// Records in, records out
     #[default]
     Log,
-    /// Consumer groups; not in this version
+    /// As log, and a consumer group reads it whose members come, go and die
     Group,
-    /// Transactions; not in this version
+    /// As group, and its members write what they read on to a second topic, exactly once, in transactions
     Transaction,
 }
 
@@ -95,7 +98,7 @@ struct Workbench {
     run: payload::Run,
     began: Instant,
     /// Guards the order of what happened. Never held over an await: whoever holds it writes one line.
-    history: Mutex<History>,
+    history: Arc<Mutex<History>>,
     /// Records of this run acknowledged, for the progress bar.
     progress: ProgressBar,
 }
@@ -135,9 +138,6 @@ async fn stopped(stop: &mut Stop) {
 pub(crate) async fn run(args: &VerifyArgs, common: &Common) -> Outcome {
     if !matches!(common.output, Format::Table | Format::Wide | Format::Json | Format::Yaml) {
         return Err(Failure::usage("verify prints -o table, wide, json or yaml"));
-    }
-    if args.workload != Workload::Log {
-        return Err(Failure::usage("this version verifies --workload log alone; leave --workload out"));
     }
     // From here on a signal ends the workload, not the process.
     let mut signals = StopSignals::new()?;
@@ -200,8 +200,15 @@ async fn verify(
     topic: &TopicDescription,
     signals: &mut StopSignals,
 ) -> Outcome<Verdict> {
-    let bench = Arc::new(workbench(args, common, client, topic).await?);
+    let run = payload::Run(RandomState::new().build_hasher().finish());
+    let shared = (run, Instant::now(), Arc::default(), ProgressBar::new_spinner());
+    let bench = Arc::new(workbench(args, common, client, topic, shared).await?);
     let (stop_sender, stop) = watch::channel(false);
+    let mut group = match args.workload {
+        Workload::Log => Beside::Nothing,
+        Workload::Group => Beside::Members(members::start(&bench, client).await?),
+        Workload::Transaction => Beside::Workers(workers::start(args, &bench, client, topic).await?),
+    };
     let mut producers = producing::start(&bench, args, &stop).await?;
     let mut readers = reading::start(&bench, &stop).await?;
     bench.progress.set_message("writing and reading");
@@ -211,17 +218,37 @@ async fn verify(
         failure = first_failure(&mut producers, &mut readers) => return Err(failure),
     }
     let _ = stop_sender.send(true);
+    let ended = async {
+        let ends = ending::wait_and_read_all(&bench, args.heal, &mut producers, &mut readers).await;
+        match &mut group {
+            Beside::Nothing => {}
+            Beside::Members(members) => members.finish(args.heal, &ends).await,
+            Beside::Workers(workers) => workers.finish(args.heal, &ends).await,
+        }
+    };
     tokio::select! {
-        () = ending::wait_and_read_all(&bench, args.heal, &mut producers, &mut readers) => {}
+        () = ended => {}
         () = signals.next() => {
             say(format_args!("interrupted again; judging at once, without a last reading"));
             bench.history().sending_ended(bench.elapsed());
         }
     }
+    match group {
+        Beside::Nothing => {}
+        Beside::Members(members) => members.clean_up(client).await,
+        Beside::Workers(workers) => workers.clean_up(client).await,
+    }
     bench.progress.set_message("judging");
     let verdict = bench.history().judge();
     bench.progress.finish_and_clear();
     Ok(verdict)
+}
+
+/// What runs beside producers and readers.
+enum Beside {
+    Nothing,
+    Members(members::Members),
+    Workers(workers::Workers),
 }
 
 /// Clients end before they are stopped only where going on makes no sense: the topic was deleted, say.
@@ -244,26 +271,30 @@ async fn workbench(
     common: &Common,
     client: &Client,
     topic: &TopicDescription,
+    (run, began, history, progress): (payload::Run, Instant, Arc<Mutex<History>>, ProgressBar),
 ) -> Outcome<Workbench> {
     let name = &topic.name;
     let queries: Vec<_> = topic.partitions.iter().map(|p| (name.as_str(), p.partition, OffsetSpec::End)).collect();
-    let mut history = History::new();
-    let logs = client.admin().list_offsets_linearizable(&queries).await?.into_iter().map(|end| Log {
-        id: history.log(name, end.partition.into()),
-        partition: end.partition,
-        base: end.offset,
-    });
-    let logs = logs.collect();
+    let ends = client.admin().list_offsets_linearizable(&queries).await?;
+    let logs = {
+        let mut history = history.lock().unwrap_or_else(PoisonError::into_inner);
+        let log = |end: flowstone_client::OffsetInfo| Log {
+            id: history.log(name, end.partition.into()),
+            partition: end.partition,
+            base: end.offset,
+        };
+        ends.into_iter().map(log).collect()
+    };
     Ok(Workbench {
         common: common.clone(),
         topic: name.clone(),
         logs,
         shared_topic: args.topic.is_some(),
         value_bytes: args.size as usize,
-        run: payload::Run(RandomState::new().build_hasher().finish()),
-        began: Instant::now(),
-        history: Mutex::new(history),
-        progress: ProgressBar::new_spinner(),
+        run,
+        began,
+        history,
+        progress,
     })
 }
 

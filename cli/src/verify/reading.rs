@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
-/// Readers that follow the end.
-const FOLLOWERS: usize = 2;
+/// Readers that follow the end, and what each is given of transactions.
+const FOLLOWERS: [Isolation; 2] = [Isolation::ReadCommitted, Isolation::ReadUncommitted];
 /// Records after which a reader that began anywhere begins elsewhere.
 const REREAD_MAX: usize = 20_000;
 /// Time after which it does, however little came.
@@ -24,8 +24,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 /// Starts them. Each ends when it is stopped.
 pub(super) async fn start(bench: &Arc<Workbench>, stop: &Stop) -> Outcome<JoinSet<Outcome>> {
     let mut tasks = JoinSet::new();
-    for _ in 0..FOLLOWERS {
-        tasks.spawn(follow(bench.clone(), connect(&bench.common).await?, stop.clone()));
+    for isolation in FOLLOWERS {
+        tasks.spawn(follow(bench.clone(), connect(&bench.common).await?, isolation, stop.clone()));
     }
     tasks.spawn(reread(bench.clone(), connect(&bench.common).await?, stop.clone()));
     tasks.spawn(ask(bench.clone(), connect(&bench.common).await?.admin(), stop.clone()));
@@ -45,15 +45,19 @@ impl Reading {
     pub(super) async fn begin(
         bench: &Arc<Workbench>,
         client: &Client,
+        isolation: Isolation,
         from: impl Fn(&Log) -> i64,
     ) -> flowstone_client::Result<Reading> {
-        let mut consumer = client.consumer();
+        let mut consumer = client.consumer().isolation(match isolation {
+            Isolation::ReadCommitted => flowstone_client::Isolation::ReadCommitted,
+            Isolation::ReadUncommitted => flowstone_client::Isolation::ReadUncommitted,
+        });
         for log in &bench.logs {
             consumer = consumer.partition_at(&bench.topic, log.partition, StartAt::Offset(from(log)));
         }
         let consumer = consumer.build().await?;
         let mut history = bench.history();
-        let (reader, observer) = (history.reader(Isolation::ReadUncommitted), history.observer());
+        let (reader, observer) = (history.reader(isolation), history.observer());
         for log in &bench.logs {
             history.assigned(reader, log.id, Offset::new(from(log)));
         }
@@ -115,7 +119,7 @@ impl Reading {
     }
 }
 
-fn observe(bench: &Workbench, value: Option<&[u8]>) -> Observed {
+pub(super) fn observe(bench: &Workbench, value: Option<&[u8]>) -> Observed {
     match bench.run.decode(value.unwrap_or_default()) {
         Ok(value) => Observed::Value(value),
         Err(NotAValue::Foreign) if bench.shared_topic => Observed::Other,
@@ -128,10 +132,10 @@ fn observe(bench: &Workbench, value: Option<&[u8]>) -> Observed {
 }
 
 /// Reads from the beginning, and on at the end.
-async fn follow(bench: Arc<Workbench>, client: Client, mut stop: Stop) -> Outcome {
+async fn follow(bench: Arc<Workbench>, client: Client, isolation: Isolation, mut stop: Stop) -> Outcome {
     let reading = async {
         loop {
-            let Ok(mut reading) = Reading::begin(&bench, &client, |log| log.base).await else {
+            let Ok(mut reading) = Reading::begin(&bench, &client, isolation, |log| log.base).await else {
                 tokio::time::sleep(PAUSE).await;
                 continue;
             };
@@ -158,7 +162,7 @@ async fn reread(bench: Arc<Workbench>, client: Client, mut stop: Stop) -> Outcom
             random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             let part = (random >> 33) as i64;
             let from = |log: &Log| log.base + part % (ends[log.partition as usize] - log.base + 1);
-            let Ok(mut reading) = Reading::begin(&bench, &client, from).await else {
+            let Ok(mut reading) = Reading::begin(&bench, &client, Isolation::ReadCommitted, from).await else {
                 tokio::time::sleep(PAUSE).await;
                 continue;
             };
@@ -207,13 +211,14 @@ async fn ask(bench: Arc<Workbench>, admin: Admin, mut stop: Stop) -> Outcome {
 async fn end_of(bench: &Workbench, admin: &Admin, log: &Log) -> flowstone_client::Result<()> {
     let asked = {
         let history = bench.history();
-        [Mark::HighWatermark, Mark::LogStart].map(|mark| history.ask(log.id, mark, View::Fresh))
+        [Mark::HighWatermark, Mark::LogStart, Mark::LastStableOffset].map(|mark| history.ask(log.id, mark, View::Fresh))
     };
     let told = admin.list_offsets_linearizable(&[(&bench.topic, log.partition, OffsetSpec::End)]).await?;
     let Some(told) = told.first() else { return Ok(()) };
     let mut history = bench.history();
-    let [end, start] = asked;
+    let [end, start, stable] = asked;
     history.told(end, Offset::new(told.high_watermark));
+    history.told(stable, Offset::new(told.last_stable_offset));
     history.told(start, Offset::new(told.log_start));
     if bench.shared_topic {
         history.trimmed(log.id, Offset::new(told.log_start));

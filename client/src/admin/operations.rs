@@ -70,6 +70,8 @@ pub struct BrokerHealth {
     pub disk_total_bytes: u64,
     /// Milliseconds since the controller heard of it, where it ever has.
     pub silent_ms: Option<i64>,
+    /// What is wrong with it beside that, for people; empty for nothing.
+    pub detail: String,
 }
 
 /// What is wrong with a partition.
@@ -408,6 +410,7 @@ impl BrokerHealth {
             disk_free_bytes: broker.disk_free_bytes,
             disk_total_bytes: broker.disk_total_bytes,
             silent_ms: (broker.silent_ms >= 0).then_some(broker.silent_ms),
+            detail: broker.detail,
         }
     }
 }

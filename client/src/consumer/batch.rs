@@ -49,6 +49,7 @@ pub struct RecordBatch {
     topic_id: Bytes,
     partition: i32,
     high_watermark: i64,
+    start_offset: i64,
     next_offset: i64,
     /// Records of uncompressed batches are slices of the message; of compressed ones, what came out.
     chunks: Vec<Bytes>,
@@ -106,6 +107,11 @@ impl RecordBatch {
     /// One past the last offset that could be read when it was sent.
     pub fn high_watermark(&self) -> i64 {
         self.high_watermark
+    }
+
+    /// The offset from which on it was asked for: no record lies between it and its first record that this reader is to have.
+    pub fn start_offset(&self) -> i64 {
+        self.start_offset
     }
 
     /// Where reading goes on behind it: past its last record and past control records that follow.
@@ -326,6 +332,7 @@ pub(crate) fn decode(
         topic_id: topic_id.clone(),
         partition,
         high_watermark,
+        start_offset: wanted.from,
         next_offset: wanted.from,
         chunks: Vec::new(),
         places: Vec::new(),

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!   assigned:  [a b c] -> [b c d]
-//!   owned:      a b c  ->  a b c   `a` is being given up: handed out no more, told when its user is done with it
-//!                      ->    b c d `d` begins; the coordinator hears of both with one heartbeat
+//!   owned:      a b c  ->  a b c d `d` begins; `a` is being given up: handed out no more, told when its user is done with it
+//!                      ->    b c d
 //! ```
 
 use std::collections::BTreeSet;
@@ -185,25 +185,21 @@ impl Membership {
         }
         self.assigned = assigned;
         self.is_assigned = true;
-        if self.revoking.is_empty() {
-            steps.push(self.tell_owned(now));
-        }
+        // At once: it names what goes on, what begins, and what is still being given up.
+        steps.push(self.tell_owned(now));
         steps
     }
 
-    /// The user is done with these: they are given up, and the coordinator hears of it once nothing else is on its way
-    /// out.
-    pub(crate) fn released(&mut self, parts: &[Part], now: Instant) -> Vec<Step> {
-        let mut steps = Vec::new();
+    /// The user is done with these: they are given up.
+    pub(crate) fn released(&mut self, parts: &[Part], now: Instant) -> Option<Step> {
+        let mut is_news = false;
         for part in parts {
             if self.revoking.remove(part) {
                 self.owned.remove(part);
+                is_news = true;
             }
         }
-        if self.revoking.is_empty() && self.phase == Phase::Member {
-            steps.push(self.tell_owned(now));
-        }
-        steps
+        (is_news && self.phase == Phase::Member).then(|| self.tell_owned(now))
     }
 
     fn tell_owned(&mut self, now: Instant) -> Step {
@@ -360,17 +356,18 @@ mod tests {
     }
 
     #[test]
-    fn what_must_go_goes_before_the_new_assignment_is_confirmed() {
+    fn what_must_go_is_told_when_its_user_is_done_with_it() {
         let mut member = Member::joined();
         let steps = member.assign(1, &[0, 1, 2]);
         assert_eq!(steps[..3], [0, 1, 2].map(|p| Step::Begin(part(p), "t".into())));
         assert_eq!(told(&steps[3]), [0, 1, 2]);
         let steps = member.assign(2, &[1, 2, 3]);
-        assert_eq!(steps, [Step::Begin(part(3), "t".into()), Step::Revoke(part(0))], "no confirmation yet");
+        assert_eq!(steps[..2], [Step::Begin(part(3), "t".into()), Step::Revoke(part(0))]);
+        assert_eq!(told(&steps[2]), [0, 1, 2, 3], "it is still held");
         assert!(member.membership.owns(&part(0)), "it may still be committed");
-        assert_eq!(member.membership.released(&[part(2)], member.now), [], "nobody asked for that one");
-        let steps = member.membership.released(&[part(0)], member.now);
-        assert_eq!(told(&steps[0]), [1, 2, 3]);
+        assert_eq!(member.membership.released(&[part(2)], member.now), None, "nobody asked for that one");
+        let step = member.membership.released(&[part(0)], member.now).unwrap();
+        assert_eq!(told(&step), [1, 2, 3]);
         assert!(!member.membership.owns(&part(0)) && member.membership.owns(&part(2)));
     }
 

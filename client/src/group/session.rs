@@ -241,9 +241,12 @@ impl Session {
             self.shared.state().committed(answer);
         }
         let joined = matches!(response.response, Some(pb::session_response::Response::Joined(_)));
+        let assigned = matches!(response.response, Some(pb::session_response::Response::Assignment(_)));
         let (steps, standing) = self.shared.state().membership.heard(response, now);
         if joined {
-            self.shared.state().commit_again();
+            self.shared.state().commit_all_again();
+        } else if assigned {
+            self.shared.state().commit_stale_again();
         }
         self.shared.perform(steps, now);
         standing

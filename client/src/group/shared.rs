@@ -14,7 +14,7 @@ use std::time::Instant;
 use flowstone_protocol::pb;
 use tokio::sync::{Notify, mpsc, oneshot};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 use crate::group::events::{GroupEvent, Revocation};
 use crate::group::membership::{Membership, Part, Step};
 use crate::locked;
@@ -65,6 +65,10 @@ pub(crate) struct Place {
 #[derive(Debug)]
 pub(crate) struct Committing {
     pub(crate) request_id: u64,
+    /// Under which it was sent last, 0 where it was not.
+    epoch: i32,
+    /// It came under an epoch that was over: it goes again under the next one.
+    is_stale: bool,
     pub(crate) offsets: Vec<pb::CommitOffset>,
     pub(crate) reply: Option<oneshot::Sender<Result<()>>>,
 }
@@ -247,10 +251,8 @@ impl State {
         for part in &done {
             self.held.remove(part);
         }
-        for step in self.membership.released(&done, now) {
-            if let Step::Send(request) = step {
-                self.outgoing.push_back(*request);
-            }
+        if let Some(Step::Send(request)) = self.membership.released(&done, now) {
+            self.outgoing.push_back(*request);
         }
     }
 
@@ -293,18 +295,29 @@ impl State {
     pub(crate) fn commit(&mut self, offsets: Vec<pb::CommitOffset>, reply: Option<oneshot::Sender<Result<()>>>) {
         self.next_request += 1;
         let request_id = self.next_request;
+        let epoch = self.membership.epoch();
         if self.membership.is_member() {
-            self.outgoing.push_back(commit_request(request_id, self.membership.epoch(), offsets.clone()));
+            self.outgoing.push_back(commit_request(request_id, epoch, offsets.clone()));
         }
-        self.committing.push_back(Committing { request_id, offsets, reply });
+        self.committing.push_back(Committing { request_id, epoch, is_stale: false, offsets, reply });
     }
 
     /// There is a new stream on which this is a member: what was not answered on the old one goes again, as far as it is
     /// still owned.
-    pub(crate) fn commit_again(&mut self) {
-        let epoch = self.membership.epoch();
+    pub(crate) fn commit_all_again(&mut self) {
         for committing in &mut self.committing {
+            committing.is_stale = true;
+        }
+        self.commit_stale_again();
+    }
+
+    /// There is a new epoch, perhaps: what came under an older one goes again.
+    pub(crate) fn commit_stale_again(&mut self) {
+        let epoch = self.membership.epoch();
+        for committing in self.committing.iter_mut().filter(|committing| committing.is_stale) {
             let membership = &self.membership;
+            committing.is_stale = false;
+            committing.epoch = epoch;
             committing.offsets.retain(|offset| membership.owns(&(offset.topic_id.clone(), offset.partition)));
             self.outgoing.push_back(commit_request(committing.request_id, epoch, committing.offsets.clone()));
         }
@@ -313,6 +326,17 @@ impl State {
     /// The coordinator answered a commit.
     pub(crate) fn committed(&mut self, answer: &pb::Committed) {
         let Some(at) = self.committing.iter().position(|known| known.request_id == answer.request_id) else { return };
+        let stale = |failed: &pb::OffsetError| {
+            failed.error.as_ref().is_some_and(|detail| detail.code() == ErrorCode::StaleMemberEpoch)
+        };
+        if answer.errors.iter().any(stale) {
+            // What the member was given meanwhile is on its way on this very stream, or here already.
+            self.committing[at].is_stale = true;
+            if self.committing[at].epoch != self.membership.epoch() {
+                self.commit_stale_again();
+            }
+            return;
+        }
         let Some(committing) = self.committing.remove(at) else { return };
         let failed = answer.errors.iter().find_map(|failed| {
             let topic = self.held.get(&(failed.topic_id.clone(), failed.partition)).map(|held| held.topic.clone());

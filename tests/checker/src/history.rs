@@ -455,6 +455,43 @@ impl History {
         log.trimmed = log.trimmed.max(log_start.get());
     }
 
+    /// The log lost its majority for good and went on, explicitly, with what one replica had: nothing at or above `end` counts
+    /// any more. What was acknowledged or read there may be gone, or come again at another offset; what lies below is promised
+    /// as before. Readers that were further go on from `end`; questions that are under way are not to be told.
+    pub fn recovered(&mut self, log: LogId, end: Offset) {
+        let at = end.get();
+        let state = &mut self.logs[log.0 as usize];
+        state.values.cut(at);
+        state.covered.cut(at);
+        state.covered_committed.cut(at);
+        state.gaps.retain(|gap| gap.from < at);
+        for gap in &mut state.gaps {
+            gap.to = gap.to.min(at);
+        }
+        state.committed_end = state.committed_end.min(at);
+        state.stable_end = state.stable_end.min(at);
+        for mark in [Mark::HighWatermark, Mark::LastStableOffset] {
+            self.marks.forget(log, mark);
+        }
+        for reader in &mut self.readers {
+            if let Some(session) = reader.sessions.get_mut(&log) {
+                session.from = session.from.min(at);
+                session.position = session.position.min(at);
+            }
+        }
+        for send in self.sends.iter_mut().filter(|send| send.log == log) {
+            send.floor = send.floor.min(at);
+            if send.outcome == Outcome::Acknowledged && send.acknowledged_at >= at {
+                send.outcome = Outcome::Unknown;
+                send.acknowledged_at = -1;
+            }
+            if send.seen_at >= at {
+                send.seen_at = -1;
+                send.seen_committed = false;
+            }
+        }
+    }
+
     /// Everything that is in this log now was read, after all faults had healed and all sends had ended.
     pub fn fully_read(&mut self, log: LogId) {
         self.logs[log.0 as usize].fully_read = true;
@@ -512,6 +549,17 @@ impl History {
     pub fn report(&mut self, kind: Kind, log: LogId, offset: Option<Offset>, detail: impl Into<String>) {
         let anomaly = self.logs[log.0 as usize].anomaly(kind, offset.map(Offset::get), detail.into());
         self.findings.add(anomaly);
+    }
+
+    /// The values that were read in this range of a log, by offset.
+    pub fn values(&self, log: LogId, from: Offset, to: Offset) -> impl Iterator<Item = (Offset, ValueId)> {
+        let values = &self.logs[log.0 as usize].values;
+        values.range(from.get(), to.get()).map(|(offset, value)| (Offset::new(offset), value))
+    }
+
+    /// Whether a committed reader was given this value.
+    pub fn is_given_to_committed(&self, value: ValueId) -> bool {
+        self.sends[value.0 as usize].seen_committed
     }
 
     /// Sends so far.
