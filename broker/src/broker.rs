@@ -420,6 +420,7 @@ impl Starting {
         }));
         self.life.background.push(tokio::spawn(book::follow(
             table.clone(),
+            Arc::downgrade(&network),
             network.book().clone(),
             self.config.node.id,
             kept,
@@ -532,7 +533,7 @@ impl Starting {
                     let itself = known.brokers.iter().chain(&known.founding.voters);
                     let itself = itself.filter(|broker| broker.directory == me.directory && broker.broker == me.broker);
                     for earlier in itself.map(|broker| &broker.peer_address) {
-                        if !earlier.is_empty() && !asked.contains(earlier) {
+                        if !earlier.is_empty() && *earlier != me.peer_address && !asked.contains(earlier) {
                             asked.push(earlier.clone());
                         }
                     }
