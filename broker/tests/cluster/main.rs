@@ -5,5 +5,7 @@ mod forming;
 mod operations;
 mod recovering;
 mod surviving;
+mod transacting;
+mod transactor;
 mod upgrading;
 mod world;
