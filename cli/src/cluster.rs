@@ -79,6 +79,7 @@ impl Row for BrokerHealth {
         "VERSION",
         "DISK-TOTAL",
         "SILENT",
+        "DETAIL",
     ];
     const NARROW: usize = 7;
 
@@ -100,6 +101,7 @@ impl Row for BrokerHealth {
             self.version.clone(),
             output::bytes(self.disk_total_bytes),
             self.silent_ms.map_or_else(|| "never heard of".to_owned(), moment::span),
+            if self.detail.is_empty() { "-".to_owned() } else { self.detail.clone() },
         ]
     }
 

@@ -1,7 +1,7 @@
 //! Keeps the peer network told of who the other brokers are: from the founding, the seeds, and then the metadata.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use flowstone_protocol::peer::HelloResponse;
@@ -11,7 +11,7 @@ use super::belonging::Kept;
 use super::form::{Founder, Heard};
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
-use crate::peer::{PeerBook, PeerEntry, PeerIdentity};
+use crate::peer::{PeerBook, PeerEntry, PeerIdentity, PeerNetwork};
 
 /// Between two looks around.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
@@ -73,7 +73,13 @@ pub(crate) async fn look_around<H, A>(
 }
 
 /// Follows the metadata until aborted.
-pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: BrokerId, kept: Arc<Kept>) {
+pub(crate) async fn follow(
+    table: Published<MetadataTable>,
+    network: Weak<PeerNetwork>,
+    book: PeerBook,
+    me: BrokerId,
+    kept: Arc<Kept>,
+) {
     let mut changes = table.changes();
     // With the metadata's recovery: an offset of another one says nothing.
     let mut seen: Option<(i64, Offset)> = None;
@@ -108,7 +114,9 @@ pub(crate) async fn follow(table: Published<MetadataTable>, book: PeerBook, me: 
             // metadata that went on with a loss does not know them.
             for (broker, entry) in book.all() {
                 if !entries.contains_key(&broker) && table.with(|table| was_removed(table, broker, &entry)) {
-                    book.remove(broker);
+                    if let Some(network) = network.upgrade() {
+                        network.forget(broker);
+                    }
                 }
             }
             said = entries;

@@ -5,10 +5,9 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use flowstone_protocol::peer::{
-    AddToTransactionRequest, AddToTransactionResponse, WriteMarkersRequest, WriteMarkersResponse,
-    BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, ForwardResponse, HelloRequest, HelloResponse,
-    InstructRequest, InstructResponse, KnownBroker, RegisterRequest, RegisterResponse, ReportRequest, ReportResponse,
-    instruct_request,
+    AddToTransactionRequest, AddToTransactionResponse, BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest,
+    ForwardResponse, HelloRequest, HelloResponse, InstructRequest, InstructResponse, KnownBroker, RegisterRequest,
+    RegisterResponse, ReportRequest, ReportResponse, WriteMarkersRequest, WriteMarkersResponse, instruct_request,
 };
 use flowstone_protocol::{
     BrokerId, Error, ErrorCode, ErrorKind, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition, pb,
@@ -275,13 +274,17 @@ impl Calls {
             return Ok(answer);
         }
         let controller = control.controller().filter(|controller| *controller != of.broker);
-        let Some(controller) = controller.filter(|_| (from.broker, from.incarnation) == (of.broker, of.incarnation)) else {
+        let Some(controller) = controller.filter(|_| (from.broker, from.incarnation) == (of.broker, of.incarnation))
+        else {
             return Err(control.not_controller());
         };
         let request = ForwardRequest { caller: None, ..request };
         let answer = control.peers.forward(controller, request, control.duty.answer_max()).await?;
         BrokerHeartbeatResponse::decode(answer.response).map_err(|_| {
-            Error::new(ErrorCode::Internal, "the controller answered something else; run one version of Flowstone on all")
+            Error::new(
+                ErrorCode::Internal,
+                "the controller answered something else; run one version of Flowstone on all",
+            )
         })
     }
 

@@ -230,11 +230,15 @@ impl Control {
     {
         let began = Instant::now();
         let mut hint = None;
+        // Who leads as far as is known here may be long dead, where nobody tells this broker of another one.
+        let mut failed = None;
         loop {
-            let error = match hint.take().or_else(|| self.controller()).or_else(|| self.anybody()) {
+            let known = self.controller().filter(|controller| failed.take() != Some(*controller));
+            let error = match hint.take().or(known).or_else(|| self.anybody()) {
                 Some(controller) => match call(controller).await {
                     Ok(answer) => return Ok(answer),
                     Err(error) => {
+                        failed = Some(controller);
                         hint = error.leader_hint.as_ref().map(|(broker, _)| *broker).filter(|hint| *hint != controller);
                         error
                     }

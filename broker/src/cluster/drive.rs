@@ -349,7 +349,9 @@ impl Driver {
             let replica = Replica::clone(replica);
             self.giving_back.spawn(async move {
                 match transfer(&replica, Some(to)).await {
-                    Ok(()) => tracing::warn!(tp = %replica.tp(), "the disk is full: a replica with room leads from now on"),
+                    Ok(()) => {
+                        tracing::warn!(tp = %replica.tp(), "the disk is full: a replica with room leads from now on")
+                    }
                     Err(error) => tracing::debug!(tp = %replica.tp(), %error, "no replica with room took the lead"),
                 }
             });

@@ -89,11 +89,8 @@ impl Duty {
         let liveness = state.liveness.get_or_insert_with(|| Liveness::new(session_timeout, now));
         liveness.heard(broker, incarnation, said.is_some_and(|said| said.stopping), now);
         if let Some(said) = said {
-            let disk = Disk {
-                free_bytes: said.disk_free_bytes,
-                total_bytes: said.disk_total_bytes,
-                is_full: said.disk_full,
-            };
+            let disk =
+                Disk { free_bytes: said.disk_free_bytes, total_bytes: said.disk_total_bytes, is_full: said.disk_full };
             state.disks.insert(broker, disk);
         }
     }

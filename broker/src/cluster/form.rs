@@ -192,8 +192,12 @@ pub(crate) struct Form {
 impl Form {
     /// `seeds` as configured, in order, without doubles.
     pub(crate) fn new(me: Me, seeds: &[String]) -> Self {
-        let seeds =
-            seeds.iter().map(|address| Seed { address: address.clone(), asked: None, said_at: None, state: SeedState::NotHeard });
+        let seeds = seeds.iter().map(|address| Seed {
+            address: address.clone(),
+            asked: None,
+            said_at: None,
+            state: SeedState::NotHeard,
+        });
         Self { me, seeds: seeds.collect() }
     }
 
@@ -279,18 +283,18 @@ impl Form {
     fn contradiction(&self) -> Option<String> {
         let others = || self.answers().filter(|(_, said, _)| !self.is_me(said));
         for (address, said, _) in others() {
-            if said.broker == self.me.broker {
-                return Some(format!(
-                    "two brokers have node.id {}: this one and the one at {address} (data directory {}, this one's is {}); \
-                     give each broker a node.id of its own",
-                    self.me.broker, said.directory, self.me.directory
-                ));
-            }
             if said.directory == self.me.directory {
                 return Some(format!(
                     "the broker at {address} runs on a copy of this data directory (id {}); start this broker with an \
                      empty data directory: a copy would answer for what it does not have",
                     said.directory
+                ));
+            }
+            if said.broker == self.me.broker {
+                return Some(format!(
+                    "two brokers have node.id {}: this one and the one at {address} (data directory {}, this one's is {}); \
+                     give each broker a node.id of its own",
+                    self.me.broker, said.directory, self.me.directory
                 ));
             }
         }

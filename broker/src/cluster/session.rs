@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flowstone_protocol::peer::{
-    BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, LeaderRow, LostReplica, MoveProgress, RegisterRequest,
-    RegisterResponse,
+    BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, LeaderRow, LostReplica, MoveProgress,
+    RegisterRequest, RegisterResponse,
 };
 use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, ReplicaId, TopicPartition};
 use flowstone_replication::Health;

@@ -714,7 +714,12 @@ fn set_aside(data_dir: &DataDir, tp: TopicPartition) -> std::io::Result<()> {
     );
     disk.rename(&from, &to)?;
     disk.sync_dir(&aside)?;
-    disk.sync_dir(from.parent().unwrap_or(data_dir.path()))
+    let Some(topic) = from.parent() else { return Ok(()) };
+    // Other partitions of the topic may be there.
+    match disk.remove_dir(topic) {
+        Ok(()) => disk.sync_dir(topic.parent().unwrap_or(data_dir.path())),
+        Err(_) => disk.sync_dir(topic),
+    }
 }
 
 /// Every replica of the metadata: those that vote or leave, and those that only follow.
@@ -990,6 +995,27 @@ mod tests {
         world.reconciler.on_opened(opened);
         assert!(world.replicas.get(tp).is_none(), "{:?}", world.replicas.get(tp));
         assert!(world.reconciler.watched.is_empty());
+    }
+
+    #[tokio::test]
+    async fn files_of_a_replica_that_could_not_be_opened_go_with_its_topic() {
+        let mut world = World::new().await;
+        let topic = world.create("orders").await;
+        let tp = TopicPartition { topic: topic.id, partition: flowstone_protocol::PartitionId::new(0) };
+        tokio::time::timeout(PATIENCE, world.reconciler.catch_up()).await.expect("in time");
+        // As after an opening that failed: the shard knows nothing of it.
+        close(&Arc::downgrade(&world.shards), tp, false).await;
+        world.replicas.set(tp, Slot::Failed(Error::new(ErrorCode::StorageFailed, "a sick disk")));
+        let (disk, dir) = (world.disk.shared(), world.reconciler.data_dir.replica_dir(tp));
+        assert!(disk.exists(&dir).expect("looked up"));
+        let delete = MetadataCommand::DeleteTopic { name: "orders".to_owned() };
+        command_to(&world.metadata, delete).await.expect("done");
+        world.reconciler.pass();
+        let cleared = world.reconciler.clearings.join_next_with_id();
+        let cleared = tokio::time::timeout(PATIENCE, cleared).await.expect("in time").expect("one");
+        world.reconciler.on_cleared(cleared);
+        assert!(!disk.exists(&dir).expect("looked up"));
+        assert!(world.reconciler.clearing.is_empty());
     }
 
     #[tokio::test]

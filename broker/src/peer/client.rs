@@ -36,6 +36,13 @@ pub(crate) struct Channels {
     open: Mutex<HashMap<(BrokerId, Lane), (String, Channel)>>,
 }
 
+impl Channels {
+    /// Closes those to a broker, once what is under way on them has ended.
+    pub(crate) fn forget(&self, broker: BrokerId) {
+        self.open.lock().retain(|(to, _), _| *to != broker);
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Lane {
     Calls,

@@ -62,6 +62,8 @@ pub(crate) struct Link {
     connected: AtomicBool,
     /// The other side has come back: no reason to wait any longer.
     retry: Notify,
+    /// The other side is no broker of the cluster any more.
+    over: Notify,
 }
 
 /// Why a stream is no more.
@@ -84,7 +86,7 @@ impl Link {
             StreamKind::Appends => shared.config.appends_queue,
         };
         let queue = Queue::new(limits);
-        Arc::new(Self { to, kind, queue, connected: AtomicBool::new(false), retry: Notify::new() })
+        Arc::new(Self { to, kind, queue, connected: AtomicBool::new(false), retry: Notify::new(), over: Notify::new() })
     }
 
     pub(crate) fn push(&self, shared: &Shared, messages: Vec<GroupMessage>) {
@@ -106,7 +108,12 @@ impl Link {
         self.retry.notify_one();
     }
 
-    /// Keeps the stream up while there is something to send, until the network stops.
+    /// Ends for good; what is pushed from now on goes nowhere.
+    pub(crate) fn end(&self) {
+        self.over.notify_one();
+    }
+
+    /// Keeps the stream up while there is something to send, until the network stops or the link ends.
     pub(crate) async fn run(self: Arc<Self>, shared: Arc<Shared>) {
         let mut stop = shared.stop.subscribe();
         let mut book = shared.book.watch();
@@ -116,6 +123,7 @@ impl Link {
             tokio::select! {
                 () = poll_fn(|cx| self.queue.poll_work(cx)) => {}
                 _ = stop.wait_for(|stop| *stop) => return,
+                () = self.over.notified() => return,
             }
             book.mark_unchanged();
             let end = tokio::select! {

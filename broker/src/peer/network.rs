@@ -181,6 +181,17 @@ impl PeerNetwork {
         self.shared.check_start(from)
     }
 
+    /// A broker is not part of the cluster any more: nothing is kept for it. Should it come back, all is made anew.
+    pub fn forget(&self, broker: BrokerId) {
+        self.shared.book.remove(broker);
+        if let Some(peer) = self.shared.peers.write().remove(&broker) {
+            peer.votes.end();
+            peer.appends.end();
+        }
+        self.shared.channels.forget(broker);
+        self.shared.accepted.lock().retain(|(from, _), _| *from != broker);
+    }
+
     /// What was counted.
     pub fn figures(&self) -> PeerFigures {
         self.shared.figures()
@@ -301,6 +312,12 @@ impl Shared {
             let broker = broker.map(BrokerId::get);
             tracing::warn!(broker, %error, "{what} is refused");
         }
+    }
+
+    /// Links that are kept.
+    #[cfg(test)]
+    pub(super) fn links(&self) -> usize {
+        2 * self.peers.read().len()
     }
 
     /// As [`PeerNetwork::check_start`].

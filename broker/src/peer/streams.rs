@@ -211,7 +211,8 @@ impl Session {
                 if book_version != from.book_version {
                     check_directory(&self.shared.book, &from.identity)?;
                     let registered = self.shared.book.start_of(from.identity.broker);
-                    if registered != from.registered && registered.is_some_and(|start| start != from.identity.incarnation)
+                    if registered != from.registered
+                        && registered.is_some_and(|start| start != from.identity.incarnation)
                     {
                         return Err(Error::new(
                             ErrorCode::NotLeader,

@@ -257,10 +257,11 @@ pub(super) async fn rebalance_here(
             }
         }
         let full = node.control.duty.full();
-        let transfers = plan.transfers.iter().filter(|(_, broker)| !full.contains(broker)).filter_map(|(tp, broker)| {
-            let place = table.partition(*tp)?.replicas().iter().find(|place| place.broker == *broker)?;
-            Some((*tp, (*broker, place.replica)))
-        });
+        let transfers =
+            plan.transfers.iter().filter(|(_, broker)| !full.contains(broker)).filter_map(|(tp, broker)| {
+                let place = table.partition(*tp)?.replicas().iter().find(|place| place.broker == *broker)?;
+                Some((*tp, (*broker, place.replica)))
+            });
         stream::iter(transfers)
             .for_each_concurrent(TRANSFERS_AT_ONCE, |(tp, to)| {
                 let node = &node;

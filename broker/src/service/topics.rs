@@ -234,7 +234,9 @@ pub(super) fn described(node: &Node, topic: &Topic, reports: &Reports) -> pb::To
             description.records = report.records;
             description.error = report.error.clone().or_else(|| {
                 (!confirmed(report)).then(|| {
-                    stale(format!("broker {leader} leads it and hears no majority of its replicas: another may lead by now"))
+                    stale(format!(
+                        "broker {leader} leads it and hears no majority of its replicas: another may lead by now"
+                    ))
                 })
             });
             description.in_sync = in_sync(entry, *leader, report);

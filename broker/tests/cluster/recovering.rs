@@ -148,3 +148,73 @@ async fn a_member_tells_its_cluster_from_the_first_moment() {
     starting.abort();
     drop((starting.await, third));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_running_broker_follows_a_recovered_metadata_that_knows_less_and_loses_nothing_by_it() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "kept").await;
+    world.healthy().await;
+    world.kill(3).await;
+    // The third's metadata knows neither the fourth broker nor what was made on it.
+    world.add_place(4).await;
+    world.start(4).await;
+    until("broker 3 is known to be dead", async || {
+        let health = world.client(4).health().await.map_err(|error| error.to_string())?;
+        let third = health.brokers.iter().find(|broker| broker.broker_id == 3).ok_or("unknown")?;
+        if third.state() == pb::BrokerState::Dead { Ok(()) } else { Err(format!("{third:?}")) }
+    })
+    .await;
+    let late = world.client(4).create("late", 1, 3).await.expect("created");
+    world.produce(&late, 0, "acknowledged").await;
+    let id = flowstone_protocol::TopicId::from_slice(&late.id).expect("an id").to_string();
+    let here = world.places[&4].dir.join("topics").join(&id);
+    assert!(here.exists());
+    let mut watch = world.client(4).watch().await;
+    let told = soon("all topics", watch.message()).await.expect("served").expect("something");
+    assert!(told.metadata.expect("whole").topics.iter().any(|topic| topic.name == "late"));
+    for burnt in [1, 2] {
+        world.kill(burnt).await;
+        world.wipe(burnt);
+    }
+    begin_recovery(&world.places[&3].dir);
+    world.start(3).await;
+    until("the fourth is taken in again, without a restart", async || {
+        let health = world.client(3).health().await.map_err(|error| error.to_string())?;
+        let fourth = health.brokers.iter().find(|broker| broker.broker_id == 4).ok_or("unknown")?;
+        if fourth.state() == pb::BrokerState::Alive { Ok(()) } else { Err(format!("{fourth:?}")) }
+    })
+    .await;
+    until("the fourth knows what the metadata knows", async || {
+        let known = world.client(4).metadata("late").await.map_err(|error| error.to_string())?;
+        if known.topics[0].error.is_some() && known.metadata_recovery > 0 { Ok(()) } else { Err(format!("{known:?}")) }
+    })
+    .await;
+    // Who watches is told as well, though the offset has gone back.
+    loop {
+        let told = soon("news", watch.message()).await.expect("served").expect("something");
+        let metadata = told.metadata.expect("told");
+        if metadata.metadata_recovery > 0 {
+            assert!(metadata.topics.iter().all(|topic| topic.name != "late"), "{metadata:?}");
+            assert!(metadata.topics.iter().any(|topic| topic.name == "orders"), "everything is told anew");
+            break;
+        }
+    }
+    let aside = world.places[&4].dir.join("set-aside");
+    until("what it has of the topic is set aside", async || {
+        let found = std::fs::read_dir(&aside).map_err(|error| error.to_string())?.flatten();
+        let names: Vec<String> = found.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        if !here.exists() && names.iter().any(|name| name.starts_with(&id)) {
+            Ok(())
+        } else {
+            Err(format!("{names:?}"))
+        }
+    })
+    .await;
+    // It is one of the cluster: what is made now is made on it.
+    until("a topic is made on both", async || {
+        let made = world.client(4).create("again", 1, 2).await;
+        made.map(|_| ()).map_err(|error| error.to_string())
+    })
+    .await;
+}

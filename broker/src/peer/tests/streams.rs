@@ -111,6 +111,18 @@ async fn a_copy_of_a_broker_that_speaks_is_not_heard_and_takes_over_once_that_ha
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_a_broker_that_is_forgotten_nothing_is_kept_until_it_comes_back() {
+    let mut nodes = cluster(2, config()).await;
+    let (one, two) = pair(&mut nodes);
+    until_connected(one, two).await;
+    assert_eq!(one.network.shared_for_tests().links(), 2);
+    one.network.forget(id(2));
+    assert_eq!(one.network.shared_for_tests().links(), 0);
+    one.knows(two);
+    until_connected(one, two).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn draining_ends_streams_and_is_told_as_an_end() {
     let mut nodes = cluster(2, config()).await;
     let (one, two) = pair(&mut nodes);
