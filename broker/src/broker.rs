@@ -43,6 +43,8 @@ use crate::controller::commands::MetadataRules;
 use crate::controller::reconcile::{Reconciler, SET_ASIDE, Succession, close, metadata_spec, open_handle, settled};
 use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, METADATA_TOPIC, MetadataTable};
 use crate::coordinator::Published;
+use crate::group;
+use crate::group::driver::GroupCoordinators;
 use crate::group::state::GroupRules;
 use crate::metrics::{BrokerCollector, Metrics};
 use crate::node::Node;
@@ -444,7 +446,9 @@ impl Starting {
         };
         reconciler.adopt(&Arc::new(own), succession, recoveries);
         // Opening many replicas may take long: whoever scrapes sees how far that is.
+        let groups = GroupCoordinators::default();
         metrics.watch(BrokerCollector {
+            groups: groups.clone(),
             shards: Arc::downgrade(&shards),
             network: Arc::downgrade(&network),
             control: Arc::clone(&control),
@@ -473,6 +477,8 @@ impl Starting {
             table,
             control,
             replicas: replicas.clone(),
+            groups,
+            transactions: Transactions::default(),
             drain: ends.subscribe(),
             metrics,
             room,
@@ -480,6 +486,8 @@ impl Starting {
             ready_since: Instant::now(),
             config: self.config,
         });
+        self.life.background.push(tokio::spawn(group::driver::run(Arc::clone(&node))));
+        self.life.background.push(tokio::spawn(transaction::driver::run(Arc::clone(&node))));
         calls.serve_all(&node);
         gate.open(&node);
         readiness.release("replicas");

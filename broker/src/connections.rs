@@ -209,6 +209,11 @@ struct CallsState {
 }
 
 impl ConnectionCalls {
+    /// Where the client connects from.
+    pub(crate) fn peer(&self) -> SocketAddr {
+        self.state.peer
+    }
+
     /// Counts a call until the guard is dropped.
     pub(crate) fn begin(&self) -> CallGuard {
         self.state.open.fetch_add(1, Ordering::Relaxed);

@@ -22,6 +22,7 @@ use crate::cluster::control::Control;
 use crate::cluster::drive::Led;
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
+use crate::group::driver::GroupCoordinators;
 use crate::partition::{LocalReplicas, PartitionMachine, Slot};
 use crate::peer::PeerNetwork;
 use crate::room::Room;
@@ -95,6 +96,12 @@ pub(crate) struct Metrics {
     pub(crate) accept_errors: Counter,
     /// Reads that wait in a shard for something to be written.
     reads_parked: Gauge,
+    /// Times that a consumer group's targets were set anew.
+    pub(crate) group_rebalances: Counter,
+    /// Members that were removed for their silence.
+    pub(crate) group_members_removed: Counter,
+    /// Offsets of consumer groups that were committed here.
+    pub(crate) group_commits: Counter,
 }
 
 /// One read that waits in a shard: counted for as long as this is kept with it.
@@ -156,6 +163,10 @@ impl Metrics {
         let connections_refused = counter("connections_refused", "Client connections turned away by a limit");
         let connections_timed_out = counter("connections_timed_out", "Client connections cut off by a deadline");
         let accept_errors = counter("accept_errors", "Connections that the system could not accept");
+        let group_rebalances = counter("group_rebalances", "Times that a consumer group's targets were set anew");
+        let group_members_removed =
+            counter("group_members_removed", "Members of consumer groups that were removed: silent, or too slow");
+        let group_commits = counter("group_commits", "Offsets of consumer groups that were committed");
         let connections = Gauge::default();
         registry.register("connections", "Client connections open now", connections.clone());
         let reads_parked = Gauge::default();
@@ -177,6 +188,9 @@ impl Metrics {
             connections_timed_out,
             accept_errors,
             reads_parked,
+            group_rebalances,
+            group_members_removed,
+            group_commits,
         }
     }
 
@@ -243,6 +257,7 @@ pub(crate) struct BrokerCollector {
     /// Weak, as above.
     pub(crate) network: Weak<PeerNetwork>,
     pub(crate) control: Arc<Control>,
+    pub(crate) groups: GroupCoordinators,
     /// What the last survey of the groups led here found.
     pub(crate) led: Arc<Led>,
     /// Bytes that all shards together take in flight.
@@ -305,7 +320,10 @@ impl Collector for BrokerCollector {
         let peers = self.network.upgrade().map(|network| network.figures()).unwrap_or_default();
         let process = ProcessFigures::read();
         let set_aside = std::fs::read_dir(&self.set_aside).map_or(0, |entries| entries.count() as i64);
-        let gauges: [(&str, &str, Option<Unit>, i64); 28] = [
+        let (groups, members) = self.groups.counts();
+        let gauges: [(&str, &str, Option<Unit>, i64); 30] = [
+            ("groups", "Consumer groups that this broker coordinates", None, groups as i64),
+            ("group_members", "Members of these groups", None, members as i64),
             ("topics", "Topics of the cluster, its own aside", None, topics as i64),
             ("metadata_offset", "Last metadata record taken in", None, metadata_offset.get()),
             ("replicas", "Replicas of this broker", None, replicas.len() as i64),

@@ -12,6 +12,7 @@ use crate::config::Config;
 use crate::controller::change::Leader;
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
+use crate::group::driver::GroupCoordinators;
 use crate::metrics::Metrics;
 use crate::partition::{LocalReplicas, OpenPartition, Slot};
 use crate::room::Room;
@@ -28,6 +29,10 @@ pub(crate) struct Node {
     /// The metadata's own replica, and the way to the broker that leads it.
     pub(crate) control: Arc<Control>,
     pub(crate) replicas: LocalReplicas,
+    /// The consumer groups that this broker coordinates.
+    pub(crate) groups: GroupCoordinators,
+    /// Its part in transactions.
+    pub(crate) transactions: Transactions,
     /// True once the broker drains: streams end, no new work is taken.
     pub(crate) drain: watch::Receiver<bool>,
     pub(crate) metrics: Arc<Metrics>,

@@ -115,6 +115,16 @@ impl PartitionMachine {
     pub(crate) fn metadata_again(view: &Published<MetadataTable>) -> Self {
         Self::Metadata(Box::new(Coordinator::behind(view)))
     }
+
+    /// A leading coordinator's state with what is in flight.
+    pub(crate) fn live_checkpoint(&self) -> Option<Bytes> {
+        match self {
+            Self::Records(_) => None,
+            Self::Metadata(coordinator) => coordinator.live_checkpoint(),
+            Self::Groups(coordinator) => coordinator.live_checkpoint(),
+            Self::Transactions(coordinator) => coordinator.live_checkpoint(),
+        }
+    }
 }
 
 impl Machine for PartitionMachine {
@@ -127,38 +137,6 @@ impl Machine for PartitionMachine {
             Self::Metadata(coordinator) => coordinator.admit(batch),
             Self::Groups(coordinator) => coordinator.admit(batch),
             Self::Transactions(coordinator) => coordinator.admit(batch),
-        }
-    }
-
-    fn admit_marker(&mut self, marker: &Marker, _now: Timestamp) -> Admission {
-        match self {
-            Self::Records(producers) => producers.admit_marker(marker),
-            _ => Admission::Refuse(Error::new(ErrorCode::InternalTopic, "no transaction writes into a coordinator's log")),
-        }
-    }
-
-    fn expired(&mut self, now: Timestamp) -> Option<Bytes> {
-        match self {
-            Self::Records(producers) => producers.expired(now),
-            _ => None,
-        }
-    }
-
-    fn may_expire(&self) -> bool {
-        matches!(self, Self::Records(producers) if producers.may_expire())
-    }
-
-    fn last_stable_offset(&self, high_watermark: Offset) -> Offset {
-        match self {
-            Self::Records(producers) => producers.last_stable_offset(high_watermark),
-            _ => high_watermark,
-        }
-    }
-
-    fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
-        match self {
-            Self::Records(producers) => producers.aborted_between(from, to),
-            _ => Vec::new(),
         }
     }
 

@@ -6,7 +6,9 @@ use std::task::{Context, Poll};
 
 use flowstone_protocol::pb::admin_server::AdminServer;
 use flowstone_protocol::pb::coordinators_server::CoordinatorsServer;
+use flowstone_protocol::pb::groups_server::GroupsServer;
 use flowstone_protocol::pb::log_server::LogServer;
+use flowstone_protocol::pb::transactions_server::TransactionsServer;
 use flowstone_protocol::{Error, FILE_DESCRIPTOR_SET};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use parking_lot::RwLock;
@@ -24,7 +26,10 @@ use crate::connections::{CallGuard, ConnectionCalls, Connections, Incoming};
 use crate::node::Node;
 use crate::peer::wrong_port::{OnlyOn, Port};
 use crate::receiving::Receiving;
-use crate::service::{AdminService, CoordinatorsService, EarlyAdmin, LogCalls, LogService, RECOVER_PATH, starting};
+use crate::service::{
+    AdminService, CoordinatorsService, EarlyAdmin, GroupsService, LogCalls, LogService, RECOVER_PATH,
+    TransactionsService, starting,
+};
 
 /// Largest HTTP/2 frame that clients are asked to send: large frames mean fewer of them for a large batch.
 const FRAME_BYTES: u32 = 256 << 10;
@@ -113,18 +118,36 @@ fn routes(node: &Arc<Node>, limits: &LimitsConfig) -> Routes {
         AdminServer::new(AdminService::new(Arc::clone(node))).max_decoding_message_size(limits.admin_request_bytes);
     let coordinators = CoordinatorsServer::new(CoordinatorsService::new(Arc::clone(node)))
         .max_decoding_message_size(limits.admin_request_bytes);
+    let groups =
+        GroupsServer::new(GroupsService::new(Arc::clone(node))).max_decoding_message_size(limits.admin_request_bytes);
+    let transactions = TransactionsServer::new(TransactionsService::new(Arc::clone(node)))
+        .max_decoding_message_size(limits.admin_request_bytes);
     let (health, health_service) = tonic_health::server::health_reporter();
     let mut drain = node.drain.clone();
     tokio::spawn(async move {
         health.set_serving::<LogServer<LogService>>().await;
         health.set_serving::<AdminServer<AdminService>>().await;
         health.set_serving::<CoordinatorsServer<CoordinatorsService>>().await;
+        health.set_serving::<GroupsServer<GroupsService>>().await;
+        health.set_serving::<TransactionsServer<TransactionsService>>().await;
         drop(drain.wait_for(|drains| *drains).await);
-        for service in ["", "flowstone.v1.Log", "flowstone.v1.Admin", "flowstone.v1.Coordinators"] {
+        for service in [
+            "",
+            "flowstone.v1.Log",
+            "flowstone.v1.Admin",
+            "flowstone.v1.Coordinators",
+            "flowstone.v1.Transactions",
+            "flowstone.v1.Groups",
+        ] {
             health.set_service_status(service, tonic_health::ServingStatus::NotServing).await;
         }
     });
-    let mut routes = Routes::new(log).add_service(admin).add_service(coordinators).add_service(health_service);
+    let mut routes = Routes::new(log)
+        .add_service(admin)
+        .add_service(coordinators)
+        .add_service(transactions)
+        .add_service(groups)
+        .add_service(health_service);
     let reflection = tonic_reflection::server::Builder::configure()
         .register_encoded_file_descriptor_set(FILE_DESCRIPTOR_SET)
         .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)

@@ -103,7 +103,7 @@ pub(crate) struct Report {
 }
 
 /// Targets of all members of a group, computed for what it was at `epoch`.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Install {
     pub(crate) group: Arc<str>,
     pub(crate) epoch: i32,

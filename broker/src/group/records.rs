@@ -16,7 +16,7 @@ use super::state::{CommittedOffset, Group, Member, PendingOffset};
 use crate::coordinator::LoggedRecord;
 
 /// One record: the newest word about its key; without a value the key is gone.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct GroupLogRecord(pub(crate) GroupRecord);
 
 impl LoggedRecord for GroupLogRecord {

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flowstone_protocol::pb::coordinators_server::Coordinators;
-use flowstone_protocol::{Error, ErrorCode, TopicId, TopicPartition, pb};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, TopicId, TopicPartition, pb};
 use flowstone_replication::{Reply, Role};
 use prost::Message;
 use tokio::sync::oneshot;
@@ -184,20 +184,30 @@ fn elsewhere(node: &Node, kind: InternalTopic, tp: TopicPartition) -> Error {
     }
 }
 
-/// Has the coordinator behind `partition` decide; returns when that, and all that was decided before, is committed.
+/// Has the coordinator behind `partition` decide. It is asked at once, in the order of the calls; the future ends when what
+/// it decided, and all that was decided before, is committed.
 ///
 /// # Errors
 /// What it refused; `NOT_COORDINATOR` where it is not, or not any more.
-pub(crate) async fn submit(
+pub(crate) fn submit<'a>(
+    node: &'a Node,
+    kind: InternalTopic,
+    partition: &'a OpenPartition,
+    command: PartitionCommand,
+) -> impl Future<Output = Result<PartitionReply, Error>> + use<'a> {
+    let (sender, receiver) = oneshot::channel();
+    partition.replica.command(command, Reply::from(sender));
+    settled(node, kind, partition, receiver)
+}
+
+/// The answer of a coordinator that was asked.
+async fn settled(
     node: &Node,
     kind: InternalTopic,
     partition: &OpenPartition,
-    command: PartitionCommand,
+    answer: oneshot::Receiver<Result<Result<PartitionReply, Error>, Error>>,
 ) -> Result<PartitionReply, Error> {
-    let (sender, receiver) = oneshot::channel();
-    partition.replica.command(command, Reply::from(sender));
-    let decided = receiver.await.map_err(|_| shutting_down()).and_then(|answer| answer).and_then(|answer| answer);
-    match decided {
+    match answer.await.map_err(|_| shutting_down()).and_then(|answer| answer).and_then(|answer| answer) {
         // A refusal writes nothing, so that nobody has confirmed it: it may be of one who was replaced, and does not know.
         Err(error) if !error.is_retriable() => {
             confirmed(node, kind, partition).await?;
@@ -208,16 +218,28 @@ pub(crate) async fn submit(
     }
 }
 
-/// Waits until a majority has confirmed that this broker is the coordinator: what its machine has committed by then is
-/// all that was acknowledged before the call, by whomever.
+/// As [`submit`], for whoever does not stay with what it borrows.
+pub(crate) fn submit_owned(
+    node: Arc<Node>,
+    kind: InternalTopic,
+    partition: Arc<OpenPartition>,
+    command: PartitionCommand,
+) -> impl Future<Output = Result<PartitionReply, Error>> + use<> {
+    let (sender, receiver) = oneshot::channel();
+    partition.replica.command(command, Reply::from(sender));
+    async move { settled(&node, kind, &partition, receiver).await }
+}
+
+/// Waits until a majority has confirmed that this broker is the coordinator, and returns the end of what is committed:
+/// nothing that was acknowledged before the call, by whomever, lies above it.
 ///
 /// # Errors
 /// `NOT_COORDINATOR` where it is not.
-pub(super) async fn confirmed(node: &Node, kind: InternalTopic, partition: &OpenPartition) -> Result<(), Error> {
+pub(crate) async fn confirmed(node: &Node, kind: InternalTopic, partition: &OpenPartition) -> Result<Offset, Error> {
     let (sender, receiver) = oneshot::channel();
     partition.replica.read_index(Reply::from(sender));
     let confirmed = receiver.await.map_err(|_| shutting_down()).and_then(|answer| answer);
-    confirmed.map(|_| ()).map_err(|error| moved_on(node, kind, partition.tp, error))
+    confirmed.map_err(|error| moved_on(node, kind, partition.tp, error))
 }
 
 fn moved_on(node: &Node, kind: InternalTopic, tp: TopicPartition, error: Error) -> Error {

@@ -6,6 +6,7 @@ mod coordinators;
 mod early;
 mod fetch;
 mod fetch_body;
+mod groups;
 mod metadata;
 mod offsets;
 mod partitions;
@@ -34,9 +35,11 @@ use crate::partition::{OpenPartition, Slot};
 use crate::receiving::Held;
 
 pub(crate) use admin::{AdminService, forwarded};
-pub(crate) use coordinators::{CoordinatorsService, submit};
+pub(crate) use coordinators::{CoordinatorsService, confirmed, coordinator, coordinator_broker, submit};
 pub(crate) use early::{EarlyAdmin, RECOVER_PATH, starting};
+pub(crate) use groups::GroupsService;
 pub(crate) use produce::REQUEST_BYTES_MIN;
+pub(crate) use transactions::TransactionsService;
 
 /// `flowstone.v1.Log`.
 #[derive(Clone, Debug)]

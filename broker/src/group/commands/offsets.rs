@@ -12,6 +12,8 @@ use super::{Commit, Decided, GroupReply, METADATA_BYTES_MAX, NewOffset, check_ro
 
 /// How long the end of a producer's transaction is remembered: far longer than any transaction may be under way.
 const ENDED_KEPT: Duration = Duration::from_secs(86_400);
+/// How long a group stays that has neither members nor offsets: its members may be about to start again.
+const EMPTY_KEPT: Duration = Duration::from_secs(600);
 
 pub(super) fn commit(table: &GroupTable, commit: Commit, now: Timestamp) -> Result<Decided, Error> {
     let group = table.group(&commit.group);
@@ -254,7 +256,10 @@ pub(crate) fn is_due(table: &GroupTable, now: Timestamp) -> bool {
 pub(super) fn expire(table: &GroupTable, records_max: usize, now: Timestamp) -> Decided {
     let before = now.before(table.rules().offsets_retention);
     let mut records = Vec::new();
-    let expired = |group: &Group| group.empty_since.is_some_and(|since| since < before);
+    let expired = |group: &Group| {
+        let until = if group.offset_count() == 0 { now.before(EMPTY_KEPT) } else { before };
+        group.empty_since.is_some_and(|since| since < until)
+    };
     for (name, group) in table.groups().filter(|(_, group)| expired(group)) {
         if records.len() >= records_max {
             return (records, GroupReply::Expired { more: true });
