@@ -837,10 +837,13 @@ mod tests {
 
     use super::*;
     use crate::cluster::control::command_to;
+    use crate::cluster::duty::Duty;
+    use crate::cluster::form::Founding;
     use crate::controller::commands::{
         AlterTopic, CreateTopic, MetadataCommand, MetadataReply, MetadataRules, Registration,
     };
     use crate::controller::table::{METADATA_PARTITION, Place};
+    use crate::peer::{PeerBook, PeerConfig, PeerIdentity, PeerNetwork};
 
     /// Nothing here takes this long; what does has hung.
     const PATIENCE: Duration = Duration::from_secs(60);
@@ -1016,6 +1019,59 @@ mod tests {
         world.reconciler.on_cleared(cleared);
         assert!(!disk.exists(&dir).expect("looked up"));
         assert!(world.reconciler.clearing.is_empty());
+    }
+
+    #[tokio::test]
+    async fn another_replica_of_the_metadata_is_tried_until_its_disk_takes_it() {
+        let mut world = World::new().await;
+        let data_dir = Arc::clone(&world.reconciler.data_dir);
+        let me = BrokerId::new(1);
+        let identity = PeerIdentity { broker: me, directory: data_dir.id(), incarnation: 1, cluster: None };
+        let limits = crate::config::Config::dev(Path::new("/data"), 0).limits;
+        let runtime = tokio::runtime::Handle::current();
+        let network = PeerNetwork::start(PeerConfig::new(&limits), identity, PeerBook::new(), runtime);
+        let (recover, recoveries) = mpsc::channel(1);
+        let duty = Duty::new(Duration::from_secs(6));
+        let metadata = (ReplicaId::new(1), world.metadata.clone());
+        let control = Control::new(me, metadata, world.reconciler.table.clone(), duty, &network, recover);
+        let founding = Founding { cluster: ClusterId::new(3), voters: Vec::new(), feature_level: 1 };
+        let belonging = Belonging {
+            founding,
+            metadata_replica: Some(ReplicaId::new(1)),
+            recovered_from: None,
+            brokers: Vec::new(),
+            settled_recovery: 0,
+        };
+        let kept = Kept::new(Arc::clone(&data_dir), belonging);
+        let (wanted, wants) = watch::channel(ReplicaId::new(1));
+        let config = TopicConfig::resolve(&TopicOverrides::new(), &TopicOverrides::new()).expect("defaults");
+        let key = (METADATA_PARTITION, ReplicaId::new(1));
+        let earlier = OpenPartition::new(key, "metadata", true, world.metadata.clone(), Arc::from([]), config);
+        let succession = Succession { wanted: wants, control, data_dir, kept: Arc::clone(&kept) };
+        world.reconciler.adopt(&Arc::new(earlier), succession, recoveries);
+        let World { disk, shards, metadata: _metadata, replicas, reconciler } = world;
+        // The first note of it fails.
+        disk.fail(Operation::Create, 0);
+        let running = tokio::spawn(reconciler.run());
+        wanted.send_replace(ReplicaId::new(2));
+        let mut changes = replicas.changes();
+        let taken = async {
+            loop {
+                match replicas.get(METADATA_PARTITION) {
+                    Some(Slot::Open(partition)) if partition.replica_id == ReplicaId::new(2) => return,
+                    _ => changes.changed().await.expect("it runs"),
+                }
+            }
+        };
+        tokio::time::timeout(PATIENCE, taken).await.expect("it is tried again");
+        assert_eq!(
+            kept.get(|belonging| belonging.metadata_replica),
+            Some(ReplicaId::new(2)),
+            "a start goes on with it"
+        );
+        running.abort();
+        drop(running.await);
+        drop((shards, network));
     }
 
     #[tokio::test]
