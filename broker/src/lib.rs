@@ -11,6 +11,9 @@ pub mod config;
 // Public for what measures it; programs start brokers.
 #[doc(hidden)]
 pub mod peer;
+// Public for the simulator.
+#[doc(hidden)]
+pub mod simulation;
 pub mod telemetry;
 pub mod topic_config;
 mod transaction;

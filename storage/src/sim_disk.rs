@@ -10,8 +10,10 @@
 //! once.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -85,17 +87,20 @@ pub struct SimDisk {
     open_logs: Arc<AtomicUsize>,
 }
 
+/// Files by their whole path. Bytes are compared, not parts of paths: all of them are in their one form.
+type Names = BTreeMap<OsString, u64>;
+
 #[derive(Debug)]
 struct State {
     random: Random,
-    dirs: BTreeSet<PathBuf>,
+    dirs: BTreeSet<OsString>,
     /// Folders made since their parent was flushed: each may be lost, with all it holds.
-    new_dirs: BTreeSet<PathBuf>,
+    new_dirs: BTreeSet<OsString>,
     loses_dirs: bool,
     /// What programs see.
-    names: BTreeMap<PathBuf, u64>,
+    names: Names,
     /// What would survive.
-    durable_names: BTreeMap<PathBuf, u64>,
+    durable_names: Names,
     /// Changes from the one to the other, in order.
     name_changes: Vec<NameChange>,
     /// Folders renamed since their parent was flushed, old and new name: each may have its old name back, with all that
@@ -118,7 +123,7 @@ struct State {
     /// And when that was set.
     flush_horizon: Option<(u64, u64)>,
     read_only: bool,
-    locks: BTreeSet<PathBuf>,
+    locks: BTreeSet<OsString>,
     counts: SimCounts,
 }
 
@@ -132,7 +137,7 @@ enum NameChange {
 impl NameChange {
     fn is_in(&self, dir: &Path) -> bool {
         let (Self::Create { path, .. } | Self::Remove { path } | Self::Rename { to: path, .. }) = self;
-        path.parent() == Some(dir)
+        is_in(path.as_os_str(), dir)
     }
 
     /// The same change, in a folder that got another name.
@@ -145,6 +150,13 @@ impl NameChange {
             }
         }
     }
+}
+
+/// Whether `path` lies in the folder `dir` itself.
+fn is_in(path: &OsStr, dir: &Path) -> bool {
+    let (path, dir) = (path.as_bytes(), dir.as_os_str().as_bytes());
+    let name = path.strip_prefix(dir).map(|rest| if dir == b"/" { Some(rest) } else { rest.strip_prefix(b"/") });
+    name.flatten().is_some_and(|name| !name.is_empty() && !name.contains(&b'/'))
 }
 
 /// What `path` is called once the folder `from` is called `to`.
@@ -369,7 +381,7 @@ impl SimDisk {
     /// name has sectors of its own.
     pub fn set_unreadable(&self, path: &Path, bytes: Range<u64>) {
         let mut state = self.lock();
-        if let Some(number) = state.names.get(path).copied() {
+        if let Some(number) = state.names.get(path.as_os_str()).copied() {
             state.unreadable.push((number, bytes));
         }
     }
@@ -409,22 +421,22 @@ impl SimDisk {
     /// The bytes of a file, as programs see them.
     pub fn bytes(&self, path: &Path) -> Option<Vec<u8>> {
         let state = self.lock();
-        state.files.get(state.names.get(path)?).map(|file| file.seen.clone())
+        state.files.get(state.names.get(path.as_os_str())?).map(|file| file.seen.clone())
     }
 
     /// Replaces a file's bytes, on the disk as in the cache: what rot, or a meddling user, does.
     pub fn set_bytes(&self, path: &Path, bytes: Vec<u8>) {
         let mut state = self.lock();
-        let number = match state.names.get(path) {
+        let number = match state.names.get(path.as_os_str()) {
             Some(number) => *number,
             None => {
                 let number = state.create(path);
-                state.durable_names.insert(path.to_owned(), number);
+                state.durable_names.insert(path.into(), number);
                 number
             }
         };
         if let Some(parent) = path.parent() {
-            state.dirs.extend(parent.ancestors().map(Path::to_owned));
+            state.dirs.extend(parent.ancestors().map(OsString::from));
         }
         let file = File { durable: bytes.clone(), seen: bytes, ..File::default() };
         state.files.insert(number, file);
@@ -460,7 +472,7 @@ impl State {
         let number = self.next_file;
         self.next_file += 1;
         self.files.insert(number, File::default());
-        self.names.insert(path.to_owned(), number);
+        self.names.insert(path.into(), number);
         number
     }
 
@@ -516,7 +528,7 @@ impl State {
     }
 
     fn file(&self, path: &Path) -> io::Result<u64> {
-        self.names.get(path).copied().ok_or_else(|| system_error(rustix::io::Errno::NOENT))
+        self.names.get(path.as_os_str()).copied().ok_or_else(|| system_error(rustix::io::Errno::NOENT))
     }
 
     fn lose_power(&mut self) {
@@ -539,12 +551,15 @@ impl State {
         for dir in std::mem::take(&mut self.new_dirs) {
             if self.random.below(8) >= keep_of_8 {
                 self.counts.dirs_lost += 1;
-                self.dirs.retain(|lost| !lost.starts_with(&dir));
-                self.durable_names.retain(|lost, _| !lost.starts_with(&dir));
+                self.dirs.retain(|lost| !Path::new(lost).starts_with(&dir));
+                self.durable_names.retain(|lost, _| !Path::new(lost).starts_with(&dir));
             }
         }
         for (from, to) in std::mem::take(&mut self.dir_renames).into_iter().rev() {
-            if self.random.below(8) >= keep_of_8 && self.dirs.contains(&to) && !self.dirs.contains(&from) {
+            if self.random.below(8) >= keep_of_8
+                && self.dirs.contains(to.as_os_str())
+                && !self.dirs.contains(from.as_os_str())
+            {
                 self.counts.names_lost += 1;
                 self.move_dir(&to, &from);
             }
@@ -554,13 +569,14 @@ impl State {
 
     /// Gives a folder another name, in both images: what is in it goes with it.
     fn move_dir(&mut self, from: &Path, to: &Path) {
-        let move_all = |names: &mut BTreeMap<PathBuf, u64>| {
-            *names = std::mem::take(names).into_iter().map(|(path, file)| (moved(path, from, to), file)).collect();
+        let move_one = |path: OsString| moved(path.into(), from, to).into_os_string();
+        let move_all = |names: &mut Names| {
+            *names = std::mem::take(names).into_iter().map(|(path, file)| (move_one(path), file)).collect();
         };
         move_all(&mut self.names);
         move_all(&mut self.durable_names);
-        let move_dirs = |dirs: &mut BTreeSet<PathBuf>| {
-            *dirs = std::mem::take(dirs).into_iter().map(|dir| moved(dir, from, to)).collect();
+        let move_dirs = |dirs: &mut BTreeSet<OsString>| {
+            *dirs = std::mem::take(dirs).into_iter().map(move_one).collect();
         };
         move_dirs(&mut self.dirs);
         move_dirs(&mut self.new_dirs);
@@ -569,7 +585,7 @@ impl State {
     }
 
     fn rename_dir(&mut self, from: &Path, to: &Path) -> io::Result<()> {
-        if self.dirs.contains(to) || self.names.contains_key(to) {
+        if self.dirs.contains(to.as_os_str()) || self.names.contains_key(to.as_os_str()) {
             return Err(system_error(rustix::io::Errno::NOTEMPTY));
         }
         self.change_at_once(Operation::Rename, |state| {
@@ -590,18 +606,18 @@ impl State {
     }
 }
 
-fn apply(names: &mut BTreeMap<PathBuf, u64>, change: &NameChange) {
+fn apply(names: &mut Names, change: &NameChange) {
     match change {
         NameChange::Create { path, file } => {
-            names.insert(path.clone(), *file);
+            names.insert(path.into(), *file);
         }
         NameChange::Remove { path } => {
-            names.remove(path);
+            names.remove(path.as_os_str());
         }
         NameChange::Rename { from, to } => {
             // Where the file's making was lost, so is its renaming.
-            if let Some(file) = names.remove(from) {
-                names.insert(to.clone(), file);
+            if let Some(file) = names.remove(from.as_os_str()) {
+                names.insert(to.into(), file);
             }
         }
     }
@@ -620,10 +636,10 @@ impl Disk for SimDisk {
             return Err(system_error(rustix::io::Errno::ROFS));
         }
         if mode == OpenMode::CreateNew {
-            if state.names.contains_key(path) {
+            if state.names.contains_key(path.as_os_str()) {
                 return Err(system_error(rustix::io::Errno::EXIST));
             }
-            if !path.parent().is_some_and(|parent| state.dirs.contains(parent)) {
+            if !path.parent().is_some_and(|parent| state.dirs.contains(parent.as_os_str())) {
                 return Err(system_error(rustix::io::Errno::NOENT));
             }
             if state.is_faulty(Operation::Create) {
@@ -640,7 +656,7 @@ impl Disk for SimDisk {
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
         let mut state = self.lock();
-        if state.dirs.contains(path) {
+        if state.dirs.contains(path.as_os_str()) {
             return Ok(());
         }
         state.change_at_once(Operation::Rename, |state| {
@@ -659,16 +675,16 @@ impl Disk for SimDisk {
         if state.crashed {
             return Err(crashed());
         }
-        if !state.dirs.contains(path) {
+        if !state.dirs.contains(path.as_os_str()) {
             return Err(system_error(rustix::io::Errno::NOENT));
         }
-        let entries = state.names.keys().chain(&state.dirs).filter(|entry| entry.parent() == Some(path));
-        Ok(entries.filter_map(|entry| Some(entry.file_name()?.to_str()?.to_owned())).collect())
+        let entries = state.names.keys().chain(&state.dirs).filter(|entry| is_in(entry, path));
+        Ok(entries.filter_map(|entry| Some(Path::new(entry).file_name()?.to_str()?.to_owned())).collect())
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
         let mut state = self.lock();
-        if state.dirs.contains(from) {
+        if state.dirs.contains(from.as_os_str()) {
             return state.rename_dir(from, to);
         }
         state.file(from)?;
@@ -702,7 +718,7 @@ impl Disk for SimDisk {
 
     fn remove_dir_all(&self, path: &Path) -> io::Result<()> {
         let mut state = self.lock();
-        if !state.dirs.contains(path) {
+        if !state.dirs.contains(path.as_os_str()) {
             return Err(system_error(rustix::io::Errno::NOENT));
         }
         state.change_at_once(Operation::Remove, |state| {
@@ -722,12 +738,12 @@ impl Disk for SimDisk {
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let mut state = self.lock();
-        if !state.crashed && !state.dirs.contains(path) {
+        if !state.crashed && !state.dirs.contains(path.as_os_str()) {
             return Err(system_error(rustix::io::Errno::NOENT));
         }
         state.change_at_once(Operation::SyncDir, |state| {
-            state.new_dirs.retain(|dir| dir.parent() != Some(path));
-            state.dir_renames.retain(|(_, to)| to.parent() != Some(path));
+            state.new_dirs.retain(|dir| !is_in(dir, path));
+            state.dir_renames.retain(|(_, to)| !is_in(to.as_os_str(), path));
             let changes = std::mem::take(&mut state.name_changes);
             let (flushed, rest) = changes.into_iter().partition::<Vec<_>, _>(|change| change.is_in(path));
             for change in &flushed {
@@ -742,7 +758,7 @@ impl Disk for SimDisk {
         if state.crashed {
             return Err(crashed());
         }
-        Ok(state.names.contains_key(path) || state.dirs.contains(path))
+        Ok(state.names.contains_key(path.as_os_str()) || state.dirs.contains(path.as_os_str()))
     }
 
     fn file_len(&self, path: &Path) -> io::Result<u64> {
@@ -771,12 +787,12 @@ impl Disk for SimDisk {
         if state.read_only {
             return Err(system_error(rustix::io::Errno::ROFS));
         }
-        if !state.locks.insert(path.to_owned()) {
+        if !state.locks.insert(path.into()) {
             return Ok(None);
         }
-        if !state.names.contains_key(path) {
+        if !state.names.contains_key(path.as_os_str()) {
             let file = state.create(path);
-            state.durable_names.insert(path.to_owned(), file);
+            state.durable_names.insert(path.into(), file);
         }
         let life = state.life;
         Ok(Some(Box::new(SimLock { disk: self.clone(), path: path.to_owned(), life })))
@@ -793,7 +809,7 @@ impl Drop for SimLock {
     fn drop(&mut self) {
         let mut state = self.disk.lock();
         if state.life == self.life {
-            state.locks.remove(&self.path);
+            state.locks.remove(self.path.as_os_str());
         }
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flowstone_storage::planted::{Bug, plant};
-use flowstone_tests::sim::run;
+use flowstone_tests::sim::{hear_panics, run};
 
 /// Each with at most how many seeds it may take: some three times what it took, see `docs/testing.md`. Those that are not
 /// here were not found by any number of seeds that was tried, which that page says, too.
@@ -24,7 +24,7 @@ const FOUND_WITHIN: [(Bug, u64); 11] = [
 
 #[test]
 fn planted_bugs_are_found() {
-    std::panic::set_hook(Box::new(|_| {}));
+    hear_panics();
     let next = AtomicUsize::new(0);
     let missed = Mutex::new(Vec::new());
     std::thread::scope(|scope| {

@@ -4,15 +4,14 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use flowstone_tests::sim::{Counts, run};
+use flowstone_tests::sim::{Counts, hear_panics, run};
 
 /// How many; more with `cargo run -p flowstone-tests --release --bin sim -- --seeds 100000`.
 const SEEDS: u64 = 200;
 
 #[test]
 fn seeds_hold_and_replay_exactly() {
-    // The replicas catch panics of the consensus core: not each of them is to be told.
-    std::panic::set_hook(Box::new(|_| {}));
+    hear_panics();
     let next = AtomicU64::new(0);
     let found = Mutex::new((Counts::default(), Vec::new()));
     std::thread::scope(|scope| {

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use flowstone_protocol::{BrokerId, ReplicaId, TopicPartition};
+use flowstone_storage::planted::{Bug, is_planted};
 
 use super::{Shard, SlotKey, State};
 use crate::effects::Event;
@@ -211,7 +212,8 @@ impl<M: Machine> Shard<M> {
             self.stir(index);
             let slot = &mut self.slots[index as usize];
             // Ids are never used twice: what is not for this very replica is of another life, or of none.
-            if message.to != slot.spec.replica || slot.closing.is_some() {
+            let is_for_this = message.to == slot.spec.replica || is_planted(Bug::TakeStrangersMessages);
+            if !is_for_this || slot.closing.is_some() {
                 continue;
             }
             slot.places.learn(message.from, from);

@@ -32,6 +32,20 @@ impl OffsetMap {
         Ok(())
     }
 
+    /// Forgets all from `end` on.
+    pub(crate) fn cut(&mut self, end: i64) {
+        let first = end.div_euclid(PAGE as i64);
+        self.pages.retain(|number, _| *number <= first);
+        if let Some(page) = self.pages.get_mut(&first) {
+            page[end.rem_euclid(PAGE as i64) as usize..].fill(NONE);
+        }
+        let highest = self.pages.iter().rev().find_map(|(number, page)| {
+            let at = page.iter().rposition(|value| *value != NONE)?;
+            Some(number * PAGE as i64 + at as i64)
+        });
+        self.highest = highest;
+    }
+
     pub(crate) fn get(&self, offset: i64) -> Option<ValueId> {
         let page = self.pages.get(&offset.div_euclid(PAGE as i64))?;
         let slot = page[offset.rem_euclid(PAGE as i64) as usize];
@@ -74,6 +88,14 @@ impl Ranges {
         }
     }
 
+    /// Forgets all from `end` on.
+    pub(crate) fn cut(&mut self, end: i64) {
+        for range in &mut self.0 {
+            range.1 = range.1.min(end);
+        }
+        self.0.retain(|(from, to)| from < to);
+    }
+
     /// Sorts, and joins what touches: [`contains`](Self::contains) needs it.
     pub(crate) fn merge(&mut self) {
         self.0.sort_unstable();
@@ -111,6 +133,22 @@ mod tests {
         let within: Vec<i64> = map.range(1, 513).map(|(offset, _)| offset).collect();
         assert_eq!(within, [511, 512]);
         assert_eq!(map.range(5, 5).count(), 0);
+    }
+
+    #[test]
+    fn what_is_cut_is_forgotten() {
+        let mut map = OffsetMap::default();
+        for offset in [3, 511, 512, 700, 5_000] {
+            map.insert(offset, ValueId::new(offset as u64)).expect("free");
+        }
+        map.cut(512);
+        assert_eq!((map.highest(), map.get(511), map.get(512)), (Some(511), Some(ValueId::new(511)), None));
+        map.insert(700, ValueId::new(1)).expect("free again");
+        map.cut(0);
+        assert_eq!(map.highest(), None);
+        let mut ranges = Ranges(vec![(0, 10), (20, 30)]);
+        ranges.cut(5);
+        assert_eq!(ranges.0, [(0, 5)]);
     }
 
     #[test]

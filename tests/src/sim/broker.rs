@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use flowstone_protocol::{BrokerId, DirectoryId, ReplicaId, TopicPartition};
-use flowstone_replication::{FlushMode, JobKind, LogConfig, ManualShards, ReplicaHandle, ReplicaSpec, ShardsConfig};
-use flowstone_replication::{RetentionConfig, Start};
+use flowstone_broker::simulation::{Duty, LogMachine, METADATA, MetadataView};
+use flowstone_protocol::{BrokerId, DirectoryId, ReplicaId, Term, TopicPartition};
+use flowstone_replication::{FlushMode, JobKind, LogConfig, ManualShards, ReplicaHandle, ReplicaSpec};
+use flowstone_replication::{RetentionConfig, ShardsConfig, Start};
 use flowstone_storage::flush::Job;
 use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::{DataDir, Disk, SimDisk};
@@ -45,12 +46,17 @@ pub(crate) struct SimBroker {
     pub(crate) life: u64,
     /// Grows with each power failure.
     pub(crate) boots: u64,
-    pub(crate) running: Option<Running>,
+    /// In a box, as it is taken out for a look after each round.
+    pub(crate) running: Option<Box<Running>>,
     pub(crate) is_paused: bool,
     pub(crate) is_full: bool,
+    /// A bit of this disk flipped: what is opened from it may turn out to be rotten.
+    pub(crate) rots: bool,
     /// How long flushes take, where the disk is ill.
     pub(crate) slow_flushes: Option<Duration>,
     pub(crate) random: Random,
+    index: usize,
+    seed: u64,
 }
 
 /// What lives while the process does.
@@ -66,10 +72,15 @@ pub(crate) struct Running {
     pub(crate) round_at: Option<Duration>,
     /// Replicas that were there after the last round, with the number of their life.
     pub(crate) seen: BTreeMap<Listener, u64>,
-    /// What it knows of the groups.
-    pub(crate) known: Vec<Group>,
+    /// What it knows of the metadata's own replicas.
+    pub(crate) metadata: Group,
+    /// The metadata as far as its own replica of it has committed.
+    pub(crate) view: Option<MetadataView>,
+    /// Which of its starts.
+    pub(crate) incarnation: u64,
+    /// What it keeps while it leads the metadata, since that term.
+    pub(crate) duty: Option<(Term, Duty)>,
     pub(crate) is_stopping: bool,
-    pub(crate) ended_before: u64,
 }
 
 /// A replica that is open, or on its way.
@@ -91,8 +102,11 @@ impl SimBroker {
             running: None,
             is_paused: false,
             is_full: false,
+            rots: false,
             slow_flushes: None,
             random: Random::new(seed, 100 + index as u64),
+            index,
+            seed,
         };
         broker.new_disk();
         broker
@@ -104,16 +118,22 @@ impl SimBroker {
         if self.directory == 0 || !is_planted(Bug::VoterWithAmnesia) {
             self.directory += 1;
         }
+        self.rots = false;
         self.disk = SimDisk::new(self.random.next());
         self.disk.set_loses_dirs(true);
         self.disk.add_counts(counts);
     }
 
+    /// The id of its data directory.
+    pub(crate) fn directory_id(&self) -> DirectoryId {
+        DirectoryId::new(u128::from(mix(mix(self.seed) ^ (self.index as u64) << 32 ^ u64::from(self.directory)) | 1))
+    }
+
     /// Starts the process; `Err` where its disk does not let it.
-    pub(crate) fn start(&mut self, plan: &Plan, index: usize) -> Result<(), String> {
+    pub(crate) fn start(&mut self, plan: &Plan, metadata: &Group) -> Result<(), String> {
+        let index = self.index;
         let disk: Arc<dyn Disk> = self.disk.shared();
-        let id = u128::from(mix(plan.seed ^ (index as u64) << 32 ^ u64::from(self.directory)));
-        let data_dir = DataDir::open_or_create(disk, Path::new(DATA_DIR), DirectoryId::new(id), 1)
+        let data_dir = DataDir::open_or_create(disk, Path::new(DATA_DIR), self.directory_id(), 1)
             .map_err(|error| error.to_string())?;
         let data_dir = Arc::new(data_dir);
         let workers = SimWorkers::new(Arc::clone(&self.clock));
@@ -122,7 +142,9 @@ impl SimBroker {
             shards: 1,
             checkpoint_entries: plan.checkpoint_entries,
             checkpoint_bytes: 1 << 20,
-            retention_every: Duration::from_secs(4),
+            retention_every: Duration::from_secs(2),
+            relaxed_flush_within: Duration::from_millis(300),
+            scrub_every: Duration::from_secs(3),
             seed: mix(plan.seed ^ index as u64),
             boot_id: format!("boot {}", self.boots),
             inline_flush_bytes_max: if self.random.one_in(4) { 256 << 10 } else { 0 },
@@ -137,7 +159,7 @@ impl SimBroker {
         )
         .map_err(|error| error.to_string())?;
         self.life += 1;
-        self.running = Some(Running {
+        self.running = Some(Box::new(Running {
             shards,
             workers,
             outbox,
@@ -147,16 +169,25 @@ impl SimBroker {
             jobs: BTreeMap::new(),
             round_at: None,
             seen: BTreeMap::new(),
-            known: Vec::new(),
+            metadata: metadata.clone(),
+            view: None,
+            incarnation: mix(plan.seed ^ (index as u64) << 40 ^ self.life) | 1,
+            duty: None,
             is_stopping: false,
-            ended_before: 0,
-        });
+        }));
         Ok(())
     }
 
     /// The handle of its replica of this partition, where there is one.
     pub(crate) fn handle(&self, tp: TopicPartition) -> Option<&ReplicaHandle<SimMachine>> {
         self.running.as_ref()?.replicas.get(&tp)?.handle.as_ref()
+    }
+
+    /// Takes the files of a replica away while the broker is down.
+    pub(crate) fn destroy(&self, folder: &Path) {
+        let disk = self.disk.shared();
+        // A disk that fails here keeps them: then nothing was lost.
+        drop(disk.remove_dir_all(folder).and_then(|()| folder.parent().map_or(Ok(()), |parent| disk.sync_dir(parent))));
     }
 
     /// The files that may rot: all but what a data directory is known by.
@@ -179,60 +210,107 @@ impl SimBroker {
     }
 }
 
+/// A replica that is to be here.
+struct Wanted {
+    replica: ReplicaId,
+    peers: Arc<[(ReplicaId, BrokerId)]>,
+    start: Start,
+}
+
 impl Running {
+    /// Whether the metadata, as far as it is known here, has this start of the broker: only then it may follow it, see the
+    /// rules on who a replica is.
+    pub(crate) fn is_registered(&self, index: usize, directory: DirectoryId) -> bool {
+        let known = self.view.as_ref().and_then(|view| view.broker(broker_id(index)));
+        known.is_some_and(|known| known.incarnation == self.incarnation && known.directory == directory)
+    }
+
     /// Opens what belongs here and closes what does not.
-    pub(crate) fn reconcile(&mut self, index: usize, directory: u32, plan: &Plan) {
+    pub(crate) fn reconcile(&mut self, index: usize, directory: DirectoryId, plan: &Plan) {
         if self.is_stopping {
             return;
         }
-        for group in &self.known {
-            let is_here = |place: &&Place| place.broker == index && place.directory == directory;
-            // One folder for a partition: a new replica begins when the old one's is gone.
-            let wanted = group.wanted.iter().find(is_here).or_else(|| group.leaving.iter().find(is_here));
-            let peers: Arc<[_]> =
-                group.places().map(|place| (place.replica, broker_id(place.broker))).collect::<Vec<_>>().into();
-            match (wanted, self.replicas.get_mut(&group.tp)) {
-                (Some(place), None) => {
-                    let who = Listener { tp: group.tp, replica: place.replica };
-                    let start = if group.founders.contains(&place.replica) {
-                        Start::FirstVoter { voters: Arc::clone(&group.founders) }
-                    } else {
-                        Start::Learner
-                    };
-                    let spec = ReplicaSpec {
-                        tp: group.tp,
-                        replica: place.replica,
-                        dir: self.data_dir.replica_dir(group.tp),
-                        log: log_config(plan),
-                        flush: FlushMode::Quorum,
-                        retention: RetentionConfig::default(),
-                        internal: false,
-                        max_message_bytes: 1 << 20,
-                        peers,
-                        start,
-                    };
-                    let tp = group.tp;
-                    self.replicas.insert(tp, Local { replica: place.replica, handle: None, is_closing: false });
-                    let machine = SimMachine::new(who, Arc::clone(&self.ears));
-                    let opened = self.outbox.reply(move |handle| Out::Opened { tp, handle });
-                    self.shards.shards().open(spec, machine, opened);
-                }
-                (Some(place), Some(local)) if place.replica == local.replica => {
-                    if let Some(handle) = &local.handle {
-                        handle.set_peers(peers);
-                    }
-                }
-                (_, Some(local)) => {
-                    if !local.is_closing {
-                        local.is_closing = true;
-                        let tp = group.tp;
-                        let closed = self.outbox.reply(move |()| Out::Closed { tp });
-                        self.shards.shards().close(tp, true, closed);
-                    }
-                }
-                (None, None) => {}
-            }
+        let group = &self.metadata;
+        let is_here = |place: &&Place| place.broker == index && place.directory == directory;
+        // One folder for a partition: a new replica begins when the old one's is gone.
+        let here = group.wanted.iter().find(is_here).or_else(|| group.leaving.iter().find(is_here));
+        let wanted = here.map(|place| Wanted {
+            replica: place.replica,
+            peers: group.places().map(|place| (place.replica, broker_id(place.broker))).collect::<Vec<_>>().into(),
+            start: if group.founders.contains(&place.replica) {
+                Start::FirstVoter { voters: Arc::clone(&group.founders) }
+            } else {
+                Start::Learner
+            },
+        });
+        self.make_so(METADATA, wanted, plan);
+        if !self.is_registered(index, directory) {
+            return;
         }
+        let wanted = self.view.as_ref().map(|view| view.replicas_in(directory)).unwrap_or_default();
+        let gone: Vec<_> = self
+            .replicas
+            .keys()
+            .copied()
+            .filter(|&tp| tp != METADATA && !wanted.iter().any(|replica| replica.tp == tp))
+            .collect();
+        for tp in gone {
+            self.make_so(tp, None, plan);
+        }
+        for replica in wanted {
+            let wanted = Wanted { replica: replica.replica, peers: replica.peers, start: replica.start };
+            self.make_so(replica.tp, Some(wanted), plan);
+        }
+    }
+
+    fn make_so(&mut self, tp: TopicPartition, wanted: Option<Wanted>, plan: &Plan) {
+        match (wanted, self.replicas.get_mut(&tp)) {
+            (Some(wanted), None) => self.open(tp, wanted, plan),
+            (Some(Wanted { replica, peers, .. }), Some(local)) if replica == local.replica => {
+                if let Some(handle) = &local.handle {
+                    handle.set_peers(peers);
+                }
+            }
+            (wanted, Some(local)) => {
+                if !local.is_closing {
+                    local.is_closing = true;
+                    let closed = self.outbox.reply(move |()| Out::Closed { tp });
+                    // What takes its place may go on with its files.
+                    self.shards.shards().close(tp, wanted.is_none(), closed);
+                }
+            }
+            (None, None) => {}
+        }
+    }
+
+    fn open(&mut self, tp: TopicPartition, wanted: Wanted, plan: &Plan) {
+        let Wanted { replica, peers, start } = wanted;
+        let who = Listener { tp, replica };
+        let inner = match (tp == METADATA, &self.view) {
+            (false, _) => LogMachine::records(),
+            (true, Some(view)) => LogMachine::metadata_again(view),
+            (true, None) => {
+                let (machine, view) = LogMachine::metadata();
+                self.view = Some(view);
+                machine
+            }
+        };
+        let spec = ReplicaSpec {
+            tp,
+            replica,
+            dir: self.data_dir.replica_dir(tp),
+            log: log_config(plan),
+            flush: if plan.is_relaxed(tp) { FlushMode::Relaxed } else { FlushMode::Quorum },
+            retention: if tp == METADATA { RetentionConfig::default() } else { plan.retention() },
+            internal: tp == METADATA,
+            max_message_bytes: 1 << 20,
+            peers,
+            start,
+        };
+        self.replicas.insert(tp, Local { replica, handle: None, is_closing: false });
+        let machine = SimMachine::new(inner, who, Arc::clone(&self.ears));
+        let opened = self.outbox.reply(move |handle| Out::Opened { tp, handle });
+        self.shards.shards().open(spec, machine, opened);
     }
 }
 

@@ -19,13 +19,14 @@ use flowstone_storage::ReadError;
 use super::broker::broker_id;
 use super::network::Node;
 use super::outbox::{Answer, Out};
-use super::producers::BATCHES_MAX;
 use super::world::{Event, World};
 
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_millis(2_500);
 /// Bytes of one read.
 const READ_BYTES: usize = 8 << 10;
+/// Batches that a producer has in flight: as many as a partition remembers.
+const BATCHES_MAX: usize = 5;
 /// Most records of one batch.
 const RECORDS_MAX: u64 = 3;
 
@@ -344,7 +345,12 @@ impl World {
         }
         let tp = self.groups[group].tp;
         let it = &self.brokers[broker];
-        let (Some(running), Some(handle)) = (&it.running, it.handle(tp)) else {
+        // Whoever was given up does not know it yet; its clients do.
+        let is_given_up = self.groups[group].recovered.is_some() && {
+            let local = it.running.as_ref().and_then(|running| running.replicas.get(&tp));
+            local.is_none_or(|local| self.groups[group].places().all(|place| place.replica != local.replica))
+        };
+        let (Some(running), Some(handle), false) = (&it.running, it.handle(tp), is_given_up) else {
             self.schedule(Duration::from_micros(200), Event::Answer { operation, answer: Answer::NotTaken });
             return;
         };
@@ -392,6 +398,7 @@ impl World {
                 if let Some(asked) = operation.asked {
                     self.history.told(asked, offset);
                 }
+                self.counts.linearizable_reads += 1;
                 self.note("asked", &[offset.get() as u64], || format!("high watermark {offset}"));
                 None
             }
@@ -476,7 +483,8 @@ impl World {
     fn other_broker(&mut self, group: usize, than: usize) -> usize {
         let brokers: Vec<_> =
             self.groups[group].places().map(|place| place.broker).filter(|&broker| broker != than).collect();
-        self.random.pick(&brokers).copied().unwrap_or(than)
+        // Before the topic exists anybody may be asked.
+        self.random.pick(&brokers).copied().unwrap_or_else(|| self.random.index(self.brokers.len()))
     }
 
     fn on_read(&mut self, client: usize, it: &mut Reader, operation: &Operation, answer: Answer) -> Option<Duration> {
@@ -606,9 +614,45 @@ impl World {
         it.position = it.position.max(next);
     }
 
+    /// A group went on without its majority, from `end` on: whoever writes or reads begins anew there. A client is told so by
+    /// an unknown producer id and by a log that diverged; here all are told at once, and what they asked is forgotten.
+    pub(crate) fn on_recovered(&mut self, group: usize, end: Offset) {
+        self.operations.retain(|_, operation| operation.group != group);
+        let mut clients = std::mem::take(&mut self.clients);
+        for (number, client) in clients.iter_mut().enumerate() {
+            match client {
+                Client::Producer(it) if it.group == group => {
+                    for pending in it.in_flight.drain(..) {
+                        self.counts.unknown += 1;
+                        for value in pending.values {
+                            self.history.unknown(value);
+                        }
+                    }
+                    if it.id >= 0 {
+                        it.id += 1_000;
+                        it.sender = self.history.sender(it.kind);
+                    }
+                    (it.next_sequence, it.next_number) = (0, 0);
+                }
+                Client::Reader(it) if it.group == group => {
+                    it.is_asked = false;
+                    it.high_watermark = Offset::ZERO;
+                    it.last_epoch = None;
+                    if it.position > end {
+                        it.position = end;
+                        self.history.assigned(it.reader, self.logs[group], end);
+                    }
+                }
+                _ => {}
+            }
+            self.turn_after(number, Duration::from_millis(10));
+        }
+        self.clients = clients;
+    }
+
     /// Reads every replica from its log start to the high watermark.
     pub(crate) fn read_everything(&mut self) {
-        for group in 0..self.groups.len() {
+        for group in 0..self.plan.groups {
             let tp = self.groups[group].tp;
             let Some(leader) = self.leader_of(group) else { continue };
             let Some(until) = self.brokers[leader].handle(tp).map(|handle| handle.status().high_watermark) else {

@@ -75,12 +75,34 @@ counts! {
     rotten_reads,
     /// Disks wiped.
     wipes,
+    /// Voters whose power failed when they had just voted.
+    struck_voters,
+    /// Replicas that were moved away from a broker that did not hear of it.
+    moves_behind,
+    /// Partitions whose majority was destroyed.
+    lost_majorities,
+    /// Power failures of brokers whose writes counted unflushed.
+    relaxed_power_failures,
     /// Replicas given up for new ones.
     replaced,
     /// Clocks that jumped.
     clock_jumps,
     /// Log starts moved.
     trims,
+    /// Commands given to coordinators.
+    commands,
+    /// Those that were carried out.
+    commanded,
+    /// Partitions that went on without their majority.
+    recoveries,
+    /// Log starts moved by the leader's clock.
+    retained,
+    /// Bytes of sealed segments that were looked at.
+    scrubbed_bytes,
+    /// Damaged ranges that were replaced by another replica's.
+    repairs,
+    /// Certain high watermarks that were told.
+    linearizable_reads,
     /// Batches acknowledged to a quorum's promise.
     acknowledged,
     /// Batches refused, or lost on their way, and sent again.
@@ -93,6 +115,8 @@ counts! {
     reads,
     /// Of those, from replicas that did not lead.
     follower_reads,
-    /// Checkpoints compared between replicas.
+    /// States of machines compared with a replay of their log.
     states_compared,
+    /// Machines that were compared with a replay at the end of a run.
+    replays,
 }

@@ -2,11 +2,13 @@
 
 use std::time::Duration;
 
-use flowstone_protocol::Offset;
+use flowstone_protocol::{Offset, ReplicaId, Term, TopicPartition};
+use flowstone_replication::{GroupMessage, PeerBody};
 use flowstone_storage::sim_disk::{Crash, Operation};
 
 use super::broker::{ROOM_KEPT_BYTES, broker_id};
 use super::clients::Client;
+use super::controller::Call;
 use super::machine::Listener;
 use super::network::Node;
 use super::plan::Fault;
@@ -19,6 +21,33 @@ pub(crate) enum Undo {
     Room { broker: usize, life: u64 },
     FastDisk { broker: usize },
     NoPlannedCrash { broker: usize, life: u64 },
+    NoStrikes,
+}
+
+/// How long voters are struck after a leader went.
+const STRIKES_FOR: Duration = Duration::from_secs(5);
+/// Calls for votes that are remembered, to come again.
+const CALLS_MAX: usize = 64;
+
+/// See [`Fault::CrashVoter`].
+#[derive(Debug, Default)]
+pub(crate) struct Strikes {
+    pub(crate) are_armed: bool,
+    /// Calls for votes with who sent them and to whom.
+    calls: Vec<(usize, usize, GroupMessage)>,
+    /// Who is to be struck, for a vote in which term of which group.
+    struck: Option<(usize, TopicPartition, Term, ReplicaId)>,
+}
+
+/// See [`Fault::MoveBehind`].
+#[derive(Debug)]
+pub(crate) struct Behind {
+    group: usize,
+    /// The broker that hears nothing.
+    deaf: usize,
+    /// The one that restarts, once it was chosen.
+    restarted: Option<usize>,
+    until: Duration,
 }
 
 impl World {
@@ -39,18 +68,32 @@ impl World {
     /// Lets this go wrong now, if it can.
     pub fn inject(&mut self, fault: Fault) {
         let broker = self.random.index(self.brokers.len());
-        let group = self.random.index(self.groups.len());
+        let any_group = self.random.index(self.groups.len());
+        let group = any_group % self.plan.groups;
         let up = self.brokers[broker].running.is_some();
         self.note("fault", &[fault as u64, broker as u64], || format!("{fault:?} (broker {})", broker_id(broker)));
         match fault {
             Fault::Kill | Fault::PowerOff if up => {
-                let crash = if fault == Fault::Kill { Crash::Process } else { Crash::Power };
+                let has_power = fault == Fault::Kill || !self.may_lose_memory(broker);
+                let crash = if has_power { Crash::Process } else { Crash::Power };
                 let down = self.random.millis(20, 6_000);
                 self.kill(broker, crash, down);
             }
             Fault::KillMany => {
-                let many = self.brokers.len() / 2 + 1 + self.random.index(self.brokers.len() / 2 + 1);
-                let crash = if self.random.one_in(2) { Crash::Process } else { Crash::Power };
+                let mut many = self.brokers.len() / 2 + 1 + self.random.index(self.brokers.len() / 2 + 1);
+                let mut crash = if self.random.one_in(2) { Crash::Process } else { Crash::Power };
+                if self.plan.relaxed && crash == Crash::Power {
+                    // All of them at once, and only where nothing was lost before: the best log goes on by itself.
+                    many = self.brokers.len();
+                    let all_whole = self.damaged.is_empty() && self.brokers.iter().all(|it| it.running.is_some());
+                    crash = if all_whole { Crash::Power } else { Crash::Process };
+                    if crash == Crash::Power {
+                        // Should they not go on by themselves, an operator comes.
+                        for group in 0..self.plan.groups {
+                            self.groups[group].helpless_since = Some(self.now);
+                        }
+                    }
+                }
                 for broker in 0..many.min(self.brokers.len()) {
                     let down = self.random.millis(20, 4_000);
                     if self.brokers[broker].running.is_some() {
@@ -71,7 +114,7 @@ impl World {
                 self.pause(broker, time);
             }
             Fault::CutLeader => {
-                if let Some(leader) = self.leader_of(group) {
+                if let Some(leader) = self.leader_of(any_group) {
                     self.cut_off(&[leader]);
                 }
             }
@@ -143,9 +186,12 @@ impl World {
                 self.cancel_move(group);
             }
             Fault::Transfer => {
-                self.transfer(group);
+                self.transfer(any_group);
             }
             Fault::Trim => self.trim(group),
+            Fault::CrashVoter => self.arm_strikes(any_group),
+            Fault::MoveBehind => self.move_behind(group),
+            Fault::LoseMajority => self.lose_majority(group),
             _ => {}
         }
     }
@@ -166,6 +212,7 @@ impl World {
                 self.brokers[broker].disk.set_bytes_max(None);
                 self.brokers[broker].is_full = false;
             }
+            Undo::NoStrikes => self.strikes = Strikes::default(),
             Undo::FastDisk { broker } => self.brokers[broker].slow_flushes = None,
             Undo::NoPlannedCrash { broker, life } => {
                 if self.brokers[broker].life == life {
@@ -234,6 +281,11 @@ impl World {
         self.schedule(time, Event::Undo(Undo::Room { broker, life }));
     }
 
+    /// Whether this broker's power may fail: where writes count unflushed that is a loss.
+    pub(crate) fn may_lose_memory(&self, broker: usize) -> bool {
+        !self.plan.relaxed || self.may_damage(broker)
+    }
+
     /// Whether one broker's data may be lost now: all that was lost before is replaced, and the rest is whole.
     fn may_damage(&self, broker: usize) -> bool {
         self.damaged.is_empty()
@@ -241,6 +293,7 @@ impl World {
                 // Mid-change a majority is not what it was.
                 group.leaving.is_empty()
                     && self.settled_at[number] == group.version
+                    && !group.wanted.is_empty()
                     && group.wanted.len() > usize::from(group.wanted.iter().any(|place| place.broker == broker)) * 2
             })
     }
@@ -280,6 +333,7 @@ impl World {
         }
         let (position, bit) = (self.random.below(bytes), self.random.below(8) as u8);
         self.brokers[broker].disk.flip_bit(&file, position, bit);
+        self.brokers[broker].rots = true;
         self.counts.rot += 1;
         for who in self.places_on(broker) {
             self.damage(who);
@@ -308,6 +362,170 @@ impl World {
         self.counts.wipes += 1;
         let down = self.random.millis(100, 3_000);
         self.restart_after(broker, down);
+    }
+
+    /// The leader of a group goes for a moment, and from now on voters are struck.
+    fn arm_strikes(&mut self, group: usize) {
+        let Some(leader) = self.leader_of(group) else { return };
+        self.kill(leader, Crash::Process, Duration::from_millis(80));
+        self.strikes = Strikes { are_armed: true, ..Strikes::default() };
+        self.schedule(STRIKES_FOR, Event::Undo(Undo::NoStrikes));
+    }
+
+    /// Looks at messages on their way out while voters are struck; whether they were taken off the way, to come late.
+    pub(crate) fn is_struck(&mut self, from: usize, to: usize, messages: &[GroupMessage]) -> bool {
+        let mut comes_late = false;
+        for message in messages {
+            let it = &message.message;
+            let candidate = match it.body {
+                PeerBody::Vote { pre: false, .. } => it.from,
+                PeerBody::VoteResponse { pre: false, reject: false, .. } => it.to,
+                _ => continue,
+            };
+            if matches!(it.body, PeerBody::Vote { .. }) {
+                comes_late = true;
+                if self.strikes.calls.len() < CALLS_MAX {
+                    self.strikes.calls.push((from, to, message.clone()));
+                }
+            }
+            if self.strikes.struck.is_none() && self.random.one_in(2) {
+                self.strikes.struck = Some((from, message.tp, it.term, candidate));
+                let life = self.brokers[from].life;
+                self.schedule(Duration::from_nanos(1), Event::Strike { broker: from, life });
+            }
+        }
+        if comes_late {
+            // So that another one stands for election in the same term.
+            let late = self.random.millis(50, 900);
+            self.schedule(late, Event::Deliver { from, to, messages: messages.to_vec() });
+        }
+        comes_late
+    }
+
+    /// A voter loses its power, and hears the calls of all others again when it is back.
+    pub(crate) fn on_strike(&mut self, broker: usize, life: u64) {
+        let Some((_, tp, term, candidate)) = self.strikes.struck else { return };
+        if self.brokers[broker].life != life || self.brokers[broker].running.is_none() {
+            self.strikes.struck = None;
+            return;
+        }
+        let crash = if self.may_lose_memory(broker) { Crash::Power } else { Crash::Process };
+        self.counts.struck_voters += 1;
+        self.kill(broker, crash, Duration::from_millis(20));
+        for (from, to, message) in std::mem::take(&mut self.strikes.calls) {
+            let it = &message.message;
+            if to == broker && message.tp == tp && it.term == term && it.from != candidate {
+                for _ in 0..4 {
+                    let late = self.random.millis(30, 2_000);
+                    self.schedule(late, Event::Deliver { from, to, messages: vec![message.clone()] });
+                }
+            }
+        }
+        // Those that are still to come are let through as they are.
+        self.strikes.are_armed = false;
+    }
+
+    /// Moves a replica away from a broker that hears nothing of it.
+    fn move_behind(&mut self, group: usize) {
+        let leader = self.leader_of(group);
+        let it = &self.groups[group];
+        let is_settled = it.leaving.is_empty() && it.version > 0 && self.settled_at[group] == it.version;
+        let others: Vec<usize> = it.wanted.iter().map(|place| place.broker).filter(|it| Some(*it) != leader).collect();
+        let free: Vec<usize> =
+            (0..self.brokers.len()).filter(|&broker| it.wanted.iter().all(|place| place.broker != broker)).collect();
+        let (Some(&deaf), Some(&to), true) = (self.random.pick(&others), free.first(), is_settled) else { return };
+        if self.behind.is_some() || leader.is_none() {
+            return;
+        }
+        let brokers =
+            it.wanted.iter().map(|place| if place.broker == deaf { to } else { place.broker }).collect::<Vec<_>>();
+        self.call(Node::Clients, Call::Move { group, brokers });
+        let until = self.now + Duration::from_secs(8);
+        self.behind = Some(Behind { group, deaf, restarted: None, until });
+        self.sever(&[deaf], true);
+        self.counts.moves_behind += 1;
+        self.schedule(Duration::from_millis(20), Event::MoveBehind);
+    }
+
+    /// Cuts these brokers off from all others, or takes that back.
+    fn sever(&mut self, side: &[usize], cut: bool) {
+        for from in 0..self.brokers.len() {
+            for to in 0..self.brokers.len() {
+                if side.contains(&from) != side.contains(&to) {
+                    let (from, to) = (Node::Broker(from), Node::Broker(to));
+                    if cut { self.network.cut(from, to) } else { self.network.mend(from, to) }
+                }
+            }
+        }
+    }
+
+    /// A group's members changed: where the deaf one was removed, another one restarts at once.
+    pub(crate) fn members_changed(&mut self, group: usize, what: &str) {
+        let Some(behind) = &self.behind else { return };
+        if what != "remove" || behind.group != group || behind.restarted.is_some() || self.is_healing {
+            return;
+        }
+        let deaf = behind.deaf;
+        let others: Vec<usize> =
+            self.groups[group].wanted.iter().map(|place| place.broker).filter(|&broker| broker != deaf).collect();
+        let Some(&restarted) = self.random.pick(&others) else { return };
+        if let Some(behind) = &mut self.behind {
+            behind.restarted = Some(restarted);
+            behind.until = self.now + Duration::from_secs(8);
+        }
+        self.kill(restarted, Crash::Process, Duration::from_millis(30));
+    }
+
+    /// Once the restarted one is open it is on the side of the deaf one.
+    pub(crate) fn on_move_behind(&mut self) {
+        let Some(Behind { group, deaf, restarted, until }) = self.behind else { return };
+        if self.is_healing {
+            self.behind = None;
+            return;
+        }
+        let tp = self.groups[group].tp;
+        let is_open = restarted.is_some_and(|restarted| {
+            let running = self.brokers[restarted].running.as_ref();
+            running.is_some_and(|running| running.seen.keys().any(|who| who.tp == tp))
+        });
+        if let (true, Some(restarted)) = (is_open, restarted) {
+            self.behind = None;
+            self.sever(&[deaf], false);
+            self.cut_off(&[deaf, restarted]);
+        } else if self.now >= until {
+            self.behind = None;
+            self.sever(&[deaf], false);
+        } else {
+            self.schedule(Duration::from_millis(20), Event::MoveBehind);
+        }
+    }
+
+    /// What most replicas of a group had is gone for good; their brokers are there, and an operator comes.
+    fn lose_majority(&mut self, group: usize) {
+        let brokers: Vec<usize> = self.groups[group].wanted.iter().map(|place| place.broker).collect();
+        if !self.random.one_in(3) || brokers.is_empty() || !self.may_damage(brokers[0]) || self.stops_sending {
+            return;
+        }
+        let tp = self.groups[group].tp;
+        let folder = |broker: usize| {
+            let running = self.brokers[broker].running.as_ref();
+            running.map(|running| (broker, running.data_dir.replica_dir(tp)))
+        };
+        let folders: Vec<_> = brokers[..brokers.len() / 2 + 1].iter().filter_map(|&broker| folder(broker)).collect();
+        if folders.len() <= brokers.len() / 2 {
+            return;
+        }
+        self.counts.lost_majorities += 1;
+        self.groups[group].helpless_since = Some(self.now);
+        for (broker, folder) in folders {
+            let places = self.groups[group].wanted.iter().filter(|place| place.broker == broker);
+            for who in places.map(|place| Listener { tp, replica: place.replica }).collect::<Vec<_>>() {
+                self.damage(who);
+            }
+            let down = self.random.millis(50, 1_500);
+            self.kill(broker, Crash::Process, down);
+            self.brokers[broker].destroy(&folder);
+        }
     }
 
     /// Moves the log start somewhere into what is committed.

@@ -1,38 +1,62 @@
-//! What is wanted of each partition: the table that a controller would keep.
+//! What is wanted of each partition: the cluster's metadata says so for the users' partitions, and each broker follows what
+//! it has of it. Of the metadata's own replicas the simulator itself keeps the list.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use flowstone_protocol::{PartitionId, ReplicaId, TopicId, TopicPartition};
+use flowstone_broker::simulation::{METADATA, MetadataView, Partition, ReplicaPlace};
+use flowstone_protocol::{DirectoryId, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition};
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{GroupStatus, Health, MembershipChange, Role};
 
-use super::broker::broker_id;
+use super::broker::{broker_id, broker_index};
+use super::controller::Call;
+use super::machine::Listener;
+use super::network::Node;
 use super::outbox::Out;
 use super::world::{Event, World};
+
+/// The users' topic.
+pub(crate) const TOPIC: &str = "simulated";
+pub(crate) const TOPIC_ID: TopicId = TopicId::new(7);
 
 /// A replica's place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) broker: usize,
-    pub(crate) directory: u32,
+    pub(crate) directory: DirectoryId,
     pub(crate) replica: ReplicaId,
 }
 
-/// One partition as the table has it.
+impl From<&ReplicaPlace> for Place {
+    fn from(place: &ReplicaPlace) -> Self {
+        Self { broker: broker_index(place.broker), directory: place.directory, replica: place.replica }
+    }
+}
+
+impl From<&Place> for ReplicaPlace {
+    fn from(place: &Place) -> Self {
+        Self { broker: broker_id(place.broker), directory: place.directory, replica: place.replica }
+    }
+}
+
+/// One partition as it is wanted, as of the newest word that was committed.
 #[derive(Debug, Clone)]
 pub(crate) struct Group {
     pub(crate) tp: TopicPartition,
+    /// Those that it began with; of the metadata alone.
     pub(crate) founders: Arc<[ReplicaId]>,
     pub(crate) wanted: Vec<Place>,
     pub(crate) leaving: Vec<Place>,
     pub(crate) may_remove: bool,
-    /// Added by the change that is under way.
-    pub(crate) added: Vec<ReplicaId>,
-    /// Grows with each change of the above.
+    /// What went on after its majority was lost, and from which replica's log.
+    pub(crate) recovered: Option<(ReplicaId, ReplicaId)>,
+    /// Grows with each change of the above; 0: it does not exist yet.
     pub(crate) version: u64,
     /// Where readers may begin at the latest.
     pub(crate) trimmed_to: i64,
+    /// Since when it has no majority that could ever vote again, as far as an operator knows.
+    pub(crate) helpless_since: Option<Duration>,
 }
 
 impl Group {
@@ -50,181 +74,227 @@ impl Group {
             let gone = std::mem::replace(place, new);
             self.leaving.push(gone);
             self.may_remove = true;
-            self.added.clear();
             self.version += 1;
         }
     }
+
+    fn is(&self, partition: &Partition) -> bool {
+        let same =
+            |places: &[Place], wanted: &[ReplicaPlace]| places.iter().copied().eq(wanted.iter().map(Place::from));
+        same(&self.wanted, &partition.wanted)
+            && same(&self.leaving, &partition.leaving)
+            && self.may_remove == partition.may_remove
+            && self.recovered == partition.recovered
+    }
 }
 
-/// How long it takes until a broker hears of a change.
+/// How long it takes until a broker follows a change that it knows of.
 const HEARD_WITHIN: Duration = Duration::from_millis(800);
+/// Between two looks of brokers at what they lead.
+const DRIVE_EVERY: Duration = Duration::from_millis(250);
 
 impl World {
-    /// The partitions that a run begins with.
+    /// The partitions that a run begins with: the users', and last that of the metadata.
     pub(crate) fn make_groups(&mut self) {
         for number in 0..self.plan.groups {
-            let mut brokers: Vec<usize> = (0..self.plan.brokers).collect();
-            while brokers.len() > self.plan.replicas {
-                brokers.swap_remove(self.random.index(brokers.len()));
-            }
-            let places: Vec<_> = brokers.into_iter().map(|broker| self.new_place(broker)).collect();
-            let tp = TopicPartition::new(TopicId::new(7), PartitionId::new(number as i32));
-            self.groups.push(Group {
-                tp,
-                founders: Group::ids(&places).into(),
-                wanted: places,
-                leaving: Vec::new(),
-                may_remove: false,
-                added: Vec::new(),
-                version: 1,
-                trimmed_to: 0,
-            });
+            let tp = TopicPartition::new(TOPIC_ID, PartitionId::new(number as i32));
+            self.groups.push(Group::new(tp, Vec::new()));
         }
+        let places: Vec<_> = (0..self.plan.brokers).map(|broker| self.new_place(broker)).collect();
+        self.groups.push(Group::new(METADATA, places));
+    }
+
+    /// The metadata's group.
+    pub(crate) fn metadata(&self) -> usize {
+        self.plan.groups
+    }
+
+    pub(crate) fn group_of(&self, tp: TopicPartition) -> usize {
+        if tp == METADATA { self.plan.groups } else { tp.partition.get() as usize }
     }
 
     /// A place on a broker, under an id that was never used.
-    pub(crate) fn new_place(&mut self, broker: usize) -> Place {
+    fn new_place(&mut self, broker: usize) -> Place {
         let replica = ReplicaId::new(self.random.next() | 1);
-        Place { broker, directory: self.brokers[broker].directory, replica }
+        Place { broker, directory: self.brokers[broker].directory_id(), replica }
     }
 
-    /// The table changed: all hear of it, each in its own time.
-    pub(crate) fn tell_all(&mut self) {
+    /// All hear of a change, each in its own time.
+    fn tell_all(&mut self) {
         for broker in 0..self.brokers.len() {
-            let after = self.random.micros(1_000, HEARD_WITHIN.as_micros() as u64);
-            self.schedule(after, Event::Table { broker });
+            self.tell(broker);
         }
     }
 
-    /// A broker reads the table.
+    /// A broker learned something, and follows it soon.
+    pub(crate) fn tell(&mut self, broker: usize) {
+        let after = self.random.micros(1_000, HEARD_WITHIN.as_micros() as u64);
+        self.schedule(after, Event::Table { broker });
+    }
+
+    /// A broker follows what it knows.
     pub(crate) fn on_table(&mut self, broker: usize) {
+        let metadata = self.metadata();
         let it = &mut self.brokers[broker];
+        let directory = it.directory_id();
         let Some(running) = &mut it.running else { return };
-        running.known.clone_from(&self.groups);
-        running.reconcile(broker, it.directory, &self.plan);
+        running.metadata.clone_from(&self.groups[metadata]);
+        running.reconcile(broker, directory, &self.plan);
         self.after(broker);
     }
 
-    /// A broker came with another directory than the table has: what it had is replaced.
-    pub(crate) fn replace_directory(&mut self, broker: usize) {
-        let directory = self.brokers[broker].directory;
-        for group in 0..self.groups.len() {
-            let old = self.groups[group].wanted.iter().find(|it| it.broker == broker && it.directory != directory);
-            if let Some(old) = old.map(|place| place.replica) {
-                self.replace_replica(group, old);
+    /// A broker committed something of the metadata: what is committed is so, whoever heard of it.
+    pub(crate) fn on_metadata(&mut self, broker: usize, view: &MetadataView) {
+        if view.applied() > self.table_at {
+            self.table_at = view.applied();
+            self.registered = (0..self.brokers.len()).filter(|&it| view.broker(broker_id(it)).is_some()).count();
+            for group in 0..self.plan.groups {
+                let Some(partition) = view.partition(self.groups[group].tp) else { continue };
+                if !self.groups[group].is(&partition) {
+                    self.on_wanted(group, &partition);
+                }
             }
+        }
+        self.tell(broker);
+    }
+
+    fn on_wanted(&mut self, group: usize, partition: &Partition) {
+        let it = &mut self.groups[group];
+        let wanted: Vec<Place> = partition.wanted.iter().map(Place::from).collect();
+        let took_over = |place: &&Place| {
+            let before = it.wanted.iter().find(|before| before.broker == place.broker);
+            before.is_some_and(|before| before.replica != place.replica)
+        };
+        let was_recovered = partition.recovered.filter(|_| partition.recovered != it.recovered);
+        if was_recovered.is_none() {
+            self.counts.replaced += wanted.iter().filter(took_over).count() as u64;
+        }
+        if !it.leaving.is_empty() && partition.leaving.is_empty() {
+            self.counts.moves += 1;
+        }
+        it.wanted = wanted;
+        it.leaving = partition.leaving.iter().map(Place::from).collect();
+        it.may_remove = partition.may_remove;
+        it.recovered = partition.recovered;
+        it.version += 1;
+        let version = it.version;
+        self.note("wanted", &[group as u64, version], || format!("group {group}: {partition:?}"));
+        if let Some((replica, from)) = was_recovered {
+            self.counts.recoveries += 1;
+            self.groups[group].helpless_since = None;
+            let tp = self.groups[group].tp;
+            self.recovering.push((Listener { tp, replica }, from));
         }
     }
 
-    fn replace_replica(&mut self, group: usize, old: ReplicaId) {
+    /// A broker came with another directory than the metadata's replica there had.
+    pub(crate) fn replace_directory(&mut self, broker: usize) {
+        let directory = self.brokers[broker].directory_id();
+        let group = self.metadata();
+        let old = self.groups[group].wanted.iter().find(|it| it.broker == broker && it.directory != directory);
+        if let Some(old) = old.map(|place| place.replica) {
+            self.replace_replica(old);
+        }
+    }
+
+    /// A replica of the metadata gives its place to a new one.
+    fn replace_replica(&mut self, old: ReplicaId) {
+        let group = self.metadata();
         let Some(broker) = self.groups[group].wanted.iter().find(|it| it.replica == old).map(|it| it.broker) else {
             return;
         };
         let new = self.new_place(broker);
-        self.note("replace", &[group as u64, old.get(), new.replica.get()], || {
-            format!("group {group}: {} instead of {old} on broker {broker}", new.replica)
+        self.note("replace", &[old.get(), new.replica.get()], || {
+            format!("the metadata: {} instead of {old} on broker {broker}", new.replica)
         });
         self.counts.replaced += 1;
         self.groups[group].replace(old, new);
         self.tell_all();
     }
 
-    /// Moves one replica of a group to a broker that has none, if there is one.
-    pub(crate) fn move_replica(&mut self, group: usize) -> bool {
-        let it = &self.groups[group];
-        let free: Vec<usize> =
-            (0..self.brokers.len()).filter(|&broker| it.places().all(|place| place.broker != broker)).collect();
-        if !it.leaving.is_empty() || free.is_empty() {
-            return false;
-        }
-        let to = free[self.random.index(free.len())];
-        let new = self.new_place(to);
-        let at = self.random.index(self.groups[group].wanted.len());
-        let it = &mut self.groups[group];
-        let old = std::mem::replace(&mut it.wanted[at], new);
-        it.leaving.push(old);
-        it.added.push(new.replica);
-        it.may_remove = false;
-        it.version += 1;
-        self.note("move", &[group as u64, old.replica.get(), new.replica.get()], || {
-            format!("group {group}: {} on broker {to} instead of {} on broker {}", new.replica, old.replica, old.broker)
-        });
-        self.tell_all();
-        true
-    }
-
-    /// Calls a move off, while that is possible.
-    pub(crate) fn cancel_move(&mut self, group: usize) -> bool {
-        let it = &mut self.groups[group];
-        if it.may_remove || it.leaving.is_empty() {
-            return false;
-        }
-        let back = std::mem::take(&mut it.leaving);
-        let (added, kept): (Vec<_>, Vec<_>) =
-            it.wanted.iter().copied().partition(|place| it.added.contains(&place.replica));
-        it.wanted = kept.into_iter().chain(back).collect();
-        it.leaving = added;
-        it.added.clear();
-        it.may_remove = true;
-        it.version += 1;
-        self.note("cancel", &[group as u64], || format!("group {group}: the move is called off"));
-        self.tell_all();
-        // What it goes back to may be gone: a broker whose disk was replaced meanwhile has come back without it.
-        for broker in 0..self.brokers.len() {
-            if self.brokers[broker].running.is_some() {
-                self.replace_directory(broker);
-            }
-        }
-        true
-    }
-
-    /// What leaders do for the members of their groups, and what brokers report.
+    /// What brokers do again and again: for the members of the groups that they lead, for the cluster, and for themselves.
     pub(crate) fn drive(&mut self) {
         for broker in 0..self.brokers.len() {
             let it = &self.brokers[broker];
-            let Some(running) = it.running.as_ref().filter(|running| !it.is_paused && !running.is_stopping) else {
-                continue;
-            };
-            let mut lost = Vec::new();
-            let mut has_lost_votes = false;
-            for (group, known) in running.known.iter().enumerate() {
-                let Some(handle) = it.handle(known.tp) else { continue };
-                let status = handle.status();
-                if let Health::Lost { message, .. } = &status.health {
-                    // No replica can vote here again, whatever its id: an operator gives the broker an empty directory.
-                    has_lost_votes |= message.contains("the hard states of stripe");
-                    lost.push((group, running.replicas[&known.tp].replica));
-                } else if status.role == Role::Leader {
-                    handle.group(running.outbox.reply(move |status| Out::Status { group, status }));
-                }
+            if it.running.as_ref().is_some_and(|running| !it.is_paused && !running.is_stopping) {
+                self.drive_broker(broker);
             }
-            if has_lost_votes {
-                self.give_empty_disk(broker);
-                continue;
-            }
-            for (group, replica) in lost {
-                let after = self.random.millis(50, 900);
-                self.schedule(after, Event::Lost { group, replica });
-            }
-            self.after(broker);
         }
-        self.schedule(Duration::from_millis(250), Event::Drive);
+        self.operate();
+        self.schedule(DRIVE_EVERY, Event::Drive);
     }
 
-    /// A broker reported that a replica is lost.
-    pub(crate) fn on_lost(&mut self, group: usize, replica: ReplicaId) {
-        self.replace_replica(group, replica);
+    fn drive_broker(&mut self, broker: usize) {
+        let metadata = self.metadata();
+        let id = broker_id(broker);
+        let directory = self.brokers[broker].directory_id();
+        let it = &self.brokers[broker];
+        let Some(running) = &it.running else { return };
+        let (mut lost, mut news) = (Vec::new(), Vec::new());
+        for (&tp, local) in &running.replicas {
+            let Some(handle) = &local.handle else { continue };
+            let status = handle.status();
+            if let Health::Lost { .. } = &status.health {
+                lost.push((tp, local.replica, status.health.clone()));
+            } else if status.role == Role::Leader {
+                let group = self.group_of(tp);
+                handle.group(running.outbox.reply(move |status| Out::Status { group, status }));
+                if let (Some(view), Some(epoch)) = (&running.view, LeaderEpoch::from_term(status.term))
+                    && tp != METADATA
+                    && !view.knows_leader(tp, id, epoch)
+                {
+                    news.push((tp, local.replica, epoch));
+                }
+            }
+        }
+        let incarnation = running.incarnation;
+        let is_registered = running.is_registered(broker, directory);
+        for (tp, replica, health) in &lost {
+            self.check_lost(broker, Listener { tp: *tp, replica: *replica }, health);
+        }
+        if let Some((_, replica, _)) = lost.iter().find(|(tp, _, _)| *tp == METADATA) {
+            let (replica, after) = (*replica, self.random.millis(50, 900));
+            self.schedule(after, Event::Lost { replica });
+        }
+        if !is_registered {
+            self.call(Node::Broker(broker), Call::Register { broker, directory, incarnation });
+        }
+        for (tp, replica, epoch) in news {
+            self.call(Node::Broker(broker), Call::Leads { broker, tp, replica, epoch });
+        }
+        lost.retain(|(tp, _, _)| *tp != METADATA);
+        if is_registered
+            && let Some(to) = self.leader_of(metadata)
+            && let Some(at) = self.way(Node::Broker(broker), to)
+        {
+            self.schedule_at(at, Event::Heartbeat { to, from: broker, incarnation, lost });
+        }
+        self.control(broker);
+        self.after(broker);
+    }
+
+    /// A replica of the metadata is lost.
+    pub(crate) fn on_lost(&mut self, replica: ReplicaId) {
+        self.replace_replica(replica);
     }
 
     /// A leader looks at its group.
     pub(crate) fn on_status(&mut self, broker: usize, group: usize, status: &GroupStatus) {
         let it = &self.brokers[broker];
         let Some(running) = &it.running else { return };
-        let known = &running.known[group];
-        let (wanted, leaving) = (Group::ids(&known.wanted), Group::ids(&known.leaving));
-        let step = next_step(status, &wanted, &leaving, known.may_remove);
-        let version = known.version;
-        let Some(handle) = it.handle(known.tp) else { return };
+        let tp = self.groups[group].tp;
+        let (step, wanted, is_news) = if tp == METADATA {
+            let known = &running.metadata;
+            let wanted = Group::ids(&known.wanted);
+            let step = next_step(status, &wanted, &Group::ids(&known.leaving), known.may_remove);
+            (step, wanted, known.version == self.groups[group].version)
+        } else {
+            let Some(view) = &running.view else { return };
+            let Some(known) = view.partition(tp) else { return };
+            let wanted = known.wanted.iter().map(|place| place.replica).collect();
+            (view.next_step(tp, status), wanted, self.groups[group].is(&known))
+        };
+        let Some(handle) = it.handle(tp) else { return };
         let changed = |what| running.outbox.reply(move |result| Out::Changed { group, what, result });
         match &step {
             PlanStep::Nothing => {
@@ -235,7 +305,7 @@ impl World {
                 let settled = voters == wanted
                     && status.membership.learners.is_empty()
                     && status.members.iter().all(|member| member.in_sync || member.replica == status.replica);
-                if settled && self.groups[group].version == version && self.groups[group].leaving.is_empty() {
+                if settled && is_news && self.groups[group].leaving.is_empty() {
                     self.on_settled(group);
                 }
                 return;
@@ -250,31 +320,39 @@ impl World {
                 handle.change_membership(MembershipChange::Remove(*replica), changed("remove"));
             }
             PlanStep::TransferAway(to) => handle.transfer_leader(Some(*to), changed("transfer")),
-            PlanStep::ReportMayRemove => {
+            PlanStep::ReportMayRemove if tp == METADATA => {
+                let version = running.metadata.version;
                 let after = self.random.millis(5, 600);
-                self.schedule(after, Event::MayRemove { group, version });
+                self.schedule(after, Event::MayRemove { version });
+            }
+            PlanStep::Done { removed } if tp == METADATA => {
+                let after = self.random.millis(5, 600);
+                self.schedule(after, Event::Removed { removed: removed.clone() });
+            }
+            PlanStep::ReportMayRemove => {
+                self.call(Node::Broker(broker), Call::Progress { tp, wanted, removed: Vec::new() });
             }
             PlanStep::Done { removed } => {
-                let after = self.random.millis(5, 600);
-                self.schedule(after, Event::Removed { group, removed: removed.clone() });
+                self.call(Node::Broker(broker), Call::Progress { tp, wanted, removed: removed.clone() });
             }
         }
         self.note("plan", &[broker as u64, group as u64], || format!("broker {broker}, group {group}: {step:?}"));
     }
 
-    /// The second half of a change begins.
-    pub(crate) fn on_may_remove(&mut self, group: usize, version: u64) {
+    /// The second half of a change of the metadata's replicas begins.
+    pub(crate) fn on_may_remove(&mut self, version: u64) {
+        let group = self.metadata();
         let it = &mut self.groups[group];
         if it.version == version && !it.may_remove {
             it.may_remove = true;
-            it.added.clear();
             it.version += 1;
             self.tell_all();
         }
     }
 
-    /// These are out of the group for good.
-    pub(crate) fn on_removed(&mut self, group: usize, removed: &[ReplicaId]) {
+    /// These replicas of the metadata are out of its group for good.
+    pub(crate) fn on_removed(&mut self, removed: &[ReplicaId]) {
+        let group = self.metadata();
         let it = &mut self.groups[group];
         let before = it.leaving.len();
         it.leaving.retain(|place| !removed.contains(&place.replica));
@@ -282,10 +360,36 @@ impl World {
             it.version += 1;
             if it.leaving.is_empty() {
                 it.may_remove = false;
-                self.counts.moves += 1;
             }
-            self.note("removed", &[group as u64], || format!("group {group}: {removed:?} are gone"));
+            self.note("removed", &[], || format!("the metadata: {removed:?} are gone"));
             self.tell_all();
+        }
+    }
+
+    /// Moves one replica of a users' group to a broker that has none, if there is one.
+    pub(crate) fn move_replica(&mut self, group: usize) -> bool {
+        let it = &self.groups[group];
+        let free: Vec<usize> =
+            (0..self.brokers.len()).filter(|&broker| it.places().all(|place| place.broker != broker)).collect();
+        if !it.leaving.is_empty() || it.wanted.is_empty() || free.is_empty() {
+            return false;
+        }
+        let to = free[self.random.index(free.len())];
+        let at = self.random.index(self.groups[group].wanted.len());
+        let mut brokers: Vec<usize> = self.groups[group].wanted.iter().map(|place| place.broker).collect();
+        let from = std::mem::replace(&mut brokers[at], to);
+        self.note("move", &[group as u64, from as u64, to as u64], || {
+            format!("group {group}: to {} instead of {}", broker_id(to), broker_id(from))
+        });
+        self.call(Node::Clients, Call::Move { group, brokers });
+        true
+    }
+
+    /// Calls a move of a users' group off, while that is possible.
+    pub(crate) fn cancel_move(&mut self, group: usize) {
+        if !self.groups[group].leaving.is_empty() {
+            self.note("cancel", &[group as u64], || format!("group {group}: the move is called off"));
+            self.call(Node::Clients, Call::CancelMove { group });
         }
     }
 
@@ -320,15 +424,26 @@ impl World {
     /// Where the replicas of a group are, for people.
     pub(crate) fn describe(&self, group: usize) -> String {
         let it = &self.groups[group];
-        let mut text =
-            format!("group {group}: wanted {:?}, leaving {:?}, may remove {}", it.wanted, it.leaving, it.may_remove);
+        let mut text = format!(
+            "group {group} ({}): wanted {:?}, leaving {:?}, may remove {}, recovered {:?}, settled {}",
+            it.tp,
+            it.wanted,
+            it.leaving,
+            it.may_remove,
+            it.recovered,
+            self.settled_at[group] == it.version
+        );
         for broker in 0..self.brokers.len() {
             let is = &self.brokers[broker];
             match (&is.running, is.handle(it.tp)) {
                 (None, _) => text.push_str(&format!("\n  broker {}: down", broker_id(broker))),
                 (Some(running), None) => {
                     let local = running.replicas.get(&it.tp);
-                    text.push_str(&format!("\n  broker {}: no replica open ({local:?})", broker_id(broker)));
+                    let registered = running.is_registered(broker, is.directory_id());
+                    text.push_str(&format!(
+                        "\n  broker {}: no replica open ({local:?}), registered {registered}",
+                        broker_id(broker)
+                    ));
                 }
                 (Some(running), Some(handle)) => {
                     let replica = running.replicas[&it.tp].replica;
@@ -341,5 +456,21 @@ impl World {
             }
         }
         text
+    }
+}
+
+impl Group {
+    fn new(tp: TopicPartition, places: Vec<Place>) -> Self {
+        Self {
+            tp,
+            founders: Group::ids(&places).into(),
+            version: u64::from(!places.is_empty()),
+            wanted: places,
+            leaving: Vec::new(),
+            may_remove: false,
+            recovered: None,
+            trimmed_to: 0,
+            helpless_since: None,
+        }
     }
 }

@@ -9,6 +9,9 @@
 //!          <- answers  <- |     ^    |
 //!                               |    v
 //!                         simulated network, jobs that end when the seed says, clocks that are wrong
+//!
+//! Behind the logs are the broker's own machines: producers of users' partitions, and the cluster's metadata, which says
+//! where the replicas of all others are to be.
 //! ```
 //!
 //! Reading order: [`Plan`] (what a run is made of), [`World`] (the queue of events), `faults` (what goes wrong),
@@ -16,6 +19,7 @@
 
 mod broker;
 mod clients;
+mod controller;
 mod counts;
 mod faults;
 mod groups;
@@ -24,7 +28,6 @@ mod machine;
 mod network;
 mod outbox;
 mod plan;
-mod producers;
 mod random;
 mod scenario;
 mod time;
@@ -36,7 +39,7 @@ pub use counts::Counts;
 #[doc(hidden)]
 pub use network::Weather;
 pub use plan::{Fault, Plan};
-pub use world::{Report, World};
+pub use world::{Report, World, hear_panics, take_panic};
 
 /// Runs one seed.
 pub fn run(seed: u64) -> Report {

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use flowstone_broker::simulation::Answer as CoordinatorAnswer;
 use flowstone_protocol::{BrokerId, Error, Offset, TopicPartition};
 use flowstone_replication::{
     GroupMessage, GroupStatus, PeerTransport, Produced, PullAnswer, PullRequest, ReadAnswer, ReplicaHandle, Reply,
@@ -23,6 +24,8 @@ pub(crate) enum Out {
     Pulled { question: u64, answer: Result<PullAnswer, Error> },
     /// To a client.
     Answered { operation: u64, answer: Answer },
+    /// The controller's answer to a command.
+    Commanded { result: Result<Result<CoordinatorAnswer, Error>, Error> },
     /// To the broker's own reconciler.
     Status { group: usize, status: Result<GroupStatus, Error> },
     /// To the same.

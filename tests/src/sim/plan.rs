@@ -2,6 +2,10 @@
 
 use std::time::Duration;
 
+use flowstone_broker::simulation::METADATA;
+use flowstone_protocol::TopicPartition;
+use flowstone_storage::RetentionConfig;
+
 use super::network::Weather;
 use super::random::Random;
 
@@ -52,11 +56,17 @@ pub enum Fault {
     Transfer,
     /// The log start is moved.
     Trim,
+    /// The leader is gone for a moment, calls for votes come late and again, and whoever gives its vote loses its power.
+    CrashVoter,
+    /// A replica is moved away from a broker that hears nothing of it, and another one restarts on its side.
+    MoveBehind,
+    /// What a majority of a partition's replicas had is gone for good.
+    LoseMajority,
 }
 
 impl Fault {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 25] = [
         Self::Kill,
         Self::PowerOff,
         Self::KillMany,
@@ -79,6 +89,9 @@ impl Fault {
         Self::CancelMove,
         Self::Transfer,
         Self::Trim,
+        Self::CrashVoter,
+        Self::MoveBehind,
+        Self::LoseMajority,
     ];
 
     /// Its name, as it is written on a command line.
@@ -119,6 +132,10 @@ pub struct Plan {
     pub checkpoint_entries: u64,
     /// Bytes of a segment.
     pub segment_bytes: u64,
+    /// Users' partitions count as written what is in the page cache.
+    pub relaxed: bool,
+    /// Users' records go when they are this old.
+    pub keeps_for: Option<Duration>,
     /// Every event is printed.
     pub prints: bool,
 }
@@ -141,6 +158,8 @@ impl Plan {
             clock_drift: false,
             checkpoint_entries: 60,
             segment_bytes: 16 << 10,
+            relaxed: false,
+            keeps_for: None,
             prints: false,
         }
     }
@@ -172,7 +191,19 @@ impl Plan {
             clock_drift: random.one_in(3),
             checkpoint_entries: [10, 40, 150][random.index(3)],
             segment_bytes: [4 << 10, 16 << 10, 64 << 10][random.index(3)],
+            relaxed: random.one_in(6),
+            keeps_for: random.one_in(6).then_some(Duration::from_secs(4)),
             prints: false,
         }
+    }
+
+    /// Whether a partition's writes count before they are flushed.
+    pub(crate) fn is_relaxed(&self, tp: TopicPartition) -> bool {
+        self.relaxed && tp != METADATA
+    }
+
+    /// What may be deleted of users' partitions.
+    pub(crate) fn retention(&self) -> RetentionConfig {
+        RetentionConfig { time: self.keeps_for, bytes: None }
     }
 }

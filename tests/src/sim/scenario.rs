@@ -115,7 +115,13 @@ impl World {
     /// # Panics
     /// When there is no such broker.
     pub fn begin_move(&mut self, group: usize) {
-        assert!(self.move_replica(group), "nowhere to move to: {}", self.describe(group));
+        let until = self.now + SOON;
+        while self.groups[group].leaving.is_empty() && self.now < until {
+            self.move_replica(group);
+            let soon = self.now + Duration::from_millis(300);
+            self.run_until(soon, |world| !world.groups[group].leaving.is_empty());
+        }
+        assert!(!self.groups[group].leaving.is_empty(), "nowhere to move to: {}", self.describe(group));
     }
 
     /// Replaces the disk of a broker by an empty one, and starts it again.
@@ -166,6 +172,7 @@ impl World {
             .find(|file| is_long(file) && logs.iter().any(|other| other.parent() == file.parent() && other > *file));
         let Some(file) = sealed.map(|file| (*file).clone()) else { return false };
         self.brokers[broker].disk.flip_bit(&file, 100, 3);
+        self.brokers[broker].rots = true;
         self.counts.rot += 1;
         for who in self.places_on(broker) {
             self.damage(who);

@@ -1,22 +1,26 @@
 //! The cluster, its clients and its misfortunes, in one thread: a queue of events, each a function of the seed.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
 use std::fmt::Display;
 use std::time::{Duration, Instant};
 
 use flowstone_checker::{History, LogId};
-use flowstone_protocol::{Error, ErrorCode, ReplicaId};
+use flowstone_protocol::{Error, ErrorCode, Offset, RaftIndex, ReplicaId, Term};
 use flowstone_replication::{GroupMessage, JobKind, PeerBody, PullAnswer, PullRequest, PullWhat, Reply, Role};
 use flowstone_storage::sim_disk::Crash;
 
-use super::broker::{SimBroker, broker_id, broker_index};
+use flowstone_broker::simulation::METADATA;
+
+use super::broker::{Running, SimBroker, broker_id, broker_index};
 use super::clients::{Client, Operation, Request};
+use super::controller::{Call, LostReplica};
 use super::counts::Counts;
-use super::faults::Undo;
+use super::faults::{Behind, Strikes, Undo};
 use super::groups::Group;
-use super::invariants::{self, Invariant, Sight};
-use super::machine::Listener;
+use super::invariants::{self, Cut, Invariant, Sight};
+use super::machine::{Heard, Listener};
 use super::network::{Network, Node};
 use super::outbox::{Answer, Out};
 use super::plan::Plan;
@@ -44,36 +48,49 @@ pub(crate) enum Event {
     Resume { broker: usize },
     Table { broker: usize },
     Drive,
-    Lost { group: usize, replica: ReplicaId },
-    MayRemove { group: usize, version: u64 },
-    Removed { group: usize, removed: Vec<ReplicaId> },
+    Call { to: usize, call: Call },
+    Heartbeat { to: usize, from: usize, incarnation: u64, lost: Vec<LostReplica> },
+    Lost { replica: ReplicaId },
+    MayRemove { version: u64 },
+    Removed { removed: Vec<ReplicaId> },
     Fault,
     Undo(Undo),
+    Strike { broker: usize, life: u64 },
+    MoveBehind,
 }
 
-struct Queued {
-    at: Duration,
-    number: u64,
-    event: Event,
+/// What is to happen, in the order of time; what it is lies beside, so that ordering moves little.
+#[derive(Default)]
+struct Queue {
+    order: BinaryHeap<Reverse<(Duration, u64, usize)>>,
+    events: Vec<Option<Event>>,
+    free: Vec<usize>,
 }
 
-impl PartialEq for Queued {
-    fn eq(&self, other: &Self) -> bool {
-        self.number == other.number
+impl Queue {
+    fn push(&mut self, at: Duration, number: u64, event: Event) {
+        let place = match self.free.pop() {
+            Some(place) => {
+                self.events[place] = Some(event);
+                place
+            }
+            None => {
+                self.events.push(Some(event));
+                self.events.len() - 1
+            }
+        };
+        self.order.push(Reverse((at, number, place)));
     }
-}
 
-impl Eq for Queued {}
-
-impl PartialOrd for Queued {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-
-impl Ord for Queued {
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.at, self.number).cmp(&(other.at, other.number))
+    /// The next one, if it happens until then.
+    fn pop_until(&mut self, until: Duration) -> Option<(Duration, Event)> {
+        let Reverse((at, _, place)) = *self.order.peek()?;
+        if at > until {
+            return None;
+        }
+        self.order.pop();
+        self.free.push(place);
+        Some((at, self.events[place].take()?))
     }
 }
 
@@ -101,12 +118,18 @@ pub struct Report {
 pub struct World {
     pub(crate) plan: Plan,
     pub(crate) now: Duration,
-    queue: BinaryHeap<Reverse<Queued>>,
+    queue: Queue,
     numbers: u64,
     pub(crate) random: Random,
     pub(crate) brokers: Vec<SimBroker>,
     pub(crate) network: Network,
     pub(crate) groups: Vec<Group>,
+    /// The newest of the metadata that was committed.
+    pub(crate) table_at: Offset,
+    /// Brokers that it knows.
+    pub(crate) registered: usize,
+    /// Replicas that are to go on without their majority, each with the one whose log it has.
+    pub(crate) recovering: Vec<(Listener, ReplicaId)>,
     pub(crate) clients: Vec<Client>,
     /// When each has its next turn.
     pub(crate) turns: Vec<Option<Duration>>,
@@ -119,7 +142,11 @@ pub struct World {
     lives: u64,
     elected: BTreeMap<(usize, u64), ReplicaId>,
     last_index: BTreeMap<Listener, u64>,
+    /// What was committed of each group, by index: its term, and the offset behind it.
+    committed: Vec<Vec<Option<(Term, Offset)>>>,
     pub(crate) damaged: Vec<Listener>,
+    pub(crate) strikes: Strikes,
+    pub(crate) behind: Option<Behind>,
     pub(crate) settled_at: Vec<u64>,
     pub(crate) is_healing: bool,
     pub(crate) stops_sending: bool,
@@ -142,12 +169,15 @@ impl World {
         let network = Network::new(Random::new(plan.seed, 3), plan.weather);
         let mut world = Self {
             now: Duration::ZERO,
-            queue: BinaryHeap::new(),
+            queue: Queue::default(),
             numbers: 0,
             random,
             brokers,
             network,
             groups: Vec::new(),
+            table_at: Offset::new(-1),
+            registered: 0,
+            recovering: Vec::new(),
             clients: Vec::new(),
             turns: Vec::new(),
             operations: BTreeMap::new(),
@@ -159,8 +189,11 @@ impl World {
             lives: 0,
             elected: BTreeMap::new(),
             last_index: BTreeMap::new(),
+            committed: vec![Vec::new(); plan.groups + 1],
             damaged: Vec::new(),
-            settled_at: vec![0; plan.groups],
+            strikes: Strikes::default(),
+            behind: None,
+            settled_at: vec![0; plan.groups + 1],
             is_healing: false,
             stops_sending: false,
             counts: Counts::default(),
@@ -168,6 +201,7 @@ impl World {
             broken: None,
             plan,
         };
+        take_panic();
         world.make_groups();
         world.make_clients();
         for broker in 0..world.brokers.len() {
@@ -198,14 +232,10 @@ impl World {
             if is_so(self) {
                 return true;
             }
-            let Some(Reverse(next)) = self.queue.peek() else { break };
-            if next.at > until {
-                break;
-            }
-            let Some(Reverse(next)) = self.queue.pop() else { break };
-            self.now = next.at;
+            let Some((at, event)) = self.queue.pop_until(until) else { break };
+            self.now = at;
             self.counts.events += 1;
-            self.happen(next.event);
+            self.happen(event);
         }
         if self.broken.is_none() {
             self.now = self.now.max(until);
@@ -223,6 +253,7 @@ impl World {
             self.fail(&format!("stuck {WELL_WITHIN:?} after healing: {}\nclients: {clients:?}", groups.join("\n")));
         }
         self.history.sending_ended(self.now);
+        self.look_at_machines();
         if self.broken.is_none() {
             self.read_everything();
         }
@@ -240,6 +271,9 @@ impl World {
                 self.fail(&format!("{}: {all}", anomaly.kind));
             }
         }
+        for broker in 0..self.brokers.len() {
+            self.count(broker);
+        }
         for broker in &self.brokers {
             let disk = broker.disk.counts();
             self.counts.torn_files += disk.torn_files;
@@ -252,13 +286,27 @@ impl World {
         Report { seed: self.plan.seed, hash: self.trace.hash(), counts: self.counts, broken: self.broken }
     }
 
+    /// Every machine, and what a leading one has in flight, is what a replay of its log leads to.
+    fn look_at_machines(&mut self) {
+        for broker in 0..self.brokers.len() {
+            let Some(running) = self.brokers[broker].running.take() else { continue };
+            for replica in running.shards.replicas() {
+                let who = Listener { tp: replica.config().tp, replica: replica.config().replica };
+                let sight = Sight { who, replica, life: 0, is_relaxed: self.plan.is_relaxed(who.tp) };
+                self.counts.replays += 1;
+                self.check(|invariant| invariant.at_rest(&sight));
+            }
+            self.brokers[broker].running = Some(running);
+        }
+    }
+
     pub(crate) fn schedule(&mut self, after: Duration, event: Event) {
         self.schedule_at(self.now + after, event);
     }
 
     pub(crate) fn schedule_at(&mut self, at: Duration, event: Event) {
         self.numbers += 1;
-        self.queue.push(Reverse(Queued { at: at.max(self.now), number: self.numbers, event }));
+        self.queue.push(at.max(self.now), self.numbers, event);
     }
 
     pub(crate) fn note<D: Display>(&mut self, kind: &'static str, numbers: &[u64], text: impl FnOnce() -> D) {
@@ -332,10 +380,14 @@ impl World {
                 }
             }
             Event::Drive => self.drive(),
-            Event::Lost { group, replica } => self.on_lost(group, replica),
-            Event::MayRemove { group, version } => self.on_may_remove(group, version),
-            Event::Removed { group, removed } => self.on_removed(group, &removed),
+            Event::Call { to, call } => self.on_call(to, call),
+            Event::Heartbeat { to, from, incarnation, lost } => self.on_heartbeat(to, from, incarnation, lost),
+            Event::Lost { replica } => self.on_lost(replica),
+            Event::MayRemove { version } => self.on_may_remove(version),
+            Event::Removed { removed } => self.on_removed(&removed),
             Event::Fault => self.on_fault(),
+            Event::Strike { broker, life } => self.on_strike(broker, life),
+            Event::MoveBehind => self.on_move_behind(),
             Event::Undo(undo) => self.on_undo(undo),
         }
     }
@@ -398,11 +450,28 @@ impl World {
             return;
         }
         let Some(mut running) = self.brokers[broker].running.take() else { return };
+        if !self.recovering.is_empty() {
+            self.look_for_recovered(&running);
+        }
+        let mut has_news = false;
         for (who, what) in running.ears.take() {
             self.check(|invariant| invariant.heard(who, &what));
-            if matches!(what, super::machine::Heard::State { .. }) {
-                self.counts.states_compared += 1;
+            match what {
+                Heard::State { .. } => self.counts.states_compared += 1,
+                Heard::Committed(entry) => {
+                    has_news |= who.tp == METADATA;
+                    let group = self.group_of(who.tp);
+                    let (index, known) = (entry.index.get() as usize, &mut self.committed[group]);
+                    if known.len() <= index {
+                        known.resize(index + 1, None);
+                        known[index] = Some((entry.term, entry.next_offset()));
+                    }
+                }
+                Heard::Leads(_) => {}
             }
+        }
+        if let Some(view) = running.view.clone().filter(|_| has_news) {
+            self.on_metadata(broker, &view);
         }
         let before = std::mem::take(&mut running.seen);
         for replica in running.shards.replicas() {
@@ -413,11 +482,11 @@ impl World {
                 self.lives
             });
             running.seen.insert(who, life);
-            let sight = Sight { who, replica, life, is_relaxed: false };
+            let sight = Sight { who, replica, life, is_relaxed: self.plan.is_relaxed(who.tp) };
             self.check(|invariant| invariant.replica(&sight));
             let status = replica.status();
+            let group = self.group_of(who.tp);
             if matches!(status.role, Role::Elected | Role::Leader) {
-                let group = who.tp.partition.get() as usize;
                 if self.elected.insert((group, status.term.get()), who.replica).is_none() {
                     self.counts.elections += 1;
                     let term = status.term.get();
@@ -425,6 +494,12 @@ impl World {
                         format!("broker {} leads group {group} in term {term}", broker_id(broker))
                     });
                 }
+            }
+            // What a leader's clock deleted is gone for readers everywhere.
+            if who.tp != METADATA && status.log_start.get() > self.groups[group].trimmed_to {
+                self.counts.retained += 1;
+                self.groups[group].trimmed_to = status.log_start.get();
+                self.history.trimmed(self.logs[group], status.log_start);
             }
             let last = replica.log().last_index().get();
             if self.last_index.insert(who, last).is_some_and(|before| before > last) {
@@ -437,10 +512,50 @@ impl World {
                 Ok(())
             });
         }
-        let ended: u64 = running.shards.shards().metrics().iter().map(|shard| shard.replicas_ended).sum();
-        self.counts.reopened += ended - running.ended_before;
-        running.ended_before = ended;
+        if let Some(panic) = take_panic() {
+            self.fail(&format!("broker {}: the consensus core panicked: {panic}", broker_id(broker)));
+        }
         self.brokers[broker].running = Some(running);
+    }
+
+    /// Whether a replica here goes on without its majority: from where on nothing of before counts.
+    fn look_for_recovered(&mut self, running: &Running) {
+        for replica in running.shards.replicas() {
+            let who = Listener { tp: replica.config().tp, replica: replica.config().replica };
+            let Some(at) = self.recovering.iter().position(|(recovering, _)| *recovering == who) else { continue };
+            self.recovering.swap_remove(at);
+            let log = replica.log();
+            let group = self.group_of(who.tp);
+            // Up to there it has what was committed; behind may be what another leader once wrote.
+            let known = &self.committed[group];
+            let end = known.len().min(log.last_index().get() as usize + 1);
+            let agrees = |index: &usize| {
+                known[*index].is_some_and(|(term, _)| log.term_at(RaftIndex::new(*index as u64)) == Some(term))
+            };
+            let cut = match (0..end).rev().find(agrees) {
+                Some(index) => Cut { index: index as u64, offset: known[index].map_or(Offset::ZERO, |(_, next)| next) },
+                // What it has of the beginning is in its checkpoint.
+                None => Cut { index: log.checkpoint().applied.get(), offset: log.end_offset() },
+            };
+            self.note("recovered", &[group as u64, cut.index], || format!("group {group} goes on from {cut:?}"));
+            self.check(|invariant| {
+                invariant.recovered(who.tp, cut);
+                Ok(())
+            });
+            self.committed[group].truncate(cut.index as usize + 1);
+            self.history.recovered(self.logs[group], cut.offset);
+            self.on_recovered(group, cut.offset);
+        }
+    }
+
+    /// Takes over what a broker's shard counted, before it is gone.
+    pub(crate) fn count(&mut self, broker: usize) {
+        let Some(running) = &self.brokers[broker].running else { return };
+        for shard in running.shards.shards().metrics() {
+            self.counts.reopened += shard.replicas_ended;
+            self.counts.scrubbed_bytes += shard.scrubbed_bytes;
+            self.counts.repairs += shard.repaired_ranges;
+        }
     }
 
     /// Takes out what a broker did, and sees to it that it goes on.
@@ -448,7 +563,7 @@ impl World {
         if self.brokers[broker].disk.is_crashed() {
             // Whatever it did in that step, nobody heard of it.
             self.counts.crashes_in_operation += 1;
-            let power = self.brokers[broker].random.one_in(2);
+            let power = self.brokers[broker].random.one_in(2) && self.may_lose_memory(broker);
             self.interrupt(broker);
             self.die(broker, if power { Crash::Power } else { Crash::Process });
             let after = self.random.millis(50, 2_000);
@@ -554,6 +669,14 @@ impl World {
                     self.schedule_at(at, Event::Answer { operation, answer });
                 }
             }
+            Out::Commanded { result } => {
+                let ok = matches!(result, Ok(Ok(_)));
+                self.counts.commanded += u64::from(ok);
+                self.note("commanded", &[broker as u64, u64::from(ok)], || match &result {
+                    Ok(Ok(answer)) => answer.describe(),
+                    Ok(Err(error)) | Err(error) => error.to_string(),
+                });
+            }
             Out::Status { group, status } => {
                 if let Ok(status) = status {
                     self.on_status(broker, group, &status);
@@ -569,6 +692,7 @@ impl World {
                         self.counts.transfers += 1;
                     } else {
                         self.counts.membership_changes += 1;
+                        self.members_changed(group, what);
                     }
                 }
             }
@@ -586,6 +710,9 @@ impl World {
         }
         // To a replica that was on this very broker before this one: nobody there.
         if from == to {
+            return;
+        }
+        if self.strikes.are_armed && self.is_struck(from, to, &messages) {
             return;
         }
         let count = messages.len() as u64;
@@ -664,6 +791,7 @@ impl World {
         self.note("pulled", &[broker as u64, ok], || match &answer {
             Ok(PullAnswer::Checkpoint { first_index, .. }) => format!("a checkpoint, files from {first_index}"),
             Ok(PullAnswer::Batches { next, bytes, .. }) => format!("{} bytes, next {next}", bytes.len()),
+            Ok(PullAnswer::Offsets { next, bytes }) => format!("{} bytes, next offset {next}", bytes.len()),
             Err(error) => error.to_string(),
         });
         reply.send(answer);
@@ -698,7 +826,8 @@ impl World {
     fn start(&mut self, broker: usize) {
         let it = &mut self.brokers[broker];
         it.clock.set(self.now);
-        let started = it.start(&self.plan, broker);
+        let metadata = self.groups.last().expect("the metadata has a group");
+        let started = it.start(&self.plan, metadata);
         if let Err(why) = started {
             self.note("start", &[broker as u64, 0], || format!("broker {} does not start: {why}", broker_id(broker)));
             let crashed = self.brokers[broker].disk.is_crashed();
@@ -720,6 +849,7 @@ impl World {
 
     /// The process is gone, and perhaps the power.
     pub(crate) fn die(&mut self, broker: usize, crash: Crash) {
+        self.count(broker);
         let it = &mut self.brokers[broker];
         it.running = None;
         it.life += 1;
@@ -729,9 +859,18 @@ impl World {
             it.boots += 1;
             self.counts.power_failures += 1;
         }
+        let loses_memory = crash == Crash::Power && self.plan.relaxed;
         it.disk.restart(crash);
         self.held[broker].clear();
         self.counts.crashes += 1;
+        if loses_memory {
+            self.counts.relaxed_power_failures += 1;
+            for who in self.places_on(broker) {
+                if who.tp != METADATA {
+                    self.damage(who);
+                }
+            }
+        }
         self.note("die", &[broker as u64, u64::from(crash == Crash::Power)], || {
             format!("broker {}: {crash:?}", broker_id(broker))
         });
@@ -804,7 +943,8 @@ impl World {
             let Some(leader) = self.brokers[leader].handle(group.tp).map(|handle| handle.status()) else {
                 return false;
             };
-            group.leaving.is_empty()
+            group.version > 0
+                && group.leaving.is_empty()
                 && self.settled_at[number] == group.version
                 && group.wanted.iter().all(|place| {
                     let handle = self.brokers[place.broker].handle(group.tp);
@@ -836,6 +976,23 @@ impl World {
             }
         }
     }
+}
+
+thread_local! {
+    static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
+}
+
+/// From now on panics are not told on the console: those that the replicas catch are findings of the run that they belong
+/// to, and others end it.
+pub fn hear_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        PANIC.with(|heard| *heard.borrow_mut() = Some(panic.to_string()));
+    }));
+}
+
+/// The last panic of this thread that nobody took.
+pub fn take_panic() -> Option<String> {
+    PANIC.with(|heard| heard.borrow_mut().take())
 }
 
 /// A number for each kind of message.

@@ -5,10 +5,10 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
-use flowstone_tests::sim::{Counts, Plan, Report, World};
+use flowstone_tests::sim::{Counts, Plan, Report, World, hear_panics, take_panic};
 
 /// Runs the simulator.
 #[derive(Debug, Parser)]
@@ -44,6 +44,9 @@ struct Arguments {
     /// Seeds side by side.
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
     threads: usize,
+    /// Tell how far it is this often, in seconds; 0: never.
+    #[arg(long, default_value_t = 30)]
+    progress: u64,
     /// Stop after this many findings.
     #[arg(long, default_value_t = 10)]
     findings: u64,
@@ -63,8 +66,7 @@ impl Arguments {
 fn main() -> std::process::ExitCode {
     let arguments = Arguments::parse();
     if !arguments.print {
-        // The replicas catch panics of the consensus core, and a panic of a run is told with its seed.
-        std::panic::set_hook(Box::new(|_| {}));
+        hear_panics();
     }
     if let Some(seed) = arguments.seed {
         let mut plan = if arguments.calm { Plan::calm(seed) } else { arguments.plan(seed) };
@@ -118,7 +120,7 @@ fn run_many(arguments: &Arguments) -> std::process::ExitCode {
     let next = AtomicU64::new(arguments.first);
     let end = arguments.first + arguments.seeds;
     let found = AtomicU64::new(0);
-    let total = Mutex::new((Counts::default(), 0_u64));
+    let total = Mutex::new(Total { counts: Counts::default(), seeds: 0, told: began });
     std::thread::scope(|scope| {
         for _ in 0..arguments.threads.max(1) {
             scope.spawn(|| {
@@ -142,34 +144,78 @@ fn run_many(arguments: &Arguments) -> std::process::ExitCode {
                         println!("BROKEN {broken}\n");
                     }
                     let mut total = total.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-                    total.0.add(&report.counts);
-                    total.1 += 1;
+                    total.counts.add(&report.counts);
+                    total.seeds += 1;
+                    if arguments.progress > 0 && total.told.elapsed() >= Duration::from_secs(arguments.progress) {
+                        total.told = Instant::now();
+                        let found = found.load(Ordering::Relaxed);
+                        println!(
+                            "{} of {} seeds, {found} findings, {:.0} s",
+                            total.seeds,
+                            arguments.seeds,
+                            began.elapsed().as_secs_f64()
+                        );
+                    }
                 }
             });
         }
     });
-    let (counts, seeds) = total.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
+    let Total { counts, seeds, .. } = total.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner);
     show(&counts);
-    let took = began.elapsed();
+    let found = found.into_inner();
+    let (took, processor) = (began.elapsed(), processor_time());
+    let simulated = counts.simulated_millis as f64 / 60_000.0;
     println!(
-        "{seeds} seeds, {} findings, {:.1} s, {:.1} ms each, {:.1} simulated minutes per minute of one processor",
-        found.load(Ordering::Relaxed),
+        "{seeds} seeds in {:.1} s, {:.1} ms of processor time each, {simulated:.0} simulated minutes, {:.0} per minute of one \
+         processor",
         took.as_secs_f64(),
-        took.as_secs_f64() * 1_000.0 * arguments.threads as f64 / seeds.max(1) as f64,
-        counts.simulated_millis as f64 / 1_000.0 / (took.as_secs_f64() * arguments.threads as f64),
+        processor.as_secs_f64() * 1_000.0 / seeds.max(1) as f64,
+        simulated / (processor.as_secs_f64() / 60.0),
     );
-    if found.into_inner() == 0 { std::process::ExitCode::SUCCESS } else { std::process::ExitCode::FAILURE }
+    println!(
+        "{} elections, {} truncations, {} snapshots, {} membership changes, {} crashes, {} torn files, {found} findings",
+        counts.elections,
+        counts.truncations,
+        counts.snapshots,
+        counts.membership_changes,
+        counts.crashes,
+        counts.torn_files,
+    );
+    // Less than all faults were asked for, or few seeds: what did not happen says nothing.
+    let is_whole = arguments.only.is_empty() && arguments.without.is_empty() && seeds >= VACUOUS_FROM;
+    let missing: Vec<_> = counts.all().into_iter().filter(|(_, count)| *count == 0).map(|(name, _)| name).collect();
+    let is_vacuous = is_whole && !missing.is_empty();
+    if is_vacuous {
+        println!("VACUOUS: never seen: {}", missing.join(", "));
+    }
+    if found == 0 && !is_vacuous { std::process::ExitCode::SUCCESS } else { std::process::ExitCode::FAILURE }
+}
+
+/// A run of this many seeds has to go through everything.
+const VACUOUS_FROM: u64 = 200;
+
+/// What all runs came to.
+struct Total {
+    counts: Counts,
+    seeds: u64,
+    /// When it was told last.
+    told: Instant,
+}
+
+/// Processor time that this process took so far, where the system tells; else none.
+fn processor_time() -> Duration {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // Behind the name in brackets: user time is the 12th, system time the 13th, in hundredths of a second.
+    let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let hundredths: u64 = fields.skip(11).take(2).filter_map(|field| field.parse::<u64>().ok()).sum();
+    Duration::from_millis(hundredths * 10)
 }
 
 /// A panic in a run is a finding of its seed.
 fn run_caught(plan: Plan) -> Report {
     let seed = plan.seed;
-    std::panic::catch_unwind(|| World::new(plan).run()).unwrap_or_else(|panic| {
-        let what = panic
-            .downcast_ref::<String>()
-            .map(String::as_str)
-            .or_else(|| panic.downcast_ref::<&str>().copied())
-            .unwrap_or("no message");
+    std::panic::catch_unwind(|| World::new(plan).run()).unwrap_or_else(|_| {
+        let what = take_panic().unwrap_or_else(|| "no message".to_owned());
         Report { seed, hash: 0, counts: Counts::default(), broken: Some(format!("seed {seed}: a panic: {what}")) }
     })
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use flowstone_protocol::{Offset, TopicPartition};
 
 use super::super::machine::{Heard, Listener};
-use super::{Held, Invariant};
+use super::{Cut, Held, Invariant};
 
 #[derive(Debug, Default)]
 pub(super) struct AcknowledgedIsCommitted {
@@ -16,9 +16,14 @@ impl Invariant for AcknowledgedIsCommitted {
     fn heard(&mut self, who: Listener, what: &Heard) -> Held {
         if let Heard::Committed(entry) = what {
             let end = self.committed.entry(who.tp).or_default();
-            *end = (*end).max(entry.next_offset);
+            *end = (*end).max(entry.next_offset());
         }
         Ok(())
+    }
+
+    fn recovered(&mut self, tp: TopicPartition, cut: Cut) {
+        let end = self.committed.entry(tp).or_default();
+        *end = (*end).min(cut.offset);
     }
 
     fn acknowledged(&mut self, tp: TopicPartition, next: Offset) -> Held {

@@ -2,30 +2,54 @@
 
 use std::collections::BTreeMap;
 
-use flowstone_protocol::{RaftIndex, TopicPartition};
+use flowstone_protocol::{Offset, Term, TopicPartition};
 
 use super::super::machine::{CommittedEntry, Heard, Listener};
-use super::{Held, Invariant};
+use super::{Cut, Held, Invariant};
+
+/// What identifies an entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Identity {
+    term: Term,
+    base_offset: Offset,
+    next_offset: Offset,
+    crc: u32,
+}
+
+impl Identity {
+    fn of(entry: &CommittedEntry) -> Self {
+        let (term, base_offset) = (entry.term, entry.base_offset);
+        Self { term, base_offset, next_offset: entry.next_offset(), crc: entry.header.crc }
+    }
+}
 
 #[derive(Debug, Default)]
 pub(super) struct CommittedNeverChanges {
-    entries: BTreeMap<(TopicPartition, RaftIndex), CommittedEntry>,
+    /// By index; nothing where no entry was seen.
+    entries: BTreeMap<TopicPartition, Vec<Option<Identity>>>,
 }
 
 impl Invariant for CommittedNeverChanges {
     fn heard(&mut self, who: Listener, what: &Heard) -> Held {
         let Heard::Committed(entry) = what else { return Ok(()) };
-        let known = *self.entries.entry((who.tp, entry.index)).or_insert(*entry);
-        if known != *entry {
-            return Err(format!("{}: committed was {known:?}, and replica {} commits {entry:?}", who.tp, who.replica));
+        let entries = self.entries.entry(who.tp).or_default();
+        let (index, is) = (entry.index.get() as usize, Identity::of(entry));
+        if entries.len() <= index {
+            entries.resize(index + 1, None);
         }
-        let before =
-            entry.index.get().checked_sub(1).and_then(|index| self.entries.get(&(who.tp, RaftIndex::new(index))));
-        match before {
-            Some(before) if before.next_offset != entry.base_offset || before.term > entry.term => {
-                Err(format!("{}: {entry:?} does not follow {before:?}", who.tp))
+        let known = *entries[index].get_or_insert(is);
+        if known != is {
+            return Err(format!("{}: entry {index} was {known:?}, and replica {} commits {is:?}", who.tp, who.replica));
+        }
+        match index.checked_sub(1).and_then(|before| entries[before]) {
+            Some(before) if before.next_offset != is.base_offset || before.term > is.term => {
+                Err(format!("{}: entry {index}, {is:?}, does not follow {before:?}", who.tp))
             }
             _ => Ok(()),
         }
+    }
+
+    fn recovered(&mut self, tp: TopicPartition, cut: Cut) {
+        self.entries.entry(tp).or_default().truncate(cut.index as usize + 1);
     }
 }

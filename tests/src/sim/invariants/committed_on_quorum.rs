@@ -7,7 +7,7 @@ use flowstone_storage::EpochStart;
 use flowstone_storage::checkpoint::CREATION_INDEX;
 
 use super::super::machine::Listener;
-use super::{Held, Invariant, Sight};
+use super::{Cut, Held, Invariant, Sight};
 
 /// What one replica has flushed, as it was last seen: a crash leaves it that.
 #[derive(Debug, Default)]
@@ -79,6 +79,11 @@ impl Invariant for CommittedOnQuorum {
             "{}: replica {} commits entry {index} of term {term}, voters {voters:?}, flushed: {all:?}",
             who.tp, who.replica
         ))
+    }
+
+    fn recovered(&mut self, tp: TopicPartition, cut: Cut) {
+        let known = self.committed.entry(tp).or_insert(CREATION_INDEX);
+        *known = (*known).min(RaftIndex::new(cut.index));
     }
 
     // What a damaged one had when it said so counts: that is why no more than a minority may be damaged.

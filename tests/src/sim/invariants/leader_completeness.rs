@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use flowstone_protocol::{RaftIndex, ReplicaId, Term, TopicPartition};
 
 use super::super::machine::{Heard, Listener};
-use super::{Held, Invariant, Sight};
+use super::{Cut, Held, Invariant, Sight};
 
 #[derive(Debug, Default)]
 pub(super) struct LeaderCompleteness {
@@ -22,6 +22,13 @@ impl Invariant for LeaderCompleteness {
             }
         }
         Ok(())
+    }
+
+    fn recovered(&mut self, tp: TopicPartition, cut: Cut) {
+        // The term of the entry at the cut is not known here: what is committed next counts.
+        if self.committed.get(&tp).is_some_and(|(index, _)| index.get() > cut.index) {
+            self.committed.remove(&tp);
+        }
     }
 
     fn replica(&mut self, sight: &Sight<'_>) -> Held {

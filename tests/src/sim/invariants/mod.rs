@@ -7,6 +7,7 @@ mod leader_completeness;
 mod log_matching;
 mod nothing_goes_back;
 mod one_leader_per_term;
+mod promoted_has_caught_up;
 mod replay_equals;
 mod votes_are_kept;
 
@@ -19,6 +20,15 @@ use super::machine::{Heard, Listener, SimMachine};
 
 /// A promise that was broken: both sides, for people.
 pub(crate) type Held = Result<(), String>;
+
+/// Where a partition that went on without its majority goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Cut {
+    /// The last entry that it kept.
+    pub(crate) index: u64,
+    /// One past its last offset.
+    pub(crate) offset: Offset,
+}
 
 /// One replica, looked at after a round of its shard.
 #[derive(Debug, Clone, Copy)]
@@ -62,6 +72,14 @@ pub(crate) trait Invariant: Debug {
     /// What this replica had may be gone: its disk was wiped, or rots.
     fn damaged(&mut self, _who: Listener) {}
 
+    /// A partition goes on without its majority: what lies above the cut never was.
+    fn recovered(&mut self, _tp: TopicPartition, _cut: Cut) {}
+
+    /// A replica when all has healed and nothing is in flight.
+    fn at_rest(&mut self, _sight: &Sight<'_>) -> Held {
+        Ok(())
+    }
+
     /// It ended in this round: what it did last was not looked at.
     fn ended(&mut self, _who: Listener) {}
 
@@ -79,6 +97,7 @@ pub(crate) fn all() -> Vec<(&'static str, Box<dyn Invariant>)> {
         ("committed never changes", Box::<committed_never_changes::CommittedNeverChanges>::default()),
         ("nothing goes back", Box::<nothing_goes_back::NothingGoesBack>::default()),
         ("votes are kept", Box::<votes_are_kept::VotesAreKept>::default()),
+        ("promoted has caught up", Box::<promoted_has_caught_up::PromotedHasCaughtUp>::default()),
         ("replay equals", Box::<replay_equals::ReplayEquals>::default()),
         ("acknowledged is committed", Box::<acknowledged_is_committed::AcknowledgedIsCommitted>::default()),
     ]
