@@ -46,7 +46,6 @@ async fn probes_and_metrics() {
         "flowstone_partitions_quarantined 0",
         "flowstone_replicas_set_aside 0",
         "flowstone_peer_messages_waiting 0",
-        "flowstone_reads_parked 0",
     ] {
         assert!(text.contains(line), "wanted `{line}` in:\n{text}");
     }

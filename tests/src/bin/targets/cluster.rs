@@ -1,6 +1,8 @@
 //! Targets of three brokers on one machine.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -22,6 +24,9 @@ const FAILOVERS: usize = 10;
 /// Longest wait for anything that has to come by itself.
 const PATIENCE: Duration = Duration::from_secs(180);
 const POLL: Duration = Duration::from_millis(20);
+/// One measurement of the load beside a broker that catches up, and the longest wait for that broker.
+const CATCH_UP_PART: Duration = Duration::from_secs(3);
+const CATCH_UP_MAX: Duration = Duration::from_secs(900);
 
 /// Three brokers, three replicas, quorum: against one broker that does everything once.
 pub(crate) fn replicated(cli: &Cli, programs: &Programs, folder: &Folder) -> Result<Vec<String>, Failure> {
@@ -104,7 +109,8 @@ pub(crate) fn failover(_cli: &Cli, programs: &Programs, folder: &Folder) -> Resu
     ])
 }
 
-/// A broker that was away while `--megabytes` times two and a half were written comes back.
+/// A broker that was away while `--megabytes` times two and a half were written (5 GB unless told otherwise) comes back,
+/// while a quarter of what its two fellows can take goes on being written: all of it lies on the disk three times.
 pub(crate) fn catch_up(cli: &Cli, programs: &Programs, folder: &Folder) -> Result<Vec<String>, Failure> {
     let mut cluster = Cluster::start(programs, folder, "catch-up")?;
     let topic = "behind";
@@ -114,39 +120,54 @@ pub(crate) fn catch_up(cli: &Cli, programs: &Programs, folder: &Folder) -> Resul
     let away = leader % BROKERS + 1;
     cluster.kill(away)?;
     let megabytes = cli.megabytes * 5 / 2;
-    let produce = |cluster: &Cluster, megabytes: u64| {
-        let records = (megabytes * 1_000).to_string();
-        cluster.flowstone(&["bench", "produce", "--topic", topic, "--records", &records, "--size", "1000"])
+    let produce = |cluster: &Cluster, records: u64, rate: Option<u64>| {
+        let (records, rate) = (records.to_string(), rate.map(|rate| rate.to_string()));
+        let mut arguments = vec!["bench", "produce", "--topic", topic, "--size", "1000", "--records", &records];
+        arguments.extend(rate.iter().flat_map(|rate| ["--rate", rate]));
+        cluster.flowstone(&arguments)
     };
-    let without = field(&produce(&cluster, megabytes)?, "mb_per_second")?;
+    let without = field(&produce(&cluster, megabytes * 1_000, None)?, "mb_per_second")?;
+    let rate = ((without * 1_000.0 / 4.0) as u64).max(1);
+    let part = rate * CATCH_UP_PART.as_secs();
+    let p99 = |told: &Value| field(&told["latency_ms"], "p99");
+    let mut calm = Figures::default();
+    for _ in 0..3 {
+        calm.push(p99(&produce(&cluster, part, Some(rate))?)?);
+    }
     let back = Instant::now();
     cluster.restart(programs, away)?;
-    // It serves meanwhile: the same load again, in parts, until the one that was away has everything.
-    let (mut meanwhile, mut written) = (Figures::default(), 0);
-    while !cluster.is_healthy()? {
-        meanwhile.push(field(&produce(&cluster, 200)?, "mb_per_second")?);
-        written += 200;
-        if back.elapsed() > PATIENCE {
-            return Err(format!("broker {away} has not caught up after {:?}", back.elapsed()).into());
+    // It serves meanwhile, until the one that was away has everything.
+    let (mut meanwhile, mut late, mut written) = (Figures::default(), Figures::default(), 0);
+    let seconds = std::thread::scope(|scope| {
+        let cluster = &cluster;
+        let waiting = scope.spawn(move || cluster.healthy_within(CATCH_UP_MAX).map(|()| back.elapsed().as_secs_f64()));
+        while !waiting.is_finished() {
+            let told = produce(cluster, part, Some(rate))?;
+            meanwhile.push(field(&told, "mb_per_second")?);
+            late.push(p99(&told)?);
+            written += part / 1_000;
         }
-    }
-    let seconds = back.elapsed().as_secs_f64();
+        waiting.join().map_err(|_| Failure::from("waiting for the cluster panicked"))?
+    })?;
+    let behind = megabytes + 3 * part / 1_000;
     cluster.stop()?;
-    if meanwhile.0.is_empty() {
-        meanwhile.push(0.0);
-    }
     Ok(vec![
-        format!("behind by {megabytes} MB, {written} MB written meanwhile, caught up after {seconds:.1} s"),
-        format!("catching up, MB/s: {:.0}", (megabytes + written) as f64 / seconds),
-        format!("producing with two brokers, MB/s: {without:.0}"),
+        format!("behind by {behind} MB, some {written} MB written meanwhile, caught up after {seconds:.1} s"),
+        format!("catching up, MB/s: {:.0}", behind as f64 / seconds),
+        format!("producing with two brokers as fast as it goes, MB/s: {without:.0}"),
         meanwhile.line("producing while the third catches up, MB/s"),
+        calm.line("p99 before it came back, ms"),
+        late.line("p99 while it catches up, ms"),
     ])
 }
 
 /// Three brokers, each a process with a configuration of its own.
-struct Cluster {
+pub(crate) struct Cluster {
     brokers: Vec<Member>,
     flowstone: PathBuf,
+    folder: PathBuf,
+    /// As all configurations have them.
+    seeds: String,
 }
 
 struct Member {
@@ -156,7 +177,7 @@ struct Member {
 }
 
 impl Cluster {
-    fn start(programs: &Programs, folder: &Folder, name: &str) -> Result<Self, Failure> {
+    pub(crate) fn start(programs: &Programs, folder: &Folder, name: &str) -> Result<Self, Failure> {
         let folder = folder.0.join(name);
         let mut ports = Vec::new();
         while ports.len() < BROKERS {
@@ -166,28 +187,66 @@ impl Cluster {
             }
         }
         let seeds: Vec<String> = ports.iter().map(|port| format!("\"127.0.0.1:{}\"", port + 1)).collect();
-        let mut cluster = Self { brokers: Vec::new(), flowstone: programs.folder.join("flowstone") };
-        for (number, &port) in ports.iter().enumerate() {
-            let dir = folder.join(format!("broker-{}", number + 1));
-            fs::create_dir_all(&dir)?;
-            let config = dir.join("broker.toml");
-            fs::write(
-                &config,
-                format!(
-                    "[node]\nid = {}\ndata_dir = \"{}\"\n[listen]\nclient = \"127.0.0.1:{port}\"\npeer = \
-                     \"127.0.0.1:{}\"\nadmin = \"127.0.0.1:{}\"\n[cluster]\nseeds = [{}]\n",
-                    number + 1,
-                    dir.join("data").display(),
-                    port + 1,
-                    port + 2,
-                    seeds.join(", ")
-                ),
-            )?;
-            let child = spawn(programs, &config)?;
-            cluster.brokers.push(Member { child, config, port });
+        let flowstone = programs.folder.join("flowstone");
+        let mut cluster = Self { brokers: Vec::new(), flowstone, folder, seeds: seeds.join(", ") };
+        for port in ports {
+            cluster.start_one(programs, port)?;
         }
         cluster.healthy()?;
         Ok(cluster)
+    }
+
+    fn start_one(&mut self, programs: &Programs, port: u16) -> Result<(), Failure> {
+        let number = self.brokers.len() + 1;
+        let dir = self.folder.join(format!("broker-{number}"));
+        fs::create_dir_all(&dir)?;
+        let config = dir.join("broker.toml");
+        fs::write(
+            &config,
+            format!(
+                "[node]\nid = {number}\ndata_dir = \"{}\"\n[listen]\nclient = \"127.0.0.1:{port}\"\npeer = \
+                 \"127.0.0.1:{}\"\nadmin = \"127.0.0.1:{}\"\n[cluster]\nseeds = [{}]\n",
+                dir.join("data").display(),
+                port + 1,
+                port + 2,
+                self.seeds
+            ),
+        )?;
+        let child = spawn(programs, &config)?;
+        self.brokers.push(Member { child, config, port });
+        Ok(())
+    }
+
+    /// Starts one more broker of the same seeds; its number.
+    pub(crate) fn add(&mut self, programs: &Programs) -> Result<usize, Failure> {
+        self.start_one(programs, free_ports()?)?;
+        Ok(self.brokers.len())
+    }
+
+    /// Stops a broker cleanly.
+    pub(crate) fn stop_one(&mut self, broker: usize) -> Result<(), Failure> {
+        terminate(&mut self.brokers[broker - 1].child)
+    }
+
+    /// A metric of a broker, over all its labels.
+    pub(crate) fn metric(&self, broker: usize, name: &str) -> Result<f64, Failure> {
+        let mut socket = TcpStream::connect(("127.0.0.1", self.brokers[broker - 1].port + 2))?;
+        write!(socket, "GET /metrics HTTP/1.1\r\nhost: broker\r\nconnection: close\r\n\r\n")?;
+        let mut text = String::new();
+        socket.read_to_string(&mut text)?;
+        let of = |line: &str| {
+            let rest = line.strip_prefix(name)?;
+            (rest.starts_with(['{', ' '])).then(|| rest.rsplit(' ').next()?.parse::<f64>().ok())?
+        };
+        Ok(text.lines().filter_map(of).sum())
+    }
+
+    /// A command against this cluster, to be started.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(&self.flowstone);
+        command.args(args).args(["--server", &self.servers(), "-o", "json"]);
+        command.stdin(Stdio::null()).stderr(Stdio::inherit());
+        command
     }
 
     fn servers(&self) -> String {
@@ -195,15 +254,14 @@ impl Cluster {
         servers.join(",")
     }
 
-    fn flowstone(&self, args: &[&str]) -> Result<Value, Failure> {
-        json(Command::new(&self.flowstone).args(args).args([
-            "--server",
-            &self.servers(),
-            "--timeout",
-            "120s",
-            "-o",
-            "json",
-        ]))
+    pub(crate) fn flowstone(&self, args: &[&str]) -> Result<Value, Failure> {
+        self.flowstone_within("120s", args)
+    }
+
+    /// A command that may take so long.
+    pub(crate) fn flowstone_within(&self, timeout: &str, args: &[&str]) -> Result<Value, Failure> {
+        let servers = self.servers();
+        json(Command::new(&self.flowstone).args(args).args(["--server", &servers, "--timeout", timeout, "-o", "json"]))
     }
 
     fn bench(&self, size: u64, megabytes: u64, partitions: u32) -> Result<Value, Failure> {
@@ -230,10 +288,14 @@ impl Cluster {
     }
 
     /// Waits until nothing is under-replicated or leaderless.
-    fn healthy(&self) -> Result<(), Failure> {
+    pub(crate) fn healthy(&self) -> Result<(), Failure> {
+        self.healthy_within(PATIENCE)
+    }
+
+    fn healthy_within(&self, patience: Duration) -> Result<(), Failure> {
         let from = Instant::now();
         while !self.is_healthy()? {
-            if from.elapsed() > PATIENCE {
+            if from.elapsed() > patience {
                 return Err("the cluster does not become healthy: start three brokers by hand to see why".into());
             }
             std::thread::sleep(POLL);
@@ -265,9 +327,12 @@ impl Cluster {
         self.brokers.iter().map(|broker| figure(broker.child.id())).collect()
     }
 
-    fn stop(mut self) -> Result<(), Failure> {
+    pub(crate) fn stop(mut self) -> Result<(), Failure> {
         for broker in &mut self.brokers {
-            terminate(&mut broker.child)?;
+            // One may have been stopped before.
+            if broker.child.try_wait()?.is_none() {
+                terminate(&mut broker.child)?;
+            }
         }
         Ok(())
     }

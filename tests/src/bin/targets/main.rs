@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod cluster;
+mod growing;
 mod running;
 
 use std::error::Error;
@@ -62,9 +63,11 @@ enum Target {
     Failover,
     /// A broker comes back to a partition that went on without it, while that serves.
     CatchUp,
+    /// A fourth broker takes over from the first one, under load: seconds, bytes, what clients saw.
+    Grow,
 }
 
-const ALL: [Target; 11] = [
+const ALL: [Target; 12] = [
     Target::Durable,
     Target::Relaxed,
     Target::Small,
@@ -76,6 +79,7 @@ const ALL: [Target; 11] = [
     Target::Idle,
     Target::Failover,
     Target::CatchUp,
+    Target::Grow,
 ];
 /// Records of the latency target, after those that warm up.
 const ROUND_TRIPS: u64 = 5_000;
@@ -108,6 +112,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             Target::Idle => cluster::idle(&programs, &folder)?,
             Target::Failover => cluster::failover(cli, &programs, &folder)?,
             Target::CatchUp => cluster::catch_up(cli, &programs, &folder)?,
+            Target::Grow => growing::grow(cli, &programs, &folder)?,
         };
         let mut out = io::stdout().lock();
         writeln!(out, "{target:?}, {} pairs", cli.pairs)?;
