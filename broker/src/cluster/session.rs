@@ -110,6 +110,8 @@ struct Told {
     leaders: HashMap<TopicPartition, (LeaderEpoch, Instant)>,
     /// The metadata's recovery under which the controller knew this session.
     recovery: i64,
+    /// When all replicas here were looked at, and there was nothing to be told.
+    looked: Option<Instant>,
     /// When it was last noted that the controller knows of no session.
     unknown_since: Option<Instant>,
 }
@@ -162,6 +164,7 @@ impl Session {
         let mut ticks = tokio::time::interval(HEARTBEAT_EVERY);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut changes = self.replicas.changes();
+        let mut seen = *changes.borrow();
         let mut told = Told { recovery: self.control.table.with(MetadataTable::recovery), ..Told::default() };
         loop {
             tokio::select! {
@@ -173,7 +176,10 @@ impl Session {
                 () = self.led.has_news() => {}
                 changed = self.stopping.changed() => if changed.is_err() { return },
             }
-            changes.borrow_and_update();
+            let count = *changes.borrow_and_update();
+            if std::mem::replace(&mut seen, count) != count {
+                told.looked = None;
+            }
             self.heartbeat(&mut told).await;
         }
     }
@@ -187,8 +193,11 @@ impl Session {
             // There is nobody to tell, and nothing.
             return;
         }
-        let open = self.open();
         let now = Instant::now();
+        // Ten thousand replicas of which none has changed have nothing to tell; now and then they are looked at all the same,
+        // as the metadata may have forgotten what it was told.
+        let is_quiet = told.looked.is_some_and(|at| now.saturating_duration_since(at) < TELL_AGAIN_AFTER);
+        let open = if is_quiet { Vec::new() } else { self.open() };
         let leads = self.leads(&open, &told.leaders, now);
         let moves = self.led.take_progress().into_iter().map(|(tp, progress)| MoveProgress {
             topic_id: tp.topic.to_bytes().to_vec().into(),
@@ -211,12 +220,17 @@ impl Session {
             disk_full: self.room.is_full()
                 || open.iter().any(|partition| partition.replica.status().health == Health::DiskFull),
         };
+        if !is_quiet {
+            let is_all = leads.is_empty() && request.lost.is_empty() && !request.disk_full;
+            told.looked = is_all.then_some(now);
+        }
         match tell(&self.control, &self.calls, &request).await {
             Ok(answer) if answer.register_again => self.register_again(told, answer.metadata_recovery).await,
             Ok(answer) => {
                 if std::mem::replace(&mut told.recovery, answer.metadata_recovery) != answer.metadata_recovery {
                     // It may have forgotten what it was told.
                     told.leaders.clear();
+                    told.looked = None;
                 }
                 if told.unknown_since.take().is_some() {
                     self.door.open();
@@ -255,6 +269,7 @@ impl Session {
             Ok(response) => {
                 told.recovery = recovery;
                 told.leaders.clear();
+                told.looked = None;
                 self.take_metadata_replica(response.metadata_replica_id);
             }
             Err(error) => tracing::warn!(%error, "the registration was refused; it is tried again"),
