@@ -233,7 +233,17 @@ impl OpenJob {
         }
         let exists = Log::exists(disk, &spec.dir)
             .map_err(|error| Unusable::Io(format!("cannot look into {}: {error}", spec.dir.display())))?;
-        let holds = if exists { Some(ReplicaIdentity::read(disk, &spec.dir)?.replica) } else { None };
+        let holds = match exists.then(|| ReplicaIdentity::read(disk, &spec.dir)) {
+            None => None,
+            // Whose it was can not be told. A replica that has said nothing yet takes its place: it is copied from others.
+            Some(Err(error @ OpenError::Quarantine { .. }))
+                if self.hard_state.is_none() && spec.start == Start::Learner =>
+            {
+                tracing::warn!(tp = %spec.tp, %error, "a new replica takes the place of one that can not be told by its folder");
+                None
+            }
+            Some(identity) => Some(identity?.replica),
+        };
         match (holds, &spec.start) {
             (Some(holds), _) if holds == spec.replica => Ok(Begun::Open { is_new: false }),
             // It voted, or it wrote: what it answered for is gone, and a new one must not take its name.

@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use flowstone_protocol::{
-    BrokerId, DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition,
+    BatchHeader, BrokerId, Compression, DirectoryId, Error, ErrorCode, Offset, PartitionId, ProducerEpoch, ProducerId,
+    RecordBatchBuilder, ReplicaId, Sequence, Timestamp, TopicId, TopicPartition,
 };
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{
@@ -19,7 +20,7 @@ use flowstone_replication::{
     Produced, PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle, ReplicaSpec,
     ReplicaStatus, Reply, RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
 };
-use flowstone_storage::{DataDir, Disk, RealDisk};
+use flowstone_storage::{CompactionConfig, DataDir, Disk, RealDisk};
 use ledger::{Ledger, batch};
 use tokio::sync::oneshot;
 
@@ -1126,6 +1127,8 @@ fn a_replica_that_takes_another_ones_place_pulls_what_is_damaged_and_keeps_the_r
     damage(&segments[5], 100);
     damage(&segments[5], 50_000);
     std::fs::remove_file(&segments[7]).unwrap();
+    // Nor does it say any more whose it was.
+    damage(&segments[0].with_file_name("replica"), 20);
     cluster.restart(at);
     cluster.replace(at, 99);
     cluster.write_many(10);
