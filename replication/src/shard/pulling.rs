@@ -728,7 +728,9 @@ impl<M: Machine> Shard<M> {
             Goal::CatchUp { .. } => {}
             // One that trimmed what is wanted says nothing of the others, but of its own checkpoint.
             Goal::Install { source, .. }
-                if !is_trimmed || (pull.trimmed < pull.sources && (source.is_none() || *source != pull.asked)) => {}
+                if !is_trimmed
+                    // After a round of all of them it does not matter whose it was: that one may be gone.
+                    || ((pull.failures as usize) < pull.sources && (source.is_none() || *source != pull.asked)) => {}
             // That is begun anew, with another's newest checkpoint.
             Goal::Install { install, unflushed, source, .. } => {
                 *install = None;
