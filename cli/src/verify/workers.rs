@@ -146,13 +146,14 @@ async fn be_workers(pipe: Arc<Pipe>, client: Client, number: usize, mut stop: St
             tokio::time::sleep(PAUSE).await;
             continue;
         };
-        let mut history = pipe.out.history();
-        if let Some(before) = before {
-            history.fenced(before);
-        }
-        let sender = history.sender(SenderKind::IDEMPOTENT);
-        let reader = history.reader(Isolation::ReadCommitted);
-        drop(history);
+        // Given back before anything is awaited.
+        let (sender, reader) = {
+            let mut history = pipe.out.history();
+            if let Some(before) = before {
+                history.fenced(before);
+            }
+            (history.sender(SenderKind::IDEMPOTENT), history.reader(Isolation::ReadCommitted))
+        };
         before = Some(sender);
         let mut worker = Worker { pipe: &pipe, client: &client, id: &id, producer, consumer, sender, reader };
         let zombie = tokio::select! {
