@@ -7,4 +7,6 @@ pub(crate) mod records;
 pub(crate) mod state;
 
 #[cfg(test)]
+mod model_tests;
+#[cfg(test)]
 mod table_tests;

@@ -1,8 +1,6 @@
 //! Transactions: seen whole or not at all, whoever dies, stands still or comes late.
 
-use flowstone_protocol::{
-    Compression, Error, ErrorCode, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, Timestamp, pb,
-};
+use flowstone_protocol::{Compression, Error, ErrorCode, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, pb};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
@@ -81,7 +79,7 @@ async fn what_makes_no_sense_is_refused() {
     let plain_of = |producer: i64, epoch: i16, sequence| {
         let (id, epoch) = (ProducerId::new(producer), ProducerEpoch::new(epoch));
         let mut batch = RecordBatchBuilder::new(Compression::None).producer(id, epoch, Sequence::new(sequence));
-        batch.append(Timestamp::new(1_000), None, Some(b"v"), []).expect("fits");
+        batch.append(present(), None, Some(b"v"), []).expect("fits");
         batch.build()
     };
     let outside = pb::ProduceRequest { transactional_id: String::new(), ..good.clone() };

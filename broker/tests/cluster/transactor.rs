@@ -19,6 +19,12 @@ use super::world::{Client, Topic, World, error_of, soon, until};
 
 pub(crate) const READ_COMMITTED: i32 = pb::IsolationLevel::ReadCommitted as i32;
 
+/// What is older goes, after a while.
+pub(crate) fn present() -> Timestamp {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+    Timestamp::new(since.as_millis() as i64)
+}
+
 /// One instance of a transactional producer.
 #[derive(Clone, Debug)]
 pub(crate) struct Transactor {
@@ -94,7 +100,7 @@ impl Transactor {
         let mut batch = RecordBatchBuilder::new(Compression::None)
             .producer(ProducerId::new(self.producer), ProducerEpoch::new(self.epoch), Sequence::new(sequence))
             .transactional();
-        batch.append(Timestamp::new(1_000), None, Some(value.as_bytes()), []).expect("fits");
+        batch.append(present(), None, Some(value.as_bytes()), []).expect("fits");
         batch.build()
     }
 
