@@ -22,7 +22,7 @@ pub(crate) enum Heard {
     /// The state after that entry.
     State { index: RaftIndex, state: Bytes },
     /// Its replica leads and serves.
-    Leads(Term),
+    Leads,
 }
 
 /// An entry, with all that a machine is given of it.
@@ -162,7 +162,7 @@ impl Machine for SimMachine {
 
     fn lead(&mut self, term: Term) {
         self.inner.lead(term);
-        self.ears.hear(self.who, Heard::Leads(term));
+        self.ears.hear(self.who, Heard::Leads);
     }
 
     fn step_down(&mut self) {

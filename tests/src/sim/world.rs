@@ -467,7 +467,7 @@ impl World {
                         known[index] = Some((entry.term, entry.next_offset()));
                     }
                 }
-                Heard::Leads(_) => {}
+                Heard::Leads => {}
             }
         }
         if let Some(view) = running.view.clone().filter(|_| has_news) {

@@ -82,7 +82,7 @@ impl Invariant for ReplayEquals {
                 Ok(())
             }
             Heard::State { index, state } => self.compare(who, index.get(), state, "the state"),
-            Heard::Leads(_) => Ok(()),
+            Heard::Leads => Ok(()),
         }
     }
 
