@@ -124,15 +124,19 @@ impl TransactionId {
     /// Decides the transaction, and takes the next one's identity.
     async fn end(&mut self, identity: Identity, commit: bool) -> Result<Identity> {
         let request = pb::EndTransactionRequest { transaction: Some(self.reference(identity)), commit };
-        // Until it is answered, nobody knows which identity comes next.
-        self.identity = None;
         let answer = self
             .coordinator
             .call(|channel| {
                 let request = request.clone();
                 async move { TransactionsClient::new(channel).end_transaction(request).await }
             })
-            .await?;
+            .await;
+        let answer = answer.inspect_err(|error| {
+            // Where it was not answered, nobody knows which identity comes next.
+            if error.kind() != ErrorKind::Abortable {
+                self.identity = None;
+            }
+        })?;
         self.take(answer.producer_id, answer.producer_epoch)
     }
 }
@@ -228,21 +232,17 @@ impl TransactionalProducer {
     /// Ends what is open, without any of it.
     async fn roll_back(&mut self) -> Result<()> {
         let core = self.producer.core().clone();
-        let fenced = core.spoiled().filter(|error| error.code() == ErrorCode::ProducerFenced);
         core.give_up_transaction();
         // Whatever was under way is told to have failed, and cannot count any more once the epoch is raised.
         let _ = self.producer.flush().await;
-        if let Some(error) = fenced {
-            return Err(error);
-        }
         let identity = match self.sequel.identity {
             Some(identity) if !self.begun.load(Ordering::SeqCst) => Ok(identity),
             Some(identity) => self.sequel.end(identity, false).await,
             None => self.sequel.init().await,
         };
         let identity = match identity {
-            // The coordinator ended it by itself (its time was over, or an operator said so).
-            Err(error) if error.kind() == ErrorKind::Abortable => self.sequel.init().await?,
+            // It was not used for so long that the cluster forgot it.
+            Err(error) if error.code() == ErrorCode::UnknownTransaction => self.sequel.init().await?,
             other => other?,
         };
         self.next(identity);

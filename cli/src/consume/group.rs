@@ -5,7 +5,7 @@ use crate::args::Common;
 use crate::failure::{Failure, Outcome};
 use crate::position::{From, Until};
 use crate::stdio::stdout_closed;
-use flowstone_client::{Client, GroupConsumer, OffsetSpec, RecordBatch, StartAt};
+use flowstone_client::{Admin, Client, GroupConsumer, GroupState, OffsetSpec, RecordBatch, StartAt};
 use futures::FutureExt;
 use std::collections::HashMap;
 use std::time::Duration;
@@ -45,7 +45,7 @@ pub(super) async fn run(
         member = member.rack(rack);
     }
     let group = member.commit_manually().join().await?;
-    let mut reading = Reading { group, printing, ends };
+    let mut reading = Reading { admin: client.admin(), group, printing, ends };
     let done = tokio::select! {
         biased;
         _ = tokio::signal::ctrl_c() => match (args.count, args.until, args.to_end) {
@@ -88,6 +88,7 @@ async fn ends(client: &Client, args: &ConsumeArgs) -> Outcome<Ends> {
 }
 
 struct Reading {
+    admin: Admin,
     group: GroupConsumer,
     printing: Printing,
     ends: Ends,
@@ -103,7 +104,7 @@ impl Reading {
                 None => {
                     self.commit_printed()?;
                     commit_at = tokio::time::Instant::now() + COMMIT_EVERY;
-                    if self.is_done() {
+                    if self.is_done().await {
                         return Ok(());
                     }
                     match tokio::time::timeout(LOOK_EVERY, self.group.next_batch()).await {
@@ -147,13 +148,28 @@ impl Reading {
     }
 
     /// Whether every partition that this member has was read to its end.
-    fn is_done(&self) -> bool {
+    async fn is_done(&self) -> bool {
         let Some(ends) = &self.ends else { return false };
-        self.group.is_settled()
-            && self.group.assignment().into_iter().all(|(topic, partition)| {
-                let end = ends.get(&(topic.clone(), partition)).copied().unwrap_or(0);
-                self.group.position(&topic, partition).is_ok_and(|position| position >= end)
-            })
+        if !self.group.is_settled() {
+            return false;
+        }
+        let assignment = self.group.assignment();
+        if assignment.is_empty() {
+            return self.has_none_to_come().await;
+        }
+        assignment.into_iter().all(|(topic, partition)| {
+            let end = ends.get(&(topic.clone(), partition)).copied().unwrap_or(0);
+            self.group.position(&topic, partition).is_ok_and(|position| position >= end)
+        })
+    }
+
+    /// A member without partitions may be about to get some, or be one too many.
+    async fn has_none_to_come(&self) -> bool {
+        let Ok(group) = self.admin.describe_group(&self.group.group()).await else { return false };
+        let member_id = self.group.member_id();
+        let shall_read =
+            |member: &flowstone_client::GroupMember| member.member_id == member_id && !member.target.is_empty();
+        group.state == GroupState::Stable && group.members.len() > 1 && !group.members.iter().any(shall_read)
     }
 
     /// Commits what was printed, and leaves the group.

@@ -536,15 +536,10 @@ impl ProducerCore {
 
     /// The transaction can only be aborted now, for this reason: all its records fail that are not acknowledged.
     fn spoil(&self, error: &Error) {
-        let spoiled = match error.code() {
-            // Another instance took over: no later transaction of this one can succeed either.
-            ErrorCode::ProducerFenced => error.clone(),
-            _ => Error::new(
-                ErrorCode::TransactionAborted,
-                format!("a record of the transaction failed ({error}); abort it and begin again"),
-            )
-            .caused_by(error.clone()),
-        };
+        // Where a partition says that the producer is fenced, it has the transaction's end already: by its timeout, or because
+        // another instance took over. Only the coordinator can tell which.
+        let message = format!("a record of the transaction failed ({error}); abort it and begin again");
+        let spoiled = Error::new(ErrorCode::TransactionAborted, message).caused_by(error.clone());
         locked(&self.spoiled).get_or_insert(spoiled);
         self.is_spoiled.store(true, Ordering::SeqCst);
         // Not from here: whoever tells of the failure may hold more of them.
