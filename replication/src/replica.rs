@@ -26,7 +26,7 @@ use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::read::Lookup;
 use flowstone_storage::{
     Checkpoint, Compaction, CompactionLimits, EntryBody, HardState, Log, LogEntry, Read, ReadError, RecordCount,
-    RepairDone, RetentionConfig, Settled, StorageError,
+    RepairDone, RetentionConfig, SegmentCopy, Settled, StorageError,
 };
 use raft::eraftpb::Entry;
 use raft::{Ready, StateRole};
@@ -565,6 +565,11 @@ impl<M: Machine> Replica<M> {
         let settled = Settled::new(self.last_stable_offset(), self.machine.aborted_transactions());
         let limits = CompactionLimits { up_to, memory_bytes, seed, now };
         self.raft.log_mut().begin_compaction(settled, limits)
+    }
+
+    /// Reads from the new file of a cleaned segment from now on.
+    pub fn segment_copied(&mut self, copy: &mut SegmentCopy) {
+        self.raft.log_mut().segment_copied(copy);
     }
 
     /// Takes in what a piece of a compaction did; `false` where it was not begun by this life of the replica.

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 
 use bytes::Bytes;
-use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, RaftIndex, ReplicaId, TopicPartition};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, RaftIndex, ReplicaId, Timestamp, TopicPartition};
 
 use crate::peer::PeerMessage;
 use crate::reply::Reply;
@@ -54,6 +54,18 @@ pub enum PullWhat {
         /// Bytes of them, at most; a single longer batch is given whole.
         max_bytes: u32,
     },
+    /// Whole committed batches by their offsets, compacted or not: as many as fit into `max_bytes`, at least one.
+    Offsets {
+        /// The first offset.
+        from: Offset,
+        /// One past the last, at most.
+        to: Offset,
+        /// Bytes of them, at most; a single longer batch is given whole.
+        max_bytes: u32,
+        /// When the asking one began with what it has, by the clock of its first source: with what has gone since then
+        /// because of its age it must begin again (`OFFSET_OUT_OF_RANGE`).
+        since: Timestamp,
+    },
 }
 
 /// What was pulled. The transport has checked that it came over whole; whoever takes it checks every batch again.
@@ -67,6 +79,11 @@ pub enum PullAnswer {
         first_index: RaftIndex,
         /// Its offset.
         first_offset: Offset,
+        /// The first offset in its files, and the entry that was there: where it lies before `first_offset`, what is
+        /// between them is compacted, and there by offset alone.
+        local_start: (Offset, RaftIndex),
+        /// The answering broker's clock.
+        clock: Timestamp,
     },
     /// Batches, back to back, as they are stored.
     Batches {
@@ -77,6 +94,22 @@ pub enum PullAnswer {
         /// What the answering replica knows to be committed.
         commit: RaftIndex,
     },
+    /// Batches by offset, back to back.
+    Offsets {
+        /// All of them.
+        bytes: Bytes,
+        /// One past the last offset among them.
+        next: Offset,
+    },
+}
+
+impl PullAnswer {
+    /// What was pulled.
+    pub fn bytes(&self) -> &Bytes {
+        match self {
+            Self::Checkpoint { bytes, .. } | Self::Batches { bytes, .. } | Self::Offsets { bytes, .. } => bytes,
+        }
+    }
 }
 
 /// No way to anybody: of a broker that is alone.

@@ -1201,3 +1201,149 @@ fn a_follower_that_misses_many_small_entries_is_not_far_behind() {
     cluster.until_equal(&[0, 1, 2]);
     assert_eq!(cluster.metrics(away).pulled_bytes, 0, "it was sent what it missed");
 }
+
+// ---- compaction ----
+
+fn compacted_topic() -> (ShardsConfig, LogConfig) {
+    let compaction = CompactionConfig { dirty_per_mille_min: 1, ..CompactionConfig::default() };
+    let config = ShardsConfig {
+        compaction_every: Duration::from_millis(20),
+        compaction_bytes_per_second: 1 << 30,
+        checkpoint_bytes: 32 << 10,
+        replay_entries_max: 1,
+        offer_after_bytes: 64 << 10,
+        pull_bytes: 16 << 10,
+        ..config()
+    };
+    (config, LogConfig { compaction: Some(compaction), ..small_segments() })
+}
+
+impl Cluster {
+    /// Writes batches with one record each, of so many keys in turn; the last of each key tells which number it was.
+    fn write_keyed(&mut self, numbers: std::ops::Range<i32>, keys: i32) {
+        let leader = self.handle(self.leader()).clone();
+        let answers: Vec<_> = numbers
+            .map(|number| {
+                let mut builder = RecordBatchBuilder::new(Compression::None).producer(
+                    ProducerId::new(1),
+                    ProducerEpoch::new(0),
+                    Sequence::new(self.next_sequence),
+                );
+                self.next_sequence += 1;
+                let mut value = vec![7; 900];
+                value[..4].copy_from_slice(&number.to_be_bytes());
+                let key = (number % keys).to_be_bytes();
+                builder.append(Timestamp::new(1_000), Some(&key), Some(&value), []).unwrap();
+                let bytes = builder.build();
+                let header = BatchHeader::parse(&bytes).unwrap();
+                let (sender, receiver) = oneshot::channel();
+                leader.produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
+                receiver
+            })
+            .collect();
+        for answer in answers {
+            wait(answer).unwrap();
+        }
+    }
+
+    /// The last number of each key, and how many records there are.
+    fn view(&self, at: usize) -> (HashMap<i32, i32>, usize) {
+        let number = |bytes: &[u8]| i32::from_be_bytes(bytes[..4].try_into().unwrap());
+        let (mut view, mut count) = (HashMap::new(), 0);
+        for split in flowstone_protocol::batch::split_batches(self.all_bytes(at).into()) {
+            let (header, batch) = split.unwrap();
+            if header.attributes.is_control() {
+                continue;
+            }
+            for record in flowstone_protocol::record::records(batch, 1 << 20).unwrap() {
+                let record = record.unwrap();
+                view.insert(number(&record.key.unwrap()), number(&record.value.unwrap()));
+                count += 1;
+            }
+        }
+        (view, count)
+    }
+}
+
+#[test]
+fn a_follower_that_is_behind_a_compacted_log_is_given_what_is_left_of_it() {
+    let (config, log) = compacted_topic();
+    let mut cluster = Cluster::founded(config, log);
+    cluster.write_keyed(0..20, 10);
+    let leader = cluster.leader();
+    let behind = (0..3).find(|&at| at != leader).unwrap();
+    cluster.kill(behind, true);
+    cluster.write_keyed(20..800, 10);
+    let expected: HashMap<i32, i32> = (0..10).map(|key| (key, 790 + key)).collect();
+    // Readers see the same while it is compacted, and after.
+    until("the log is compacted", || {
+        let at = cluster.leader();
+        assert_eq!(cluster.view(at).0, expected);
+        (cluster.metrics(at).compaction_freed_bytes > 400 << 10).then_some(())
+    });
+    assert!(cluster.view(cluster.leader()).1 < 300, "records have gone");
+    cluster.restart(behind);
+    cluster.open_founder(behind);
+    let others = (0..3).filter(|&at| at != behind).count();
+    assert_eq!(others, 2);
+    until_or(
+        "it has caught up",
+        || format!("{:?}", cluster.status(behind)),
+        || {
+            let (status, leader) = (cluster.status(behind), cluster.status(cluster.leader()));
+            (status.high_watermark == leader.high_watermark && status.end_offset == leader.end_offset).then_some(())
+        },
+    );
+    let own = broker_id(behind);
+    let by_offset = |pulls: &[(BrokerId, BrokerId, PullWhat)]| {
+        pulls.iter().filter(|(by, _, what)| *by == own && matches!(what, PullWhat::Offsets { .. })).count()
+    };
+    assert!(by_offset(&cluster.network.pulls.lock().unwrap()) > 1, "it came by offset, in pieces");
+    assert_eq!(cluster.view(behind).0, expected);
+    // It goes on as any other, and can lead.
+    cluster.write_keyed(800..900, 10);
+    let expected: HashMap<i32, i32> = (0..10).map(|key| (key, 890 + key)).collect();
+    for at in 0..3 {
+        until("all have it", || (cluster.view(at).0 == expected).then_some(()));
+    }
+    drop(ask(|reply| cluster.handle(cluster.leader()).transfer_leader(Some(replica_id(11 + behind as u64)), reply)));
+    until("it leads", || (cluster.leader() == behind).then_some(()));
+    cluster.write_keyed(900..950, 10);
+    assert_eq!(cluster.view(behind).0.values().copied().max(), Some(949));
+}
+
+#[test]
+fn damage_in_a_compacted_segment_is_replaced_by_what_another_replica_has() {
+    let (config, log) = compacted_topic();
+    let scrubs = ShardsConfig { scrub_bytes_per_second: 64 << 20, scrub_every: Duration::from_millis(50), ..config };
+    let mut cluster = Cluster::founded(scrubs, log);
+    cluster.write_keyed(0..600, 10);
+    let at = cluster.leader();
+    let dir = cluster.brokers[at].as_ref().unwrap().data_dir.replica_dir(TP);
+    let cleaned = || -> Option<PathBuf> {
+        let names = std::fs::read_dir(&dir).unwrap().filter_map(|entry| entry.unwrap().file_name().into_string().ok());
+        names.filter(|name| name.ends_with(".log") && name.matches('-').count() == 2).min().map(|name| dir.join(name))
+    };
+    until("the log is compacted", || (cluster.metrics(at).compactions > 0).then_some(()));
+    let expected = cluster.view(at).0;
+    // A pass may take its place just then: then it is another file's turn.
+    let mut damaged = HashSet::new();
+    until("damage is found and repaired", || {
+        if let Some(path) = cleaned()
+            && let Ok(bytes) = std::fs::read(&path)
+            && bytes.len() > 100
+            && damaged.insert(path.clone())
+        {
+            // In place: it may be open.
+            use std::os::unix::fs::FileExt as _;
+            let last = bytes.len() - 1;
+            let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+            file.write_all_at(&[bytes[last] ^ 1], last as u64).unwrap();
+        }
+        (cluster.metrics(at).repaired_ranges > 0).then_some(())
+    });
+    until("it is whole", || {
+        let answer = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| cluster.view(at).0));
+        (answer.ok()? == expected).then_some(())
+    });
+}

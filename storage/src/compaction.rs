@@ -16,6 +16,7 @@
 //! A [`Compaction`] runs on a pool, in pieces, so that its rate can be limited; the thread that owns the log takes each new
 //! file in. Whoever reads the old ones reads on: they are removed when nobody does. A crash leaves the old or the new.
 
+pub(crate) mod copying;
 mod manifest;
 mod offset_map;
 mod writer;
@@ -356,7 +357,7 @@ impl Log {
                 bytes: segment.bytes,
                 batches: segment.batches,
                 records: segment.records,
-                epoch_before: segment.files.epoch_before().or_else(|| self.epoch_before(segment.name)),
+                epoch_before: segment.files.epoch_before(),
             })
             .collect()
     }

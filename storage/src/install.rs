@@ -22,6 +22,8 @@ use bytes::{BufMut, Bytes, BytesMut};
 use flowstone_protocol::{Offset, RaftIndex, Timestamp};
 
 use crate::checkpoint::{CREATION_INDEX, CREATION_TERM, Checkpoint, EpochStart, MANIFEST_NAME, ReplicaIdentity};
+use crate::compaction::Cleaning;
+use crate::compaction::copying::Copying;
 use crate::disk::{Disk, OpenMode};
 use crate::error::{OpenError, StorageError};
 use crate::log::{Log, LogConfig, LogEntry};
@@ -47,6 +49,8 @@ pub struct Install {
     target: Checkpoint,
     /// What came so far. Its checkpoint is one of the entry before the first, or of one that was flushed since.
     log: Log,
+    /// What comes by offset, where the source has it no longer as entries: then that is all, and `log` is empty.
+    copying: Option<Copying>,
 }
 
 /// An entry and the offset that it begins with.
@@ -149,7 +153,37 @@ impl Install {
     ) -> Result<Self, StorageError> {
         let target = Checkpoint::decode(checkpoint).map_err(|detail| not_installable(dir, detail))?;
         let first = Place { index: first_index, offset: first_offset };
-        check_start(&target, first).map_err(|detail| not_installable(dir, detail))?;
+        Self::begin_at(disk, dir, identity, checkpoint, (target, first), None, config)
+    }
+
+    /// The same from a source that is compacted: all up to the checkpoint is wanted by offset
+    /// ([`Self::wanted_offsets`]), from `start` on, which begins with the entry beside it. None of it will be entries: the
+    /// log begins behind the checkpoint. `since` is the source's clock.
+    pub fn begin_by_offset(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        identity: ReplicaIdentity,
+        checkpoint: &Bytes,
+        start: (Offset, RaftIndex),
+        since: Timestamp,
+        config: LogConfig,
+    ) -> Result<Self, StorageError> {
+        let target = Checkpoint::decode(checkpoint).map_err(|detail| not_installable(dir, detail))?;
+        let first = Place { index: target.applied.next(), offset: target.end_offset_at_applied };
+        Self::begin_at(disk, dir, identity, checkpoint, (target, first), Some((start, since)), config)
+    }
+
+    fn begin_at(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        identity: ReplicaIdentity,
+        checkpoint: &Bytes,
+        (target, first): (Checkpoint, Place),
+        copied: Option<((Offset, RaftIndex), Timestamp)>,
+        config: LogConfig,
+    ) -> Result<Self, StorageError> {
+        let start = copied.map_or(first, |((offset, index), _)| Place { index, offset });
+        check_start(&target, start).map_err(|detail| not_installable(dir, detail))?;
         // One that is whole is not under way any more.
         swap_in(disk, dir)?;
         Self::abandon(disk, dir)?;
@@ -167,8 +201,16 @@ impl Install {
             disk.sync_dir(parent).map_err(StorageError::io("flush", parent))?;
         }
         let progress = Progress { identity, applied: target.applied, first, flushed_to: first };
+        let copying = match copied {
+            Some((start, since)) => {
+                let end = (first.offset, first.index);
+                Some(Copying::begin(disk, &incoming, start, end, since, config.segment_bytes)?)
+            }
+            None => None,
+        };
         write_progress(disk, &incoming, &progress)?;
-        Self::open(disk, dir, progress, target, config).map_err(|error| not_installable(dir, error.to_string()))
+        Self::open(disk, dir, progress, target, copying, config)
+            .map_err(|error| not_installable(dir, error.to_string()))
     }
 
     /// The install into `dir` that an earlier life left, ready to go on behind what it flushed; `None` where there is none.
@@ -216,8 +258,15 @@ impl Install {
         let file = small_file::read_file(disk, &path).map_err(OpenError::io("open", &path))?;
         let invalid = |detail| OpenError::io("go on with", &path)(io::Error::new(io::ErrorKind::InvalidData, detail));
         let target = Checkpoint::decode(&file).map_err(&invalid)?;
-        check_start(&target, progress.first).map_err(&invalid)?;
-        Self::open(disk, dir, progress, target, config)
+        let end = (target.end_offset_at_applied, target.applied.next());
+        let incoming = incoming_dir(dir);
+        let copied = Cleaning::read(disk, &incoming)?;
+        let copying = Copying::resume(disk, &incoming, copied, end, config.segment_bytes)
+            .map_err(|()| invalid("nothing of it is there yet".to_owned()))?;
+        if copying.is_none() {
+            check_start(&target, progress.first).map_err(&invalid)?;
+        }
+        Self::open(disk, dir, progress, target, copying, config)
     }
 
     /// Opens what came so far as a log that begins from what was flushed.
@@ -226,19 +275,20 @@ impl Install {
         dir: &Path,
         progress: Progress,
         target: Checkpoint,
+        copying: Option<Copying>,
         config: LogConfig,
     ) -> Result<Self, OpenError> {
         let incoming = incoming_dir(dir);
         let Progress { identity, first, flushed_to, .. } = progress;
         let mut found = FoundFiles::list(disk, &incoming)?;
-        let _ = found.take_cleaning();
+        found.leave_cleaned();
         let begun = checkpoint_before(&target, first, flushed_to);
         // Nothing is appended to it but what is pulled, in large pieces; and no topic's clock applies to it.
         let config = LogConfig { zero_ahead_bytes: 0, segment_age: None, ..config };
         let (disk, durable) = (Arc::clone(disk), begun.applied);
         let log =
             Log::open_from(Arc::clone(&disk), &incoming, config, identity, found, begun, durable, Timestamp::NONE)?;
-        Ok(Self { disk, dir: dir.to_owned(), incoming, first, target, log })
+        Ok(Self { disk, dir: dir.to_owned(), incoming, first, target, log, copying })
     }
 
     /// Removes an install that is not whole; fine if there is none.
@@ -277,12 +327,38 @@ impl Install {
 
     /// Whether all entries are there: [`Self::finish`] it.
     pub fn has_all(&self) -> bool {
-        self.next_index() > self.target.applied
+        self.next_index() > self.target.applied && self.wanted_offsets().is_none()
+    }
+
+    /// The offsets that are wanted next, up to and without the second; `None` where entries are, or all are there.
+    pub fn wanted_offsets(&self) -> Option<(Offset, Offset)> {
+        self.copying.as_ref()?.wanted()
+    }
+
+    /// Since when what it has was copied by offset, by the clock of the first source; see
+    /// [`Log::gives_since`](crate::log::Log::gives_since).
+    pub fn copied_since(&self) -> Option<Timestamp> {
+        self.copying.as_ref().map(Copying::since)
+    }
+
+    /// Writes batches of the offsets from [`Self::wanted_offsets`] on. Fails as [`Self::append`] does.
+    ///
+    /// # Panics
+    /// Where no offsets are wanted.
+    pub fn append_offsets(&mut self, batches: Bytes) -> Result<(), StorageError> {
+        let needed_bytes = (batches.len() as u64).saturating_add(self.log.config().room_kept_on(&*self.disk));
+        let available = self.disk.available_bytes(&self.incoming);
+        let available_bytes = available.map_err(StorageError::io("ask for room in", &self.incoming))?;
+        if available_bytes < needed_bytes {
+            return Err(StorageError::DiskFull { path: self.incoming.clone(), needed_bytes, available_bytes });
+        }
+        let copying = self.copying.as_mut().filter(|copying| copying.wanted().is_some());
+        copying.expect("offsets are wanted").append(batches)
     }
 
     /// Bytes of the entries that are there.
     pub fn size_bytes(&self) -> u64 {
-        self.log.size_bytes()
+        self.log.size_bytes() + self.copying.as_ref().map_or(0, Copying::bytes)
     }
 
     /// Appends whole stored batches, of which the first is entry [`Self::next_index`]; not flushed yet.
@@ -313,6 +389,9 @@ impl Install {
 
     /// Makes what came so far durable: a later life goes on behind it.
     pub fn flush(&mut self) -> Result<(), StorageError> {
+        if let Some(copying) = &mut self.copying {
+            copying.flush()?;
+        }
         let flushed = self.log.flush()?;
         let flushed_to = Place { index: flushed.next(), offset: self.log.end_offset() };
         let progress =

@@ -50,6 +50,7 @@ mod small_file;
 mod walk;
 
 pub use checkpoint::{Checkpoint, CheckpointDone, CheckpointJob, EpochStart, ReplicaIdentity};
+pub use compaction::copying::{OffsetRange, OffsetRangeTicket, SegmentCopy};
 pub use compaction::{
     AbortedTransaction, Compaction, CompactionConfig, CompactionLimits, CompactionStep, CompactionTotals, Settled,
 };

@@ -101,10 +101,10 @@ impl Log {
         if !dropped.is_empty() {
             disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
         }
-        let is_known = |name: &SegmentName| found.segments.contains(name) || cleaned.iter().any(|it| it.name == *name);
-        let orphans = found.index_files.iter().filter(|name| !is_known(name));
+        let orphans = found.index_files.iter().filter(|name| !found.segments.contains(name));
         let superseded = found.superseded.iter().copied();
-        let gone = found.cleaning.segments.iter().map(|segment| segment.name).filter(|name| !is_known(name));
+        let gone = found.cleaning.segments.iter().filter(|segment| !cleaned.contains(segment));
+        let gone = gone.map(|segment| segment.name);
         dropped.extend(superseded.chain(gone));
         let leftovers =
             found.temporary.iter().map(|name| dir.join(name)).chain(orphans.map(|name| name.index_path(dir)));
@@ -220,7 +220,9 @@ impl FoundFiles {
                     (false, _) => found.superseded.push(segment),
                 }
             } else if let Some(segment) = SegmentName::of_index_file(&name) {
-                found.index_files.push(segment);
+                if !found.cleaning.segments.iter().any(|it| it.name == segment) {
+                    found.index_files.push(segment);
+                }
             } else if let Some(applied) = Checkpoint::index_of_name(&name) {
                 found.checkpoints.push(applied);
             } else if name.ends_with(TEMPORARY_SUFFIX) {
@@ -296,9 +298,9 @@ impl FoundFiles {
 }
 
 impl FoundFiles {
-    /// What an install has copied so far by offset; its own log knows nothing of it.
-    pub(crate) fn take_cleaning(&mut self) -> Cleaning {
-        std::mem::replace(&mut self.cleaning, Cleaning::nothing())
+    /// Lets what an install has copied by offset alone: its own log knows nothing of it.
+    pub(crate) fn leave_cleaned(&mut self) {
+        self.cleaning = Cleaning::nothing();
     }
 
     /// The cleaned segments that hold anything from the log start on. The Raft log goes on where they end.

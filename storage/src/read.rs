@@ -187,6 +187,10 @@ impl ReadTicket {
         Self(Ticket::Search { files, view, from, bytes_max, below })
     }
 
+    pub(crate) fn extent(source: Source, extent: Extent) -> Self {
+        Self(Ticket::Bytes { source, extent })
+    }
+
     /// Reads, waiting for the disk.
     pub fn run(self) -> Result<ReadBytes, ReadError> {
         let (source, extent) = match self.0 {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use flowstone_protocol::peer as pb;
 use flowstone_protocol::{
-    BrokerId, Error, ErrorCode, ErrorKind, Offset, PartitionId, RaftIndex, ReplicaId, TopicId, TopicPartition,
+    BrokerId, Error, ErrorCode, ErrorKind, Offset, PartitionId, RaftIndex, ReplicaId, Timestamp, TopicId, TopicPartition,
 };
 use flowstone_replication::{PullAnswer, PullRequest, PullWhat, Reply};
 use parking_lot::Mutex;
@@ -61,7 +61,7 @@ impl Pulling {
         let _turn = pulling.turns.acquire().await.ok();
         let wanted = match request.what {
             PullWhat::Checkpoint => CHECKPOINT_BYTES_GUESS,
-            PullWhat::Batches { max_bytes, .. } => max_bytes.min(PULL_BYTES_MAX),
+            PullWhat::Batches { max_bytes, .. } | PullWhat::Offsets { max_bytes, .. } => max_bytes.min(PULL_BYTES_MAX),
         };
         sleep_until(pulling.rate.take(wanted as usize, Instant::now())).await;
         let client = super::client::PeerClient::new(Arc::clone(shared));
@@ -127,11 +127,20 @@ impl Serving {
         events.serve_pull(request, Reply::from(reply));
         let answer = answer.await.map_err(|_| not_ready())??;
         let response = match answer {
-            PullAnswer::Checkpoint { bytes, first_index, first_offset } => pb::PullResponse {
+            PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock } => pb::PullResponse {
                 checksum: checksum(&bytes),
                 checkpoint: bytes,
                 first_index: first_index.get(),
                 first_offset: first_offset.get(),
+                local_offset: local_start.0.get(),
+                local_index: local_start.1.get(),
+                clock_ms: clock.get(),
+                ..Default::default()
+            },
+            PullAnswer::Offsets { bytes, next } => pb::PullResponse {
+                checksum: checksum(&bytes),
+                batches: bytes,
+                next_offset: next.get(),
                 ..Default::default()
             },
             PullAnswer::Batches { bytes, next, commit } => pb::PullResponse {
@@ -203,6 +212,12 @@ fn to_pb(request: PullRequest) -> pb::PullRequest {
                 last_index: last.get(),
                 max_bytes: max_bytes.min(PULL_BYTES_MAX),
             }),
+            PullWhat::Offsets { from, to, max_bytes, since } => What::Offsets(pb::PullOffsets {
+                from_offset: from.get(),
+                to_offset: to.get(),
+                max_bytes: max_bytes.min(PULL_BYTES_MAX),
+                since_ms: since.get(),
+            }),
         }),
     }
 }
@@ -218,6 +233,12 @@ fn request_of(request: &pb::PullRequest) -> Result<PullRequest, Error> {
             last: RaftIndex::new(batches.last_index),
             max_bytes: batches.max_bytes.min(PULL_BYTES_MAX),
         },
+        Some(What::Offsets(offsets)) => PullWhat::Offsets {
+            from: Offset::new(offsets.from_offset),
+            to: Offset::new(offsets.to_offset),
+            max_bytes: offsets.max_bytes.min(PULL_BYTES_MAX),
+            since: Timestamp::new(offsets.since_ms),
+        },
         None => return Err(invalid("does not say what is wanted")),
     };
     let tp = TopicPartition::new(topic, PartitionId::new(request.partition));
@@ -230,7 +251,7 @@ fn from_pb(from: BrokerId, request: PullRequest, response: pb::PullResponse) -> 
     }
     let bytes = match request.what {
         PullWhat::Checkpoint => response.checkpoint,
-        PullWhat::Batches { .. } => response.batches,
+        PullWhat::Batches { .. } | PullWhat::Offsets { .. } => response.batches,
     };
     if checksum(&bytes) != response.checksum {
         let why = format!("a range of {} did not come over whole from broker {from}; pull it again", request.tp);
@@ -243,7 +264,14 @@ fn from_pb(from: BrokerId, request: PullRequest, response: pb::PullResponse) -> 
             bytes,
             first_index: RaftIndex::new(response.first_index),
             first_offset: Offset::new(response.first_offset),
+            local_start: match response.local_index {
+                // One that does not know compaction has all that it has as entries.
+                0 => (Offset::new(response.first_offset), RaftIndex::new(response.first_index)),
+                index => (Offset::new(response.local_offset), RaftIndex::new(index)),
+            },
+            clock: Timestamp::new(response.clock_ms),
         },
+        PullWhat::Offsets { .. } => PullAnswer::Offsets { bytes, next: Offset::new(response.next_offset) },
         PullWhat::Batches { .. } => PullAnswer::Batches {
             bytes,
             next: RaftIndex::new(response.next_index),

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex, ReplicaId, Term};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex, ReplicaId, Term, Timestamp};
 use flowstone_storage::{HardState, Install, KeptLog, LogEntry, ReplicaIdentity, StorageError, checkpoint};
 
 use super::{Message, Shard, SlotKey, State};
@@ -233,11 +233,27 @@ impl<M: Machine> Shard<M> {
             PullWhat::Checkpoint => {
                 let (disk, (_, path)) = (Arc::clone(&self.disk), log.newest_checkpoint_file());
                 let (first_index, first_offset) = (log.first_index(), log.first_offset());
+                let (local_start, clock) = (log.local_start(), (self.clock)());
                 Box::new(move || {
                     let bytes = checkpoint::read_file(&disk, &path)?;
-                    Ok(PullAnswer::Checkpoint { bytes, first_index, first_offset })
+                    Ok(PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock })
                 })
             }
+            PullWhat::Offsets { since, .. } if !log.gives_since(since, (self.clock)()) => {
+                let message = "tombstones have gone since that was begun; begin again".to_owned();
+                return reply.send(Err(refuse(ErrorCode::OffsetOutOfRange, message)));
+            }
+            PullWhat::Offsets { from, to, max_bytes, .. } => match log.offset_range(from, to, max_bytes as usize) {
+                Ok(ticket) => Box::new(move || {
+                    let range = ticket.run()?;
+                    Ok(PullAnswer::Offsets { bytes: range.bytes, next: range.next })
+                }),
+                Err(error) => {
+                    let is_trimmed = from < log.local_start().0;
+                    let code = if is_trimmed { ErrorCode::OffsetOutOfRange } else { ErrorCode::NotLeader };
+                    return reply.send(Err(refuse(code, format!("{error}; ask another"))));
+                }
+            },
             PullWhat::Batches { first, .. } if first < log.first_index() => {
                 let message = format!("the log begins at entry {}, and {first} was asked for", log.first_index());
                 return reply.send(Err(refuse(ErrorCode::OffsetOutOfRange, message)));
@@ -266,8 +282,8 @@ impl<M: Machine> Shard<M> {
             JobKind::Read,
             Box::new(move || {
                 let answer = job();
-                if let Ok(PullAnswer::Checkpoint { bytes, .. } | PullAnswer::Batches { bytes, .. }) = &answer {
-                    port.counters.served_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                if let Ok(answer) = &answer {
+                    port.counters.served_bytes.fetch_add(answer.bytes().len() as u64, Ordering::Relaxed);
                 }
                 if let Err(flowstone_storage::ReadError::Corrupt { offset, .. }) = &answer {
                     drop(port.inbox.report(Message::Corrupt { slot, offset: *offset }));
@@ -399,6 +415,13 @@ impl<M: Machine> Shard<M> {
                 }
             }
             (Goal::Install { install: None, .. }, State::Pulling { .. }) => PullWhat::Checkpoint,
+            (Goal::Install { install: Some(it), kept, .. }, State::Pulling { .. }) if it.wanted_offsets().is_some() => {
+                // What is there are entries: they have no place among what was compacted.
+                *kept = None;
+                let Some((from, to)) = it.wanted_offsets() else { return };
+                let since = it.copied_since().unwrap_or(Timestamp::NONE);
+                PullWhat::Offsets { from, to, max_bytes: self.config.pull_bytes, since }
+            }
             (Goal::Install { install, at_least, kept, missing, misses, .. }, State::Pulling { .. }) => match install {
                 Some(it) if it.has_all() => {
                     *kept = None;
@@ -507,8 +530,7 @@ impl<M: Machine> Shard<M> {
             }
             Err(error) => return self.pull_failed(index, &error),
         };
-        let (PullAnswer::Checkpoint { bytes, .. } | PullAnswer::Batches { bytes, .. }) = &answer;
-        self.port.counters.pulled_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.port.counters.pulled_bytes.fetch_add(answer.bytes().len() as u64, Ordering::Relaxed);
         let tp = slot.spec.tp;
         let nonsense = || Error::new(ErrorCode::Internal, "the source answered something else than was asked for");
         match (&mut pull.goal, answer) {
@@ -539,8 +561,11 @@ impl<M: Machine> Shard<M> {
                 let compared = compared.take();
                 self.event(index, Event::Pulled(Pulled { first, next: after, compared, bytes }));
             }
-            (Goal::Install { install, unflushed, .. }, PullAnswer::Batches { bytes, .. }) => {
-                let Some(mut install) = install.take() else { return };
+            (
+                Goal::Install { install: taker @ Some(_), unflushed, .. },
+                PullAnswer::Batches { bytes, .. } | PullAnswer::Offsets { bytes, .. },
+            ) => {
+                let Some(mut install) = taker.take() else { return };
                 *unflushed += bytes.len() as u64;
                 let flush = *unflushed >= INSTALL_FLUSH_BYTES;
                 if flush {
@@ -548,7 +573,12 @@ impl<M: Machine> Shard<M> {
                 }
                 pull.step = Step::Job;
                 self.install_job(index, move || {
-                    let appended = install.append(bytes).and_then(|()| if flush { install.flush() } else { Ok(()) });
+                    // Whether they are what was asked for is seen by what they are.
+                    let appended = match install.wanted_offsets() {
+                        Some(_) => install.append_offsets(bytes),
+                        None => install.append(bytes),
+                    };
+                    let appended = appended.and_then(|()| if flush { install.flush() } else { Ok(()) });
                     match appended {
                         Ok(()) => Installed::Goes(install, None),
                         Err(error) if error.is_disk_full() || matches!(error, StorageError::Refused { .. }) => {
@@ -560,7 +590,7 @@ impl<M: Machine> Shard<M> {
             }
             (
                 Goal::Install { install: None, at_least, source, .. },
-                PullAnswer::Checkpoint { bytes, first_index, first_offset },
+                PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock },
             ) => {
                 *source = pull.asked;
                 if let Some(at_least) = *at_least
@@ -578,6 +608,12 @@ impl<M: Machine> Shard<M> {
                     feature_level: self.config.feature_level,
                 };
                 self.install_job(index, move || {
+                    if local_start.0 < first_offset {
+                        return match Install::begin_by_offset(&disk, &dir, identity, &bytes, local_start, clock, log) {
+                            Ok(install) => Installed::Begun(Box::new(install), None),
+                            Err(error) => Installed::Broken(error),
+                        };
+                    }
                     match Install::begin(&disk, &dir, identity, &bytes, first_index, first_offset, log) {
                         Ok(install) => {
                             // Without it all is pulled.

@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use flowstone_protocol::{Error, Offset};
-use flowstone_storage::{ReadError, Repair, RepairDone, Rotten, ScrubJob, ScrubPosition, Scrubbed, StorageError};
+use flowstone_storage::{
+    ReadError, Repair, RepairDone, Rotten, ScrubJob, ScrubPosition, Scrubbed, SegmentCopy, StorageError,
+};
 
 use super::{Message, Shard, ShardsConfig, Slot, SlotKey, State};
 use crate::machine::Machine;
@@ -87,6 +89,8 @@ const MENDING_FAILURES_MAX: u32 = 12;
 pub(super) struct Repairing {
     rotten: Rotten,
     repair: Option<Box<Repair>>,
+    /// The same of a cleaned segment, which is written anew as a whole.
+    copy: Option<Box<SegmentCopy>>,
     waiting: VecDeque<Rotten>,
     step: Step,
     number: u64,
@@ -108,6 +112,8 @@ pub(crate) enum Repaired {
     Answered { number: u64, answer: Result<PullAnswer, Error> },
     /// They were taken, or refused.
     Goes(Box<Repair>, Option<StorageError>),
+    /// The same, of a cleaned segment.
+    Copied(Box<SegmentCopy>, Option<StorageError>),
     /// The new file is in place, or is not.
     Ended(RepairDone),
 }
@@ -247,6 +253,7 @@ impl<M: Machine> Shard<M> {
                 slot.repair = Some(Repairing {
                     rotten,
                     repair: None,
+                    copy: None,
                     waiting: VecDeque::new(),
                     step: Step::Ask,
                     number: 0,
@@ -272,7 +279,19 @@ impl<M: Machine> Shard<M> {
             return;
         }
         let Some(repairing) = slot.repair.as_mut().filter(|repairing| repairing.step == Step::Ask) else { return };
-        if repairing.repair.is_none() {
+        let is_cleaned = repairing.rotten.segment.is_cleaned();
+        if is_cleaned && repairing.copy.is_none() {
+            repairing.copy = replica.log().begin_segment_copy(repairing.rotten.segment).map(Box::new);
+            if repairing.copy.is_none() {
+                if replica.log().has_cleaned(repairing.rotten.segment) {
+                    // A pass is under way, which finds the damage, too, and gives up.
+                    repairing.step = Step::Until(self.now + PAUSE_MIN);
+                    return;
+                }
+                return self.next_repair(index);
+            }
+        }
+        if !is_cleaned && repairing.repair.is_none() {
             let Ok(repair) = replica.log().repair(&repairing.rotten).map(Box::new) else {
                 // It was trimmed meanwhile.
                 return self.next_repair(index);
@@ -286,7 +305,18 @@ impl<M: Machine> Shard<M> {
             }
             return;
         }
-        let Some(repair) = &repairing.repair else { return };
+        let what = match (&repairing.repair, &repairing.copy) {
+            (_, Some(copy)) => {
+                let Some((from, to)) = copy.wanted() else { return };
+                PullWhat::Offsets { from, to, max_bytes: self.config.pull_bytes, since: copy.since() }
+            }
+            (Some(repair), None) => PullWhat::Batches {
+                first: repair.next_index(),
+                last: repairing.rotten.last_index,
+                max_bytes: self.config.pull_bytes,
+            },
+            (None, None) => return,
+        };
         let leader = replica.leader().filter(|&leader| leader != slot.spec.replica);
         let leader = leader.and_then(|leader| slot.places.broker_of(leader));
         let sources = slot.places.sources(slot.spec.replica, leader);
@@ -295,11 +325,6 @@ impl<M: Machine> Shard<M> {
             return;
         }
         let (source, of) = sources[repairing.failures as usize % sources.len()];
-        let what = PullWhat::Batches {
-            first: repair.next_index(),
-            last: repairing.rotten.last_index,
-            max_bytes: self.config.pull_bytes,
-        };
         repairing.number += 1;
         repairing.step = Step::Answer;
         let (tp, number) = (slot.spec.tp, repairing.number);
@@ -348,6 +373,15 @@ impl<M: Machine> Shard<M> {
                     Err(error) => Repaired::Goes(repair, Some(error)),
                 });
             }
+            Repaired::Answered { answer: Ok(PullAnswer::Offsets { bytes, .. }), .. } => {
+                self.port.counters.pulled_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+                let Some(mut copy) = repairing.copy.take() else { return };
+                repairing.step = Step::Job;
+                self.repair_job(index, move || {
+                    let error = copy.append(bytes).err();
+                    Repaired::Copied(copy, error)
+                });
+            }
             Repaired::Answered { answer, .. } => {
                 let error = answer.err().map_or_else(|| "it answered something else".to_owned(), |e| e.to_string());
                 self.repair_failed(index, &error);
@@ -361,6 +395,25 @@ impl<M: Machine> Shard<M> {
             Repaired::Goes(repair, Some(error)) => {
                 // What was refused was not written; after anything else it is begun anew.
                 repairing.repair = matches!(error, StorageError::Refused { .. }).then_some(repair);
+                self.repair_failed(index, &error.to_string());
+            }
+            Repaired::Copied(mut copy, None) => {
+                if copy.wanted().is_some() {
+                    repairing.copy = Some(copy);
+                    repairing.step = Step::Ask;
+                    repairing.failures = 0;
+                    self.drive_repair(index);
+                } else {
+                    replica.segment_copied(&mut copy);
+                    let segment = repairing.rotten.segment.log_file();
+                    tracing::info!(%tp, segment, "a damaged compacted segment was replaced by another replica's records");
+                    self.port.counters.repaired_ranges.fetch_add(1, Ordering::Relaxed);
+                    // Others that were found in it are not there any more.
+                    self.next_repair(index);
+                }
+            }
+            Repaired::Copied(copy, Some(error)) => {
+                repairing.copy = matches!(error, StorageError::Refused { .. }).then_some(copy);
                 self.repair_failed(index, &error.to_string());
             }
             Repaired::Ended(done) => match replica.repaired(done) {
@@ -401,7 +454,7 @@ impl<M: Machine> Shard<M> {
         match repairing.waiting.pop_front() {
             Some(next) => {
                 repairing.rotten = next;
-                repairing.repair = None;
+                (repairing.repair, repairing.copy) = (None, None);
                 repairing.step = Step::Ask;
                 repairing.failures = 0;
                 self.drive_repair(index);

@@ -163,10 +163,6 @@ pub(crate) struct Written {
 }
 
 impl Written {
-    pub(crate) fn segment(&self) -> &CleanedSegment {
-        &self.segment
-    }
-
     /// Reads about `bytes_max` of it again; how many, and whether that was all.
     pub(crate) fn verify(&mut self, bytes_max: u64) -> Result<(u64, bool), StorageError> {
         let path = self.segment.name.log_path(&self.dir);

@@ -1,6 +1,6 @@
 //! Calls and ranges.
 
-use flowstone_protocol::Offset;
+use flowstone_protocol::{Offset, Timestamp};
 use flowstone_protocol::pb as client_pb;
 use flowstone_replication::PullWhat;
 use tokio::sync::oneshot;
@@ -87,6 +87,12 @@ fn range(request: PullRequest) -> Result<PullAnswer, Error> {
             bytes: Bytes::from_static(b"a checkpoint"),
             first_index: RaftIndex::new(3),
             first_offset: Offset::new(5),
+            local_start: (Offset::new(1), RaftIndex::new(2)),
+            clock: Timestamp::new(77),
+        },
+        PullWhat::Offsets { from, to, max_bytes, since } => PullAnswer::Offsets {
+            bytes: Bytes::from(vec![from.get() as u8; max_bytes as usize]),
+            next: to.plus(since.get()),
         },
         PullWhat::Batches { first, last, max_bytes } => PullAnswer::Batches {
             bytes: Bytes::from(vec![first.get() as u8; max_bytes as usize]),
@@ -113,15 +119,22 @@ async fn ranges_are_pulled() {
     assert!(refused.is_retriable(), "{refused}");
     source.knows(&asker);
     let answer = pull(&asker, id(2), PullWhat::Checkpoint).await.expect("a checkpoint");
-    let PullAnswer::Checkpoint { bytes, first_index, first_offset } = answer else { panic!("{answer:?}") };
+    let PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock } = answer else {
+        panic!("{answer:?}")
+    };
+    assert_eq!((local_start, clock), ((Offset::new(1), RaftIndex::new(2)), Timestamp::new(77)));
     assert_eq!((&bytes[..], first_index, first_offset), (&b"a checkpoint"[..], RaftIndex::new(3), Offset::new(5)));
+    let (from, to, since) = (Offset::new(5), Offset::new(9), Timestamp::new(3));
+    let answer = pull(&asker, id(2), PullWhat::Offsets { from, to, max_bytes: 100, since }).await.expect("batches");
+    let PullAnswer::Offsets { bytes, next } = answer else { panic!("{answer:?}") };
+    assert_eq!((bytes, next), (vec![5; 100].into(), Offset::new(12)));
     let what = PullWhat::Batches { first: RaftIndex::new(7), last: RaftIndex::new(9), max_bytes: 3 << 20 };
     let answer = pull(&asker, id(2), what).await.expect("batches");
     let PullAnswer::Batches { bytes, next, commit } = answer else { panic!("{answer:?}") };
     assert_eq!(bytes, vec![7; 3 << 20]);
     assert_eq!((next, commit), (RaftIndex::new(10), RaftIndex::new(9)));
     let (asked, served) = (asker.network.figures().pulled_bytes, source.network.figures().served_bytes);
-    assert_eq!((asked, served), ((3 << 20) + 12, (3 << 20) + 12));
+    assert_eq!((asked, served), ((3 << 20) + 112, (3 << 20) + 112));
     // Its own refusal comes as it was; nobody at all is an answer, too.
     let error = pull(&source, id(1), PullWhat::Checkpoint).await.expect_err("it has none");
     assert_eq!(error.code, ErrorCode::UnknownPartition);

@@ -1,0 +1,381 @@
+//! Copying a part of a log by offset: what a replica needs that can not be given entries, because they were cleaned.
+//!
+//! The source gives the batches of an offset range as it has them now, cleaned or not. Their boundaries are those of the
+//! batches that were written, or of what is left of several of them; so whoever takes them can go on from any offset that it
+//! came to, also where the source was compacted meanwhile, or is another one.
+//!
+//! ```text
+//!   taken so far:  | batch | nothing is left |
+//!   the source:    | batch | nothing is left of all of it      | batch |
+//!                                            ^ from here: cut to what is still wanted
+//! ```
+//! One thing must not be mixed: a part of before a tombstone did its work, and a part of after it went. See
+//! [`Log::gives_since`].
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use flowstone_protocol::batch::split_batches;
+use flowstone_protocol::{BatchError, LeaderEpoch, Offset, RaftIndex, Timestamp};
+
+use super::Swap;
+use super::manifest::{CleanedSegment, Cleaning};
+use super::writer::{Writer, within};
+use crate::disk::Disk;
+use crate::error::{ReadError, StorageError};
+use crate::log::Log;
+use crate::lookup::Which;
+use crate::read::ReadTicket;
+use crate::segment::SegmentName;
+use crate::walk::{check_placed, is_own_control};
+
+/// Batches of an offset range, CRCs checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OffsetRange {
+    /// The batches, stamped, back to back; at least one.
+    pub bytes: Bytes,
+    /// The offset behind the last of them: where to go on.
+    pub next: Offset,
+}
+
+/// An offset range to read on a pool. It stays valid whatever becomes of the log.
+#[derive(Debug)]
+pub struct OffsetRangeTicket {
+    read: ReadTicket,
+    from: Offset,
+    to: Offset,
+}
+
+impl Log {
+    /// A ticket for the committed batches of the offsets from `from` up to and without `to`: as many as fit in `max_bytes`
+    /// and lie in one segment, at least one. Both must be boundaries of batches that were written; the log start does not
+    /// matter.
+    ///
+    /// Fails with [`ReadError::OutOfRange`] where the files do not begin so early, or `to` is not committed here.
+    pub fn offset_range(&self, from: Offset, to: Offset, max_bytes: usize) -> Result<OffsetRangeTicket, ReadError> {
+        let (start, high_watermark) = (self.local_start().0, self.high_watermark);
+        if from < start || from >= to || to > high_watermark {
+            return Err(ReadError::OutOfRange { offset: from, log_start: start, high_watermark });
+        }
+        let which = self.segment_of_offset(from);
+        let read = match which {
+            Which::Sealed(number) => {
+                let files = Arc::clone(&self.sealed[number].files);
+                ReadTicket::search(files, self.view(which), from, max_bytes, to)
+            }
+            Which::Active => {
+                let extent =
+                    self.view(which).extent(&mut crate::slots::ActiveSlots(&self.active.slots), from, max_bytes, to);
+                ReadTicket::extent(self.source_of(which), extent.map_err(StorageError::from)?)
+            }
+        };
+        Ok(OffsetRangeTicket { read, from, to })
+    }
+
+    /// Whether one who began to copy this log at `since` may be given more of it at `now`: not where something went because
+    /// of its age since then that may have done its work after that.
+    ///
+    /// A tombstone goes at least `tombstones_kept` after all that it deletes has gone. Who has copied such a record has done
+    /// that before; so the tombstone is still there for so long.
+    pub fn gives_since(&self, since: Timestamp, now: Timestamp) -> bool {
+        let kept = self.config.compaction.map_or(Duration::MAX, |config| config.tombstones_kept);
+        self.dropped_by_age_at() <= since || since.after(kept) > now
+    }
+}
+
+impl OffsetRangeTicket {
+    /// Reads, waiting for the disk, and checks all of it.
+    pub fn run(self) -> Result<OffsetRange, ReadError> {
+        let Self { read, from, to } = self;
+        let read = read.run()?;
+        read.verify()?;
+        let next = read.next.min(to);
+        let out_of_range = || ReadError::OutOfRange { offset: from, log_start: read.first, high_watermark: read.next };
+        if read.first >= from && read.next <= to {
+            return Ok(OffsetRange { bytes: read.chunks.concat().into(), next });
+        }
+        let mut bytes = BytesMut::with_capacity(read.len());
+        for split in read.chunks.iter().flat_map(|chunk| split_batches(chunk.clone())) {
+            // Checked a moment ago.
+            let (header, batch) = split.map_err(|_: BatchError| out_of_range())?;
+            let batch = within(&header, &batch, from, to).ok_or_else(out_of_range)?;
+            bytes.extend_from_slice(&batch);
+        }
+        Ok(OffsetRange { bytes: bytes.freeze(), next })
+    }
+}
+
+/// A part of a log that is being written from what others gave of it, as cleaned segments.
+#[derive(Debug)]
+pub(crate) struct Copying {
+    disk: Arc<dyn Disk>,
+    dir: Arc<Path>,
+    cleaning: Cleaning,
+    writer: Option<Writer>,
+    segment_bytes: u64,
+    next: Offset,
+    /// The entry that the next segment is named by: they are not known, and given away one a batch.
+    next_index: RaftIndex,
+    epoch: Option<LeaderEpoch>,
+    /// All up to here is wanted...
+    end: Offset,
+    /// ...and this is the entry that comes next.
+    end_index: RaftIndex,
+}
+
+impl Copying {
+    /// Begins to copy into a folder, from an offset and the entry that was there.
+    ///
+    /// `since` is when that was begun, by the source's clock: all that has gone there because of its age may be missing.
+    pub(crate) fn begin(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        start: (Offset, RaftIndex),
+        end: (Offset, RaftIndex),
+        since: Timestamp,
+        segment_bytes: u64,
+    ) -> Result<Self, StorageError> {
+        let cleaning = Cleaning { next_number: 2, clean_to: start.0, dropped_at: since, ..Cleaning::nothing() };
+        cleaning.write(disk, dir)?;
+        Ok(Self::goes_on(disk, dir, cleaning, start, end, segment_bytes))
+    }
+
+    fn goes_on(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        cleaning: Cleaning,
+        (next, next_index): (Offset, RaftIndex),
+        (end, end_index): (Offset, RaftIndex),
+        segment_bytes: u64,
+    ) -> Self {
+        let (disk, dir) = (Arc::clone(disk), Arc::from(dir));
+        Self { disk, dir, cleaning, writer: None, segment_bytes, next, next_index, epoch: None, end, end_index }
+    }
+
+    /// Goes on behind what an earlier life has flushed; `None` where nothing was copied, `Err` where it was begun and
+    /// nothing is there yet: then it is to be begun again.
+    pub(crate) fn resume(
+        disk: &Arc<dyn Disk>,
+        dir: &Path,
+        cleaning: Cleaning,
+        end: (Offset, RaftIndex),
+        segment_bytes: u64,
+    ) -> Result<Option<Self>, ()> {
+        match cleaning.end() {
+            None if cleaning == Cleaning::nothing() => Ok(None),
+            Some(at) if at.0 <= end.0 && at.1 <= end.1 => {
+                Ok(Some(Self::goes_on(disk, dir, cleaning, at, end, segment_bytes)))
+            }
+            _ => Err(()),
+        }
+    }
+
+    /// What is still wanted; `None` when all of it is there, and flushed.
+    pub(crate) fn wanted(&self) -> Option<(Offset, Offset)> {
+        (self.next < self.end).then_some((self.next, self.end))
+    }
+
+    /// When it was begun, by the clock of the first source.
+    pub(crate) fn since(&self) -> Timestamp {
+        self.cleaning.dropped_at
+    }
+
+    /// Writes what was given of the range from [`Self::wanted`] on.
+    ///
+    /// Fails with [`StorageError::Refused`], having written nothing, where that is not what belongs there.
+    pub(crate) fn append(&mut self, bytes: Bytes) -> Result<(), StorageError> {
+        let mut batches = Vec::new();
+        let (mut next, mut epoch) = (self.next, self.epoch);
+        for split in split_batches(bytes) {
+            let refused = |detail: String| StorageError::Refused { index: self.next_index, detail };
+            let (header, batch) = split.map_err(|error| refused(error.to_string()))?;
+            let checked = check_placed(&batch, &header, next, None, epoch).map(|_| ());
+            checked.or_else(|wrong| wrong.unless_newer()).map_err(refused)?;
+            (next, epoch) = (header.next_offset(), Some(header.leader_epoch));
+            if next > self.end {
+                return Err(refused(format!("offsets up to {next}, wanted up to {}", self.end)));
+            }
+            batches.push((header, batch));
+        }
+        for (header, batch) in batches {
+            let is_full = self.writer.as_ref().is_some_and(|writer| {
+                writer.bytes() + batch.len() as u64 > self.segment_bytes
+                    || header.next_offset().get() - writer.name().base_offset.get() > super::SEGMENT_OFFSETS_MAX
+            });
+            if is_full {
+                self.flush()?;
+            }
+            let writer = match &mut self.writer {
+                Some(writer) => writer,
+                none => {
+                    let (base_offset, first_index) = (self.next, self.next_index);
+                    let name = SegmentName { base_offset, first_index, cleaned: self.cleaning.next_number };
+                    none.insert(Writer::begin(&self.disk, &self.dir, name, self.epoch)?)
+                }
+            };
+            let control = is_own_control(header.attributes)
+                .then(|| flowstone_protocol::control::decode_control(&batch).ok())
+                .flatten()
+                .map(|record| record.ctype.id());
+            writer.put(&header, control, &batch)?;
+            (self.next, self.epoch) = (header.next_offset(), Some(header.leader_epoch));
+        }
+        if self.next == self.end { self.flush() } else { Ok(()) }
+    }
+
+    /// Closes the present segment, and makes all durable: a later life goes on behind it.
+    pub(crate) fn flush(&mut self) -> Result<(), StorageError> {
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let is_last = self.next == self.end;
+        let end_index = if is_last { self.end_index } else { self.next_index.plus(writer.batches() as u64) };
+        if end_index <= self.next_index || end_index > self.end_index {
+            let detail = format!("more batches than entries up to {}", self.end_index);
+            return Err(StorageError::NotInstallable { path: self.dir.to_path_buf(), detail });
+        }
+        let segment = writer.end(end_index)?.flush()?;
+        self.disk.sync_dir(&self.dir).map_err(StorageError::io("flush", &self.dir))?;
+        let mut cleaning = self.cleaning.clone();
+        cleaning.segments.push(segment);
+        cleaning.next_number += 1;
+        cleaning.write(&self.disk, &self.dir)?;
+        (self.cleaning, self.next_index) = (cleaning, end_index);
+        Ok(())
+    }
+
+    /// Bytes that are there.
+    pub(crate) fn bytes(&self) -> u64 {
+        let flushed: u64 = self.cleaning.segments.iter().map(|segment| segment.bytes).sum();
+        flushed + self.writer.as_ref().map_or(0, Writer::bytes)
+    }
+}
+
+/// A cleaned segment that is damaged, and is written anew from what another replica has of its offsets. Compaction goes on
+/// afterwards. Dropped unfinished it leaves a file, which the next opening removes.
+#[derive(Debug)]
+pub struct SegmentCopy {
+    disk: Arc<dyn Disk>,
+    dir: Arc<Path>,
+    name: SegmentName,
+    end: Offset,
+    end_index: RaftIndex,
+    cleaning: Cleaning,
+    writer: Option<Writer>,
+    next: Offset,
+    epoch: Option<LeaderEpoch>,
+    since: Timestamp,
+    swap: Option<Swap>,
+    busy: Arc<()>,
+}
+
+impl Log {
+    /// Begins to write a damaged cleaned segment anew; `None` where it is not there any more, or the log is being
+    /// compacted: then try again later.
+    pub fn begin_segment_copy(&self, segment: SegmentName) -> Option<SegmentCopy> {
+        let found = self.sealed.iter().find(|other| other.name == segment && segment.is_cleaned())?;
+        if self.is_compacting() {
+            return None;
+        }
+        let cleaning = self.compaction.cleaning.clone();
+        Some(SegmentCopy {
+            disk: Arc::clone(&self.disk),
+            dir: Arc::clone(&self.dir),
+            name: segment,
+            end: found.end_offset,
+            end_index: found.end_index,
+            writer: None,
+            next: segment.base_offset,
+            epoch: found.files.epoch_before(),
+            // What a tombstone in it deletes is gone here, if a pass has looked at it: then it does not matter whether the
+            // other one has it still.
+            since: if found.end_offset <= cleaning.clean_to { Timestamp::new(i64::MAX) } else { cleaning.dropped_at },
+            cleaning,
+            swap: None,
+            busy: self.busy(),
+        })
+    }
+
+    /// Whether a segment is one of those that were cleaned.
+    pub fn has_cleaned(&self, segment: SegmentName) -> bool {
+        segment.is_cleaned() && self.sealed.iter().any(|other| other.name == segment)
+    }
+
+    /// Reads from the new file from now on.
+    pub fn segment_copied(&mut self, copy: &mut SegmentCopy) {
+        if let Some(swap) = copy.swap.take().filter(|_| Arc::ptr_eq(&copy.busy, &self.compaction.busy)) {
+            self.swap_in(swap, &copy.cleaning);
+        }
+    }
+}
+
+impl SegmentCopy {
+    /// What is still wanted; `None` when all of it is there.
+    pub fn wanted(&self) -> Option<(Offset, Offset)> {
+        (self.next < self.end).then_some((self.next, self.end))
+    }
+
+    /// Which segment it is.
+    pub fn segment(&self) -> SegmentName {
+        self.name
+    }
+
+    /// What to tell those who give it: see [`Log::gives_since`].
+    pub fn since(&self) -> Timestamp {
+        self.since
+    }
+
+    /// Writes what was given from [`Self::wanted`] on; with the last of it the new file is in place, durably.
+    ///
+    /// Fails with [`StorageError::Refused`], having written nothing, where that is not what belongs there: ask another
+    /// replica. After any other failure: drop it.
+    pub fn append(&mut self, bytes: Bytes) -> Result<(), StorageError> {
+        let mut batches = Vec::new();
+        let (mut next, mut epoch) = (self.next, self.epoch);
+        for split in split_batches(bytes) {
+            let refused = |detail: String| StorageError::Refused { index: self.name.first_index, detail };
+            let (header, batch) = split.map_err(|error| refused(error.to_string()))?;
+            let checked = check_placed(&batch, &header, next, None, epoch).map(|_| ());
+            checked.or_else(|wrong| wrong.unless_newer()).map_err(refused)?;
+            (next, epoch) = (header.next_offset(), Some(header.leader_epoch));
+            if next > self.end {
+                return Err(refused(format!("offsets up to {next}, wanted up to {}", self.end)));
+            }
+            batches.push((header, batch));
+        }
+        let writer = match &mut self.writer {
+            Some(writer) => writer,
+            none => {
+                let name = SegmentName { cleaned: self.cleaning.next_number, ..self.name };
+                none.insert(Writer::begin(&self.disk, &self.dir, name, self.epoch)?)
+            }
+        };
+        for (header, batch) in batches {
+            let control = is_own_control(header.attributes)
+                .then(|| flowstone_protocol::control::decode_control(&batch).ok())
+                .flatten()
+                .map(|record| record.ctype.id());
+            writer.put(&header, control, &batch)?;
+        }
+        (self.next, self.epoch) = (next, epoch);
+        if self.next == self.end { self.finish() } else { Ok(()) }
+    }
+
+    fn finish(&mut self) -> Result<(), StorageError> {
+        let Some(writer) = self.writer.take() else { return Ok(()) };
+        let mut written = writer.end(self.end_index)?;
+        written.verify(u64::MAX)?;
+        let segment: CleanedSegment = written.flush()?;
+        self.disk.sync_dir(&self.dir).map_err(StorageError::io("flush", &self.dir))?;
+        let mut cleaning = self.cleaning.clone();
+        let Some(at) = cleaning.segments.iter().position(|other| other.name == self.name) else { return Ok(()) };
+        cleaning.segments[at] = segment;
+        cleaning.next_number += 1;
+        // What another one still has may be superseded here.
+        cleaning.clean_to = cleaning.clean_to.min(self.name.base_offset);
+        cleaning.write(&self.disk, &self.dir)?;
+        self.cleaning = cleaning;
+        self.swap = Some(Swap { replaced: vec![self.name], segment });
+        Ok(())
+    }
+}
