@@ -2,6 +2,7 @@
 //! gRPC to them with the generated code alone.
 
 mod forming;
+mod groups;
 mod operations;
 mod recovering;
 mod surviving;

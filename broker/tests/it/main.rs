@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod damage;
+mod groups;
 mod hostile;
 mod http;
 mod idempotence;
