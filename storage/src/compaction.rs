@@ -414,6 +414,14 @@ fn map_bytes(keys: u64) -> u64 {
     (keys.saturating_add(keys / 2).saturating_add(4)).saturating_mul(offset_map::ENTRY_BYTES as u64)
 }
 
+/// A batch that a walk stepped over.
+struct Stepped {
+    header: BatchHeader,
+    position: u64,
+    /// The type of one of the log's own.
+    control: Option<i16>,
+}
+
 /// What becomes of a batch.
 enum Fate {
     Stays,
@@ -462,7 +470,7 @@ impl Compaction {
     }
 
     /// The walk through the present input, and what lies at its place.
-    fn next_batch(&mut self) -> Result<Option<(Walker, BatchHeader, u64, Option<i16>)>, StorageError> {
+    fn next_batch(&mut self) -> Result<Option<(Walker, Stepped)>, StorageError> {
         let input = &self.inputs[self.at];
         let mut walker = match self.walker.take() {
             Some(walker) => walker,
@@ -479,7 +487,9 @@ impl Compaction {
         }
         let stepped = walker.step().map_err(StorageError::io("read", &input.files.log_path()))?;
         let detail = match stepped {
-            Step::Batch { header, position, control } => return Ok(Some((walker, header, position, control))),
+            Step::Batch { header, position, control } => {
+                return Ok(Some((walker, Stepped { header, position, control })));
+            }
             Step::Bad { detail } => detail,
             Step::Clean => "batches are missing".to_owned(),
             // It may be needed by whoever understands it.
@@ -508,7 +518,7 @@ impl Compaction {
                 continue;
             }
             let end_offset = input.end_offset;
-            let Some((mut walker, header, position, _)) = self.next_batch()? else {
+            let Some((mut walker, Stepped { header, position, .. })) = self.next_batch()? else {
                 (self.at, self.noted_to) = (self.at + 1, end_offset);
                 continue;
             };
@@ -551,7 +561,7 @@ impl Compaction {
             if self.output.is_none() {
                 self.begin_output()?;
             }
-            let Some((mut walker, header, position, control)) = self.next_batch()? else {
+            let Some((mut walker, Stepped { header, position, control })) = self.next_batch()? else {
                 self.at += 1;
                 if self.is_output_full() {
                     self.end_output()?;

@@ -174,7 +174,7 @@ mod tests {
     fn batch(compression: Compression) -> Bytes {
         let mut builder = RecordBatchBuilder::new(compression);
         for number in 0..20_u8 {
-            let value = vec![number; 50];
+            let value = [number; 50];
             let value = (number % 5 != 0).then_some(&value[..]);
             let time = Timestamp::new(1_000 + i64::from(number) * 7);
             builder.append(time, Some(&[number]), value, [(&b"h"[..], None)]).expect("small");
