@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 use flowstone_protocol::batch::crc_of;
-use flowstone_protocol::{Compression, Error, ErrorCode, RecordBatchBuilder, pb};
+use flowstone_protocol::{Compression, Error, ErrorCode, RecordBatchBuilder, Timestamp, pb};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::codegen::http;
 
@@ -62,6 +62,26 @@ async fn batches_that_lie() {
     producer.send(&topic, 0, good).await;
     assert_eq!(producer.answer().await.1, Ok(1));
     assert_eq!(world.values(&topic, 0, 0).await, ["a", "b"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_compacted_topic_takes_records_with_keys_alone() {
+    let mut world = World::new().await;
+    let topic = world.create_with("table", 1, &[("cleanup.policy", "compact")]).await.expect("created");
+    let keyed = |compression, keys: &[Option<&str>]| {
+        let mut builder = RecordBatchBuilder::new(compression);
+        for key in keys {
+            let key = key.map(str::as_bytes);
+            builder.append(Timestamp::new(now()), key, Some(&[7; 200]), []).expect("small");
+        }
+        builder.build()
+    };
+    for codec in [Compression::None, Compression::Zstd] {
+        let refused = world.produce(&topic, 0, keyed(codec, &[Some("a"), None])).await;
+        assert_refused(refused, ErrorCode::InvalidRecord, "key");
+        world.produce(&topic, 0, keyed(codec, &[Some("a"), Some("")])).await.expect("all have one");
+    }
     world.stop().await;
 }
 
