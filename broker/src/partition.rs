@@ -34,7 +34,7 @@ pub(crate) type Peers = Arc<[(ReplicaId, BrokerId)]>;
 #[derive(Debug)]
 pub(crate) enum PartitionMachine {
     /// A topic's records.
-    Records(Producers),
+    Records(Box<Producers>),
     /// `__cluster_metadata-0`.
     Metadata(Box<Coordinator<MetadataTable>>),
     /// A partition of `__consumer_offsets`.
@@ -85,7 +85,7 @@ pub(crate) enum PartitionReply {
 
 impl PartitionMachine {
     pub(crate) fn records() -> Self {
-        Self::Records(Producers::default())
+        Self::Records(Box::default())
     }
 
     /// What runs behind a topic of this name, and the view on what it commits.
@@ -99,7 +99,7 @@ impl PartitionMachine {
                 let (coordinator, view) = Coordinator::new(TransactionTable::new(Arc::clone(&rules.transactions)));
                 (Self::Transactions(Box::new(coordinator)), MachineView::Transactions(view))
             }
-            None => (Self::Records(Producers::new(rules.producer_expiration)), MachineView::Records),
+            None => (Self::Records(Box::new(Producers::new(rules.producer_expiration))), MachineView::Records),
         }
     }
 

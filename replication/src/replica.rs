@@ -1498,9 +1498,6 @@ impl<M: Machine> Replica<M> {
         let log_start = log.log_start();
         let below = if request.committed { last_stable_offset } else { log.high_watermark() };
         let read = log.read_below(request.from, request.max_bytes, below);
-        // Whoever reads there was told that it is stable.
-        let last_stable_offset =
-            if request.committed { last_stable_offset.max(request.from) } else { last_stable_offset };
         let aborted = |to| match request.committed {
             true => self.machine.aborted_between(request.from, to),
             false => Vec::new(),

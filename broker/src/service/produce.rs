@@ -50,6 +50,8 @@ pub(crate) const PATH: &str = "/flowstone.v1.Log/Produce";
 /// Messages taken at one go before others get their turn.
 const MESSAGES_PER_TURN: usize = 64;
 
+/// A partition, and whether it is in its transaction now.
+type Added = (Arc<OpenPartition>, Result<(), Error>);
 type Pending<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// Batches that wait until their partition is in their transaction, of one stream; then no more requests are read.
@@ -66,7 +68,7 @@ pub(crate) struct ProduceSession {
     adding: HashMap<TopicPartition, Vec<(Checked, Permit)>>,
     /// Batches in `adding`.
     adding_count: usize,
-    additions: FuturesUnordered<Pending<(Arc<OpenPartition>, Result<(), Error>)>>,
+    additions: FuturesUnordered<Pending<Added>>,
     answers: Arc<Answers>,
     drain: Pending<()>,
     /// Set: no more requests are read; once everything is answered, the stream ends so.

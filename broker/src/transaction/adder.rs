@@ -19,7 +19,7 @@ use crate::cluster::calls;
 use crate::internal_topics::InternalTopic;
 use crate::node::Node;
 use crate::partition::{MachineView, OpenPartition, PartitionCommand, PartitionReply};
-use crate::service::{coordinator, coordinator_broker, submit};
+use crate::service::{confirmed, coordinator, coordinator_broker, submit};
 
 /// An addition is tried for this long: about two elections of a coordinator.
 const ADD_MAX: Duration = Duration::from_secs(10);
@@ -35,6 +35,8 @@ const CALL_ADDITIONS_MAX: usize = 1_000;
 /// Additions that wait for the next call to one broker; then `OVERLOADED`.
 const WAITING_MAX: usize = 20_000;
 
+/// Additions, each with its place among those that were asked for together.
+type Numbered = Vec<(usize, Addition)>;
 type Waiting = (Addition, oneshot::Sender<Result<(), Error>>);
 
 /// Adds partitions and groups to transactions.
@@ -205,7 +207,7 @@ pub(crate) async fn answer_add(node: &Arc<Node>, request: AddToTransactionReques
 /// Has the coordinators here add; in the order of the additions.
 async fn add_here(node: &Arc<Node>, additions: Vec<Addition>) -> Vec<Result<(), Error>> {
     let mut results: Vec<Result<(), Error>> = vec![Ok(()); additions.len()];
-    let mut partitions: Vec<(Arc<OpenPartition>, Vec<(usize, Addition)>)> = Vec::new();
+    let mut partitions: Vec<(Arc<OpenPartition>, Numbered)> = Vec::new();
     for (at, addition) in additions.into_iter().enumerate() {
         match coordinator(node, InternalTopic::Transactions, &addition.id) {
             Ok(partition) => match partitions.iter_mut().find(|(known, _)| known.tp == partition.tp) {
@@ -223,11 +225,7 @@ async fn add_here(node: &Arc<Node>, additions: Vec<Addition>) -> Vec<Result<(), 
 }
 
 /// Has one coordinator add; waits a while for transactions before to be ended.
-async fn add_at(
-    node: &Arc<Node>,
-    partition: Arc<OpenPartition>,
-    mut of: Vec<(usize, Addition)>,
-) -> Vec<(usize, Result<(), Error>)> {
+async fn add_at(node: &Arc<Node>, partition: Arc<OpenPartition>, mut of: Numbered) -> Vec<(usize, Result<(), Error>)> {
     let MachineView::Transactions(view) = &partition.view else {
         let odd = || Error::new(ErrorCode::Internal, "no coordinator of transactions runs behind this partition");
         return of.into_iter().map(|(at, _)| (at, Err(odd()))).collect();
@@ -243,6 +241,16 @@ async fn add_at(
             Ok(PartitionReply::Transactions(TransactionReply::Added(results))) => results,
             Ok(_) => vec![Err(Error::new(ErrorCode::Internal, "the coordinator answered something else")); of.len()],
             Err(error) => vec![Err(error); of.len()],
+        };
+        // What is refused writes nothing, so that nobody has confirmed it: it may be of one who was replaced, and does not
+        // know of a newer epoch.
+        let is_final = |result: &Result<(), Error>| result.as_ref().is_err_and(|error| !error.is_retriable());
+        let results = match results.iter().any(is_final) {
+            true => match confirmed(node, InternalTopic::Transactions, &partition).await {
+                Ok(_) => results,
+                Err(error) => vec![Err(error); of.len()],
+            },
+            false => results,
         };
         let is_late = tokio::time::Instant::now() >= until;
         let mut again = Vec::new();

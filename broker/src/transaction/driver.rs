@@ -87,25 +87,38 @@ pub(crate) fn coordinated(node: &Node) -> Vec<(Arc<OpenPartition>, Published<Tra
 /// One decision that is being carried out.
 type Ending = (TopicPartition, LeaderEpoch, Arc<str>, Decision);
 
+/// What a task was for.
+#[derive(Debug)]
+enum Done {
+    Ended(Ending),
+    Looked(TopicPartition),
+}
+
 /// Acts for the coordinators that this broker is, until aborted.
 pub(crate) async fn run(node: Arc<Node>) {
     let mut ending: HashSet<Ending> = HashSet::new();
-    let mut tasks: JoinSet<Ending> = JoinSet::new();
+    // Of one that cannot commit at the moment, the others know nothing.
+    let mut looking: HashSet<TopicPartition> = HashSet::new();
+    let mut tasks: JoinSet<Done> = JoinSet::new();
     let mut forgot = Instant::now();
     loop {
         tokio::select! {
             () = node.transactions.decided.notified() => {}
             () = tokio::time::sleep(LOOK_EVERY) => {}
-            Some(ended) = tasks.join_next() => {
-                match ended {
-                    Ok(ended) => drop(ending.remove(&ended)),
-                    // Which it was is not known: those under way are told apart by their next look, as markers repeat.
-                    Err(error) => {
-                        tracing::error!(%error, "the end of a transaction was cut off; it is begun anew");
-                        ending.clear();
-                    }
+            Some(done) = tasks.join_next() => match done {
+                Ok(Done::Ended(ended)) => {
+                    ending.remove(&ended);
                 }
-            }
+                Ok(Done::Looked(tp)) => {
+                    looking.remove(&tp);
+                }
+                // Which it was is not known. What is begun a second time does no harm: markers repeat.
+                Err(error) => {
+                    tracing::error!(%error, "the end of a transaction was cut off; it is begun anew");
+                    ending.clear();
+                    looking.clear();
+                }
+            },
         }
         let forgets = forgot.elapsed() >= FORGET_EVERY;
         if forgets {
@@ -113,9 +126,14 @@ pub(crate) async fn run(node: Arc<Node>) {
         }
         for (partition, view) in coordinated(&node) {
             let epoch = partition.replica.status().leader_epoch();
-            time_out(&node, &partition, &view, now()).await;
-            if forgets {
-                forget(&node, &partition, &view, now()).await;
+            let commands = due(&view, now(), forgets);
+            if !commands.is_empty() && looking.insert(partition.tp) {
+                let (node, partition) = (Arc::clone(&node), Arc::clone(&partition));
+                tasks.spawn(async move {
+                    // All at once: they share a flush.
+                    join_all(commands.into_iter().map(|command| act(&node, &partition, command))).await;
+                    Done::Looked(partition.tp)
+                });
             }
             let decided: Vec<(Ending, BTreeSet<TopicPartition>)> = view.with(|table| {
                 let preparing = table.preparing().filter_map(|(id, transaction)| {
@@ -129,29 +147,29 @@ pub(crate) async fn run(node: Arc<Node>) {
                 let (node, partition) = (Arc::clone(&node), Arc::clone(&partition));
                 tasks.spawn(async move {
                     end(&node, &partition, &key, partitions).await;
-                    key
+                    Done::Ended(key)
                 });
             }
         }
     }
 }
 
-/// Aborts what was open for too long.
-async fn time_out(node: &Node, partition: &OpenPartition, view: &Published<TransactionTable>, now: Timestamp) {
-    let overdue: Vec<Arc<str>> = view.with(|table| table.overdue(now).take(AT_ONCE).cloned().collect());
-    for id in overdue {
-        tracing::info!(transactional_id = %id, "a transaction was open for too long; it is aborted");
-        let command = TransactionCommand::TimeOut { id, fresh: fresh_producer() };
-        act(node, partition, command).await;
-    }
-}
-
-/// Forgets what was not used for long.
-async fn forget(node: &Node, partition: &OpenPartition, view: &Published<TransactionTable>, now: Timestamp) {
-    let unused: Vec<Arc<str>> = view.with(|table| table.unused(now).take(AT_ONCE).cloned().collect());
-    if !unused.is_empty() {
-        act(node, partition, TransactionCommand::Forget(unused)).await;
-    }
+/// What the clock asks for: transactions that were open for too long, and ids that were not used for long.
+fn due(view: &Published<TransactionTable>, now: Timestamp, forgets: bool) -> Vec<TransactionCommand> {
+    view.with(|table| {
+        let overdue = table.overdue(now).take(AT_ONCE).cloned();
+        let mut due: Vec<TransactionCommand> =
+            overdue.map(|id| TransactionCommand::TimeOut { id, fresh: fresh_producer() }).collect();
+        if !due.is_empty() {
+            tracing::info!(count = due.len(), "transactions were open for too long; they are aborted");
+        }
+        let unused: Vec<Arc<str>> =
+            if forgets { table.unused(now).take(AT_ONCE).cloned().collect() } else { Vec::new() };
+        if !unused.is_empty() {
+            due.push(TransactionCommand::Forget(unused));
+        }
+        due
+    })
 }
 
 async fn act(node: &Node, partition: &OpenPartition, command: TransactionCommand) -> bool {
