@@ -3,11 +3,9 @@
 use flowstone_protocol::murmur2::partition_for_key;
 use flowstone_protocol::{PartitionId, pb};
 
-use crate::topic_config::{self, TopicOverrides};
+use crate::topic_config::TopicOverrides;
 
-/// Bytes of one partition's log above which its oldest segments go: all that they say is in the machine's checkpoints.
-const LOG_BYTES: &str = "134217728";
-/// Size at which a segment of it is closed.
+/// Size at which a segment is closed: only closed ones are compacted.
 const SEGMENT_BYTES: &str = "33554432";
 
 /// A topic whose partitions' leaders are coordinators.
@@ -50,12 +48,8 @@ impl InternalTopic {
 
     /// Its settings.
     pub(crate) fn overrides(self) -> TopicOverrides {
-        let cleanup = match topic_config::canonical_value("cleanup.policy", "compact") {
-            Ok(compact) => vec![("cleanup.policy", compact)],
-            Err(_) => vec![("retention.bytes", LOG_BYTES.to_owned())],
-        };
-        let common = [("retention.ms", "-1".to_owned()), ("segment.bytes", SEGMENT_BYTES.to_owned())];
-        common.into_iter().chain(cleanup).map(|(key, value)| (key.to_owned(), value)).collect()
+        let settings = [("cleanup.policy", "compact"), ("retention.ms", "-1"), ("segment.bytes", SEGMENT_BYTES)];
+        settings.into_iter().map(|(key, value)| (key.to_owned(), value.to_owned())).collect()
     }
 }
 

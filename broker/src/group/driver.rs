@@ -459,6 +459,10 @@ impl Driver {
 
     /// Topics were made, grew, or are gone.
     async fn topics_changed(&mut self) {
+        if self.node.table.with(MetadataTable::applied) < self.topics_seen {
+            // The metadata went on with a loss: nothing that was seen counts any more.
+            self.topics_seen = Offset::new(-1);
+        }
         let (applied, changed, deleted) = self.node.table.with(|table| {
             let changed: Vec<_> = table.changed_since(self.topics_seen).cloned().collect();
             (table.applied(), changed, table.deleted_since(self.topics_seen))

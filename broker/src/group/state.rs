@@ -15,6 +15,9 @@ use super::commands::{self, GroupCommand, GroupReply};
 use super::records::{self, GroupLogRecord, malformed};
 use crate::coordinator::StateMachine;
 
+/// No record has this offset.
+const NEVER: Offset = Offset::new(i64::MIN);
+
 /// Bounds of this broker's configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct GroupRules {
@@ -150,7 +153,7 @@ impl Group {
             members: BTreeMap::new(),
             offsets: HashMap::new(),
             pending: BTreeMap::new(),
-            changed_at: Offset::new(-1),
+            changed_at: NEVER,
             holders: HashMap::new(),
             targets: HashMap::new(),
             instances: HashMap::new(),
@@ -288,14 +291,14 @@ impl GroupTable {
         self.changed.range(since.next()..).map(|(_, (group, member))| (group, member.as_ref()))
     }
 
-    fn group_mut(&mut self, name: &str, at: Offset) -> Result<&mut Group, Error> {
-        match self.groups.get_mut(name) {
-            Some(group) => Ok(Arc::make_mut(group)),
-            None => {
-                let what = format!("the group record at offset {at} is about a group that is not there");
-                Err(Error::new(ErrorCode::CorruptLog, what))
-            }
+    /// The group of this name. In a compacted log the last word about a group may come after those about what belongs to it:
+    /// until then it is there all the same.
+    fn group_mut(&mut self, name: &str) -> &mut Group {
+        if !self.groups.contains_key(name) {
+            self.groups.insert(name.into(), Arc::new(Group::new("", Timestamp::new(-1))));
         }
+        let group = self.groups.get_mut(name).unwrap_or_else(|| unreachable!("group `{name}` was put in above"));
+        Arc::make_mut(group)
     }
 
     fn take_in(&mut self, key: Key, value: Option<Value>, at: Offset) -> Result<(), Error> {
@@ -328,7 +331,7 @@ impl GroupTable {
             (Key::Member(key), Some(Value::Member(value))) => {
                 let (name, id): (Arc<str>, Arc<str>) = (key.group.into(), key.member_id.into());
                 let member = records::parse_member(value, at)?;
-                let group = self.group_mut(&name, at)?;
+                let group = self.group_mut(&name);
                 let before = group.take_out(&id);
                 group.put_in(&id, member);
                 match before {
@@ -350,7 +353,7 @@ impl GroupTable {
                 let tp = records::parse_tp(&key.topic_id, key.partition, at)?;
                 match value {
                     Some(Value::Offset(value)) => {
-                        self.group_mut(&key.group, at)?.offsets.insert(tp, records::parse_offset(value));
+                        self.group_mut(&key.group).offsets.insert(tp, records::parse_offset(value));
                     }
                     Some(_) => return Err(malformed(at, "value")),
                     None => {
@@ -367,7 +370,7 @@ impl GroupTable {
                     Some(Value::PendingOffset(value)) => {
                         let epoch = records::parse_epoch(value.producer_epoch, at)?;
                         let offset = records::parse_offset(value.offset.ok_or_else(|| malformed(at, "offset"))?);
-                        let group = self.group_mut(&key.group, at)?;
+                        let group = self.group_mut(&key.group);
                         group.pending.entry(producer).or_default().insert(tp, PendingOffset { offset, epoch });
                         let groups = self.in_transactions.entry(producer).or_default();
                         if !groups.iter().any(|group| **group == *key.group) {

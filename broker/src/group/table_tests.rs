@@ -212,6 +212,20 @@ impl World {
         }
         assert_eq!(fresh.checkpoint(), self.table.checkpoint(), "a replay equals the live state");
         self.table = fresh;
+        assert_eq!(self.compacted().checkpoint(), self.table.checkpoint(), "so does that of a compacted log");
+    }
+
+    /// What the last record of each key leads to.
+    fn compacted(&self) -> GroupTable {
+        let keys: Vec<_> = self.log.iter().map(|record| record.to_log().0).collect();
+        let last: HashMap<_, usize> = keys.iter().enumerate().map(|(at, key)| (key, at)).collect();
+        let mut fresh = GroupTable::new(Arc::new(self.table.rules().clone()));
+        for (at, record) in self.log.iter().enumerate().filter(|(at, _)| last[&keys[*at]] == *at) {
+            fresh.apply(record.clone(), Offset::new(at as i64)).expect("in whatever order");
+        }
+        // The end of the log is known whatever is left of it.
+        fresh.restore(&fresh.checkpoint()).expect("a checkpoint");
+        fresh
     }
 }
 
@@ -579,22 +593,17 @@ fn targets_for_a_group_that_has_changed_meanwhile_are_left_alone() {
 }
 
 #[test]
-fn records_that_cannot_follow_are_refused() {
+fn records_that_no_release_knows_yet_are_refused() {
     let mut world = World::new(&[]);
-    let apply = |world: &mut World, record: GroupLogRecord| {
-        world.table.apply(record, Offset::new(5)).expect_err("refused").code
-    };
-    let nobody = super::records::show_offset("nobody", tp(1, 1), None);
-    world.table.apply(nobody, Offset::new(4)).expect("what is gone may be told gone again");
-    let committed = super::state::CommittedOffset {
-        offset: Offset::new(1),
-        leader_epoch: LeaderEpoch::new(0),
-        metadata: "".into(),
-        at: Timestamp::new(0),
-    };
-    let of_nobody = super::records::show_offset("nobody", tp(1, 1), Some(&committed));
-    assert_eq!(apply(&mut world, of_nobody), ErrorCode::CorruptLog);
-    assert_eq!(apply(&mut world, GroupLogRecord::default()), ErrorCode::Unsupported);
+    let gone = super::records::show_offset("nobody", tp(1, 1), None);
+    world.table.apply(gone, Offset::new(4)).expect("what is gone may be told gone again");
+    assert!(world.table.group("nobody").is_none());
+    let unknown = world.table.apply(GroupLogRecord::default(), Offset::new(5)).expect_err("refused");
+    assert_eq!(unknown.code, ErrorCode::Unsupported);
+    let mut mixed = super::records::show_offset("nobody", tp(1, 1), None);
+    mixed.0.value = super::records::show_ended(ProducerId::new(1), Some((ProducerEpoch::new(1), world.now))).0.value;
+    assert_eq!(world.table.apply(mixed, Offset::new(5)).expect_err("refused").code, ErrorCode::CorruptLog);
+    assert!(world.table.restore(b"no checkpoint").is_err());
 }
 
 /// A member as it knows itself: what it believes to own is what it was told, on streams that may be slow, break and be

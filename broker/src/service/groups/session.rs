@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use flowstone_protocol::pb::session_request::Request as Asked;
 use flowstone_protocol::pb::session_response::Response as Told;
-use flowstone_protocol::{Error, ErrorCode, TopicPartition, pb};
+use flowstone_protocol::{Error, ErrorCode, Offset, TopicPartition, pb};
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
@@ -82,6 +82,8 @@ struct Session<'a> {
     answers: &'a Answers,
     /// What the member was told last.
     told: Option<pb::Assignment>,
+    /// Offset of the record about the member that was looked at last.
+    seen: Option<Offset>,
     commits: FuturesUnordered<BoxFuture<'a, pb::Committed>>,
 }
 
@@ -123,7 +125,8 @@ async fn run(
         led.end(&group, &displaced, Error::new(ErrorCode::FencedInstance, what));
     }
     let door = led.enter(&group, &member);
-    let mut session = Session { node, led, group, member, door, answers, told: None, commits: FuturesUnordered::new() };
+    let mut session =
+        Session { node, led, group, member, door, answers, told: None, seen: None, commits: FuturesUnordered::new() };
     let session_timeout = Duration::from_millis(u64::try_from(session_timeout_ms).unwrap_or_default());
     let interval = node.config.group.heartbeat_interval.min(session_timeout / HEARTBEATS_PER_SESSION);
     let joined = pb::Joined {
@@ -216,13 +219,15 @@ impl Session<'_> {
         let looked = self.led.view.with(|table| {
             let group = table.group(&self.group)?;
             let member = group.members.get(&self.member)?;
+            if Some(member.changed_at) == self.seen {
+                return Some(None);
+            }
             let pending: Vec<TopicPartition> =
                 member.target.iter().filter(|tp| member.owned.binary_search(tp).is_err()).copied().collect();
-            Some((member.epoch, group.epoch, member.owned.clone(), pending))
+            Some(Some((member.changed_at, member.epoch, group.epoch, member.owned.clone(), pending)))
         });
-        let Some((member_epoch, group_epoch, owned, pending)) = looked else {
-            return Err(End::Over(unknown_member(&self.group)));
-        };
+        let looked = looked.ok_or_else(|| End::Over(unknown_member(&self.group)))?;
+        let Some((seen, member_epoch, group_epoch, owned, pending)) = looked else { return Ok(()) };
         let assignment = pb::Assignment {
             member_epoch,
             group_epoch,
@@ -238,6 +243,7 @@ impl Session<'_> {
             self.tell(Told::Assignment(assignment.clone())).await?;
             self.told = Some(assignment);
         }
+        self.seen = Some(seen);
         Ok(())
     }
 
