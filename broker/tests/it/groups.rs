@@ -1,8 +1,8 @@
 //! Consumer groups: members join, share, commit, fall silent and come back; what is wrong is refused.
 
-use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -91,9 +91,13 @@ impl Member {
     }
 
     async fn try_join(world: &World, asked: pb::JoinGroup) -> Result<Member, Error> {
+        Member::join_over(channel(&world.broker).await, asked).await
+    }
+
+    async fn join_over(channel: Channel, asked: pb::JoinGroup) -> Result<Member, Error> {
         let (requests, receiver) = mpsc::channel(64);
         requests.send(ask(Ask::Join(asked.clone()))).await.expect("room");
-        let mut groups = groups(world).await;
+        let mut groups = GroupsClient::new(channel);
         let answers = soon("a session", groups.session(ReceiverStream::new(receiver))).await;
         let mut answers = answers.map_err(|status| error_of(&status))?.into_inner();
         let first = soon("an answer", answers.message()).await.map_err(|status| error_of(&status))?;
@@ -609,5 +613,73 @@ async fn a_member_that_does_not_read_is_not_read_from_and_goes() {
     let sent = sent.load(Ordering::Relaxed);
     assert!(sent > 0 && sent < 64 << 20, "{sent} bytes were taken");
     client.shutdown_background();
+    world.stop().await;
+}
+
+/// One of many members: takes in what it is told, for as long as its stream lives.
+async fn follow(mut member: Member, owned: Arc<Mutex<BTreeMap<String, BTreeSet<(Bytes, i32)>>>>) {
+    loop {
+        let beat = tokio::time::sleep(Duration::from_millis(member.joined.heartbeat_interval_ms as u64));
+        tokio::select! {
+            told = member.answers.message() => {
+                let Ok(Some(pb::SessionResponse { response: Some(told) })) = told else { return };
+                if let Told::Assignment(assignment) = told {
+                    member.take_in(&assignment).await;
+                    owned.lock().expect("no panic").insert(member.joined.member_id.clone(), member.owned.clone());
+                }
+            }
+            () = beat => member.report().await,
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_thousand_members_share_a_thousand_partitions() {
+    const MEMBERS: usize = 1_000;
+    const PARTITIONS: i32 = 1_000;
+    let mut world = World::with(&[("cluster.internal_partitions", "1"), ("group.session_timeout", "20m")]).await;
+    world.create("orders", PARTITIONS).await;
+    found(&world).await;
+    let owned = Arc::new(Mutex::new(BTreeMap::new()));
+    let mut members = tokio::task::JoinSet::new();
+    for first in (0..MEMBERS).step_by(200) {
+        // A connection has so many streams.
+        let channel = channel(&world.broker).await;
+        for number in first..first + 200 {
+            let (channel, owned) = (channel.clone(), Arc::clone(&owned));
+            members.spawn(async move {
+                let asked = join(&format!("m-{number:04}"), &["orders"]);
+                let member = Member::join_over(channel, asked).await.expect("joined");
+                follow(member, owned).await;
+            });
+        }
+    }
+    let shared = async |members: usize| {
+        until("even shares", async || {
+            let owned = owned.lock().expect("no panic");
+            let all: BTreeSet<&(Bytes, i32)> = owned.values().flatten().collect();
+            let sum: usize = owned.values().map(BTreeSet::len).sum();
+            let most = owned.values().map(BTreeSet::len).max();
+            let is_even = (owned.len(), all.len(), sum) == (members, PARTITIONS as usize, PARTITIONS as usize);
+            (is_even && most <= Some(PARTITIONS as usize / members + 1)).then_some(())
+        })
+        .await;
+    };
+    shared(MEMBERS).await;
+    let group = described(&world).await.expect("described");
+    assert_eq!((group.members.len(), group.state()), (MEMBERS, pb::GroupState::Stable));
+    let epochs: BTreeMap<String, i32> =
+        group.members.into_iter().map(|member| (member.member_id, member.member_epoch)).collect();
+    // One goes: whoever gets its partition is told, and nobody else.
+    let gone = "m-0500".to_owned();
+    let asked = pb::JoinGroup { member_epoch: epochs[&gone], ..join(&gone, &["orders"]) };
+    let taken = owned.lock().expect("no panic").remove(&gone).expect("it had one");
+    let leaving = Member::join(&world, pb::JoinGroup { owned: shown(&taken), ..asked }).await;
+    leaving.send(Ask::Leave(pb::LeaveGroup { keep_place: false })).await;
+    shared(MEMBERS - 1).await;
+    let group = described(&world).await.expect("described");
+    let touched = group.members.iter().filter(|member| epochs[&member.member_id] != member.member_epoch).count();
+    assert_eq!(touched, 1);
+    members.shutdown().await;
     world.stop().await;
 }
