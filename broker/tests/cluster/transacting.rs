@@ -1,11 +1,12 @@
 //! Transactions: seen whole or not at all, whoever dies, stands still or comes late.
 
+use flowstone_protocol::pb::groups_client::GroupsClient;
 use flowstone_protocol::{Compression, Error, ErrorCode, ProducerEpoch, ProducerId, RecordBatchBuilder, Sequence, pb};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 
 use super::transactor::*;
-use super::world::{World, batch, error_of, soon, until};
+use super::world::{Topic, World, batch, error_of, soon, until};
 
 const LONG_MS: i32 = 600_000;
 
@@ -299,4 +300,86 @@ async fn a_topic_that_is_deleted_does_not_hold_its_transaction_back() {
     tx.end(&world, true).await.expect("committed");
     let end = settled(&world, &topic, 0).await;
     assert_eq!(committed(&world, None, &topic, 0, end).await, ["kept", "next"]);
+}
+
+/// The committed offset of the group, -1 where there is none.
+async fn committed_offset(world: &World, group: &str, topic: &Topic, require_stable: bool) -> Result<i64, Error> {
+    let partitions = pb::TopicPartitions { topic_id: topic.id.clone(), partitions: vec![0], topic: String::new() };
+    let request = pb::FetchOffsetsRequest {
+        group: group.to_owned(),
+        partitions: vec![partitions],
+        require_stable,
+        ..Default::default()
+    };
+    let mut groups = GroupsClient::new(channel(world, 1));
+    let answer = soon("offsets", groups.fetch_offsets(request)).await.map_err(error_of)?.into_inner();
+    match &answer.offsets[0].error {
+        Some(error) => Err(Error::from_detail(error)),
+        None => Ok(answer.offsets[0].offset),
+    }
+}
+
+async fn commit_offset(
+    world: &World,
+    group: &str,
+    tx: pb::TransactionRef,
+    topic: &Topic,
+    offset: i64,
+) -> Result<(), Error> {
+    let offset = pb::CommitOffset { topic_id: topic.id.clone(), partition: 0, offset, ..Default::default() };
+    let request = pb::CommitOffsetsRequest {
+        group: group.to_owned(),
+        offsets: vec![offset],
+        transaction: Some(tx),
+        ..Default::default()
+    };
+    until("an answer of the group's coordinator", async || {
+        let mut groups = GroupsClient::new(channel(world, 1));
+        match soon("commit", groups.commit_offsets(request.clone())).await.map_err(error_of) {
+            Ok(answer) => Ok(match answer.into_inner().errors.first().and_then(|row| row.error.clone()) {
+                Some(error) => Err(Error::from_detail(&error)),
+                None => Ok(()),
+            }),
+            Err(error) if error.is_retriable() => Err(error.to_string()),
+            Err(error) => Ok(Err(error)),
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn consumed_offsets_are_committed_with_their_transaction_or_not_at_all() {
+    let world = World::of(1).await;
+    let orders = world.any().create("orders", 1, 1).await.expect("created");
+    let bills = world.any().create("bills", 1, 1).await.expect("created");
+    for number in 0..6 {
+        world.produce(&orders, 0, &number.to_string()).await;
+    }
+    until("the group's coordinator", async || {
+        let kind = pb::CoordinatorKind::Group.into();
+        let request = pb::FindCoordinatorsRequest { kind, keys: vec!["billing".to_owned()] };
+        let mut client = pb::coordinators_client::CoordinatorsClient::new(channel(&world, 1));
+        let found = client.find_coordinators(request).await.map_err(|status| status.to_string())?.into_inner();
+        found.coordinators[0].broker.is_some().then_some(()).ok_or_else(|| format!("{found:?}"))
+    })
+    .await;
+    let mut tx = Transactor::begin(&world, "billing-0", LONG_MS).await.expect("begun");
+    tx.write(&world, &bills, 0, "one").await.expect("written");
+    commit_offset(&world, "billing", tx.reference(), &orders, 3).await.expect("pending");
+    assert_eq!(committed_offset(&world, "billing", &orders, false).await, Ok(-1), "nothing counts yet");
+    let first = tx.clone();
+    tx.end(&world, true).await.expect("committed");
+    let stable = async || match committed_offset(&world, "billing", &orders, true).await {
+        Ok(offset) => Ok(offset),
+        Err(error) => Err(error.to_string()),
+    };
+    assert_eq!(until("the offset", stable).await, 3);
+    // Nothing of a transaction that is over is taken.
+    let late = commit_offset(&world, "billing", first.reference(), &orders, 5).await;
+    assert_eq!(code(late), ErrorCode::ProducerFenced);
+    commit_offset(&world, "billing", tx.reference(), &orders, 5).await.expect("pending");
+    let pending = committed_offset(&world, "billing", &orders, true).await;
+    assert_eq!(code(pending), ErrorCode::UnstableOffsets);
+    tx.end(&world, false).await.expect("aborted");
+    assert_eq!(until("the offset", stable).await, 3, "as if the second had never been");
 }

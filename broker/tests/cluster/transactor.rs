@@ -35,7 +35,7 @@ pub(crate) struct Transactor {
     sequences: HashMap<(Bytes, i32), i32>,
 }
 
-fn channel(world: &World, id: i32) -> Channel {
+pub(crate) fn channel(world: &World, id: i32) -> Channel {
     let address = world.running[&id].client_addr;
     Endpoint::from_shared(format!("http://{address}")).expect("an address").connect_lazy()
 }
