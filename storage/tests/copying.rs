@@ -318,3 +318,38 @@ fn a_damaged_cleaned_segment_is_written_anew_from_another_replica() {
     let opened = Log::open(sim.shared(), Path::new(DIR), config(Duration::from_secs(60)), RaftIndex::new(1), NOW);
     assert_eq!(view(&read_all(&mut opened.expect("opens"))), view(&expected));
 }
+
+#[test]
+fn a_pass_that_the_power_ends_at_any_point_leaves_the_old_or_the_new() {
+    let mut swapped = 0;
+    for run in 0..240 {
+        let mut all = Records::new();
+        let (sim, mut log) = created(run, 3_000);
+        log.set_config(config(Duration::from_secs(60)));
+        write(&mut log, &mut Random(4), 60, &mut all);
+        source::checkpoint(&mut log);
+        let flushed = log.flushed_index();
+        let expected = view(&read_all(&mut log));
+        let settled = Settled::new(log.high_watermark(), Vec::new());
+        let limits = CompactionLimits { up_to: RaftIndex::new(u64::MAX), memory_bytes: 1 << 20, seed: 3, now: NOW };
+        let mut pass = log.begin_compaction(settled, limits).expect("due");
+        sim.crash_after(run % 60);
+        while let Ok(step) = pass.step(10_000) {
+            log.compacted(&mut pass);
+            if step.is_done {
+                break;
+            }
+        }
+        sim.cancel_crash();
+        drop((pass, log));
+        sim.restart(Crash::Power);
+        let opened = Log::open(sim.shared(), Path::new(DIR), config(Duration::from_secs(60)), flushed, NOW);
+        let mut log = opened.unwrap_or_else(|error| panic!("run {run}: {error}"));
+        swapped += u64::from(log.first_offset() > log.local_start().0);
+        assert_eq!(view(&read_all(&mut log)), expected, "run {run}");
+        for (offset, record) in &read_all(&mut log) {
+            assert_eq!(all.get(offset), Some(record), "run {run}, offset {offset}");
+        }
+    }
+    assert!((40..230).contains(&swapped), "{swapped} had new files");
+}
