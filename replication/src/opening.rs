@@ -411,8 +411,8 @@ fn missing(spec: &ReplicaSpec) -> String {
 
 /// Notes that a broker runs here; says whether an earlier one ended with the machine, without a clean stop.
 ///
-/// A note that is there already stays until a clean stop: were it replaced now, a crash before every replica was looked at
-/// would forget what was lost. So the loss is told again at each start until then; better twice than not at all.
+/// A note that is there already stays until a clean stop by which every replica was looked at: were it replaced now, a crash
+/// before that would forget what was lost. So the loss is told again at each start until then; better twice than not at all.
 pub(crate) fn mark_running(disk: &Arc<dyn Disk>, data_dir: &DataDir, boot_id: &str) -> std::io::Result<bool> {
     let path = data_dir.path().join(RUNNING_FILE);
     if disk.exists(&path)? {
@@ -436,10 +436,39 @@ fn read_note(disk: &dyn Disk, path: &Path) -> std::io::Result<Vec<u8>> {
 }
 
 /// Notes that the broker stopped cleanly: nothing was only in memory.
-pub(crate) fn mark_stopped(data_dir: &DataDir) {
+///
+/// Not so where the machine had gone down before this start, and a replica was not opened since, as its broker was not
+/// registered yet, say: what it lost is to be told still.
+pub(crate) fn mark_stopped(data_dir: &DataDir, boot_id: &str) {
     let path = data_dir.path().join(RUNNING_FILE);
+    match are_looked_at(data_dir, &path, boot_id) {
+        Ok(true) => {}
+        Ok(false) => {
+            tracing::warn!(path = %path.display(), "stopped before every replica was looked at that may have lost what was in memory: the next start looks");
+            return;
+        }
+        Err(error) => {
+            tracing::warn!(%error, path = %path.display(), "cannot see whether every replica was looked at: the next start takes it that the machine went down");
+            return;
+        }
+    }
     let removed = data_dir.disk().remove_file(&path);
     if let Err(error) = removed.and_then(|()| data_dir.disk().sync_dir(data_dir.path())) {
         tracing::warn!(%error, path = %path.display(), "cannot note that the broker stopped cleanly");
     }
+}
+
+/// Whether every replica that may have lost what was in memory was opened in this start of the machine, or nothing was lost.
+fn are_looked_at(data_dir: &DataDir, running: &Path, boot_id: &str) -> std::io::Result<bool> {
+    let disk = &**data_dir.disk();
+    if read_note(disk, running)? == boot_id.as_bytes() {
+        return Ok(true);
+    }
+    for tp in data_dir.replicas().map_err(std::io::Error::other)? {
+        let note = data_dir.replica_dir(tp).join(RELAXED_FILE);
+        if disk.exists(&note)? && read_note(disk, &note)? != boot_id.as_bytes() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

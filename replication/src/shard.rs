@@ -213,6 +213,8 @@ pub struct Shards<M: Machine> {
     // Guards the handles for the time of taking them: threads are joined once, by whoever comes first.
     threads: Mutex<Vec<JoinHandle<()>>>,
     data_dir: Arc<DataDir>,
+    /// This start of the machine.
+    boot_id: String,
     peer_bytes_max: usize,
 }
 
@@ -263,6 +265,7 @@ impl<M: Machine> Shards<M> {
             ports: Vec::new(),
             threads: Mutex::new(Vec::new()),
             data_dir,
+            boot_id: config.boot_id.clone(),
             peer_bytes_max: config.peer_bytes_max,
         };
         let now = workers.now();
@@ -415,7 +418,7 @@ impl<M: Machine> Drop for Shards<M> {
             drop(thread.join());
         }
         if clean {
-            mark_stopped(&self.data_dir);
+            mark_stopped(&self.data_dir, &self.boot_id);
         }
     }
 }
@@ -492,7 +495,7 @@ impl<M: Machine> ManualShards<M> {
             return None;
         }
         if self.clean {
-            mark_stopped(&self.shards.data_dir);
+            mark_stopped(&self.shards.data_dir, &self.shards.boot_id);
         }
         Some(self.clean)
     }

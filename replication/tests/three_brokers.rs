@@ -1004,6 +1004,22 @@ fn that_a_replica_may_lose_something_is_noted_for_as_long_as_it_may() {
     // One after the other, however quickly they come.
     for _ in 0..20 {
         cluster.reconfigure(at, FlushMode::Relaxed);
+        "{:?}",
+        cluster.status(away)
+    );
+}
+
+#[test]
+fn a_clean_stop_before_a_replica_was_opened_does_not_hide_what_it_lost() {
+    let mut cluster = Cluster::founded_in("first", FlushMode::Relaxed);
+    let away = (cluster.leader() + 1) % 3;
+    cluster.lose_memory(away, "second");
+    // Its broker was not registered yet, say.
+    cluster.kill(away, true);
+    cluster.restart(away);
+    cluster.open_founder(away);
+    assert!(
+        matches!(cluster.status(away).health, Health::Lost { lost_memory: true, .. }),
         cluster.reconfigure(at, FlushMode::Quorum);
     }
     cluster.reconfigure(at, FlushMode::Relaxed);
