@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod cluster;
+mod compaction;
 mod growing;
 mod running;
 
@@ -65,9 +66,11 @@ enum Target {
     CatchUp,
     /// A fourth broker takes over from the first one, under load: seconds, bytes, what clients saw.
     Grow,
+    /// 10 M records over 1 M keys are compacted, without a broker: MB/s, memory, reads meanwhile.
+    Compaction,
 }
 
-const ALL: [Target; 12] = [
+const ALL: [Target; 13] = [
     Target::Durable,
     Target::Relaxed,
     Target::Small,
@@ -80,6 +83,7 @@ const ALL: [Target; 12] = [
     Target::Failover,
     Target::CatchUp,
     Target::Grow,
+    Target::Compaction,
 ];
 /// Records of the latency target, after those that warm up.
 const ROUND_TRIPS: u64 = 5_000;
@@ -113,6 +117,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             Target::Failover => cluster::failover(cli, &programs, &folder)?,
             Target::CatchUp => cluster::catch_up(cli, &programs, &folder)?,
             Target::Grow => growing::grow(cli, &programs, &folder)?,
+            Target::Compaction => compaction::compaction(&folder.0.join("compaction"))?,
         };
         let mut out = io::stdout().lock();
         writeln!(out, "{target:?}, {} pairs", cli.pairs)?;
