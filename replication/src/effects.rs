@@ -187,6 +187,8 @@ pub struct Effects<M: Machine> {
     pub count: Option<CountOrder>,
     /// The leader offers what is committed up to there, as it can not send it entry by entry: it is to be pulled.
     pub offered: Option<Offered>,
+    /// Its disk takes so long for a flush that it hands leadership over.
+    pub is_disk_slow: bool,
     /// The replica has ended: nothing in it may be used any more. Everyone who waited is in `answers`.
     pub ended: Option<Ended>,
 }
@@ -206,6 +208,7 @@ impl<M: Machine> Default for Effects<M> {
             fetches: Vec::new(),
             count: None,
             offered: None,
+            is_disk_slow: false,
             ended: None,
         }
     }

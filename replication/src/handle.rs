@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, Marker, Offset, ReplicaId, Term, TopicPartition};
@@ -60,6 +61,12 @@ impl<M: Machine> ReplicaHandle<M> {
     /// How it is; read from atomics.
     pub fn status(&self) -> ReplicaStatus {
         self.status.read()
+    }
+
+    /// Whether a flush of its shard took, or takes, about as long as an election, not long before `now`: leadership that
+    /// was handed over for that reason should not be given back yet.
+    pub fn is_disk_slow(&self, now: Instant) -> bool {
+        self.port.counters.is_disk_slow(now)
     }
 
     /// Since when its group rests, by its shard's own count, never 0: while it does, all members have everything, and are

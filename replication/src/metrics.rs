@@ -1,7 +1,8 @@
 //! What a shard counts, for whoever shows it.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// Upper bounds of the flush histogram's buckets; one more follows for all that took longer.
 pub const FLUSH_BUCKETS: [Duration; 10] = [
@@ -16,6 +17,9 @@ pub const FLUSH_BUCKETS: [Duration; 10] = [
     Duration::from_millis(250),
     Duration::from_secs(1),
 ];
+
+/// A disk that took too long for a flush counts as slow for so long.
+const SLOW_FOR: Duration = Duration::from_secs(60);
 
 /// A shard's counters since it was started.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -86,11 +90,22 @@ pub(crate) struct Counters {
     pub(crate) compaction_freed_bytes: AtomicU64,
     pub(crate) compaction_dirty_bytes: AtomicU64,
     pub(crate) compaction_total_bytes: AtomicU64,
+    // Guards the moment for the time of a copy.
+    slow_until: Mutex<Option<Instant>>,
     flush_nanos: AtomicU64,
     flush_buckets: [AtomicU64; FLUSH_BUCKETS.len() + 1],
 }
 
 impl Counters {
+    /// A flush takes, or took, so long that leadership is better off elsewhere.
+    pub(crate) fn disk_is_slow(&self, now: Instant) {
+        *self.slow_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(now + SLOW_FOR);
+    }
+
+    pub(crate) fn is_disk_slow(&self, now: Instant) -> bool {
+        self.slow_until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| now < until)
+    }
+
     pub(crate) fn flushed(&self, took: Duration) {
         let bucket = FLUSH_BUCKETS.iter().position(|&bound| took <= bound).unwrap_or(FLUSH_BUCKETS.len());
         self.flush_buckets[bucket].fetch_add(1, Ordering::Relaxed);
@@ -138,5 +153,14 @@ mod tests {
         counters.flushed(Duration::from_secs(60));
         let read = counters.read(0, 0);
         assert_eq!((read.flushes, read.flush_buckets[0], read.flush_buckets[1], read.flush_buckets[10]), (3, 1, 1, 1));
+    }
+
+    #[test]
+    fn a_disk_is_slow_for_a_while() {
+        let (counters, now) = (Counters::default(), Instant::now());
+        assert!(!counters.is_disk_slow(now));
+        counters.disk_is_slow(now);
+        assert!(counters.is_disk_slow(now + SLOW_FOR / 2));
+        assert!(!counters.is_disk_slow(now + SLOW_FOR));
     }
 }

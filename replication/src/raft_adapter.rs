@@ -642,9 +642,14 @@ impl RaftAdapter {
 
     /// The voter to hand over to, where none is named: active, and with the longest log; of those the first.
     pub(crate) fn best_successor(&self) -> Option<ReplicaId> {
+        self.best_successor_beyond(RaftIndex::new(0))
+    }
+
+    /// The same, if it has flushed more than up to `index`.
+    pub(crate) fn best_successor_beyond(&self, index: RaftIndex) -> Option<ReplicaId> {
         let members = self.members();
         let fit = members.into_iter().filter(|member| !member.is_learner && member.replica.get() != self.id);
-        fit.filter(|member| member.is_active)
+        fit.filter(|member| member.is_active && member.matched > index)
             .max_by_key(|member| (member.matched, std::cmp::Reverse(member.replica)))
             .map(|member| member.replica)
     }

@@ -58,6 +58,9 @@ const HELD_MAX: usize = 4_096;
 const PARKED_MAX: usize = 1 << 16;
 /// Ticks within which another has to lead once leadership is being handed over.
 const TRANSFER_TICKS: u64 = 20;
+/// A leader whose flush is under way for so many ticks hands over to one whose disk was quicker: about what an election
+/// takes. One that finds nobody looks again as much later.
+pub(crate) const SLOW_FLUSH_TICKS: u32 = 15;
 
 /// How one replica is run.
 #[derive(Debug, Clone)]
@@ -118,6 +121,8 @@ pub struct Replica<M: Machine> {
     writes: u64,
     writes_flushed: u64,
     flush_in_flight: Option<u64>,
+    /// From this tick on the flush in flight counts as slow.
+    flush_slow_at: u64,
     /// Clients' bytes that no flush covers yet.
     bytes_unflushed: u64,
     /// What is answered may be unflushed, up to this write: all of it while the mode is relaxed.
@@ -316,6 +321,7 @@ impl<M: Machine> Replica<M> {
             writes: 0,
             writes_flushed: 0,
             flush_in_flight: None,
+            flush_slow_at: 0,
             flush_wanted: false,
             unflushed: VecDeque::new(),
             leading: None,
@@ -722,6 +728,7 @@ impl<M: Machine> Replica<M> {
                 self.check_term_below(self.raft.term())?;
                 self.raft.tick()?;
                 fx.send_now.extend(self.raft.offers_due());
+                self.leave_slow_disk(fx)?;
             }
             Event::Peer(message) => {
                 self.propose_all()?;
@@ -1242,6 +1249,31 @@ impl<M: Machine> Replica<M> {
         };
         fx.answers.push(Answer::ChangeMembership { reply, result });
         Ok(())
+    }
+
+    /// A leader counts its own disk, so that what a majority has flushed waits for its flush all the same; and it goes on
+    /// to say that it lives, so that nobody else stands for election. Where its flush takes too long it hands over, to
+    /// whoever has flushed most, if that is more than it has itself: disks that are all slow gain nothing by it.
+    fn leave_slow_disk(&mut self, fx: &mut Effects<M>) -> Result<(), Ended> {
+        let is_waited_for =
+            || self.unflushed.iter().any(|it| it.write.is_some_and(|write| write > self.writes_flushed));
+        if self.flush_in_flight.is_none()
+            || self.raft.ticks() < self.flush_slow_at
+            || !self.raft.takes_proposals()
+            || self.transfer.is_some()
+            // It may be the very one that is being removed.
+            || self.change_proposed
+            || self.raft.has_pending_change()
+            || !is_waited_for()
+        {
+            return Ok(());
+        }
+        let persisted = self.raft.persisted();
+        let Some(to) = self.raft.best_successor_beyond(persisted) else { return Ok(()) };
+        tracing::warn!(tp = %self.config.tp, %to, "a flush takes too long here: another replica is to lead");
+        fx.is_disk_slow = true;
+        self.flush_slow_at = self.raft.ticks() + u64::from(SLOW_FLUSH_TICKS);
+        Ok(self.raft.transfer_leader(to)?)
     }
 
     /// Answers who wanted another leader, once there is one, or none in time.
@@ -1915,6 +1947,7 @@ impl<M: Machine> Replica<M> {
             && let Some(job) = self.raft.log_mut().flush_job()
         {
             self.flush_in_flight = Some(self.writes);
+            self.flush_slow_at = self.raft.ticks() + u64::from(SLOW_FLUSH_TICKS);
             fx.flush = Some(FlushOrder { job, bytes: std::mem::take(&mut self.bytes_unflushed) });
         }
         self.flush_wanted = self.flush_wanted && self.writes > self.flush_in_flight.unwrap_or(self.writes_flushed);

@@ -51,7 +51,7 @@ use crate::machine::Machine;
 use crate::metrics::{Counters, ShardMetrics};
 use crate::opening::{Lost, OpenJob, Opened, close_log, forget_relaxed, mark_running, mark_stopped, note_relaxed};
 use crate::peer::PeerMessage;
-use crate::replica::{Replica, ReplicaConfig, read_error};
+use crate::replica::{Replica, ReplicaConfig, SLOW_FLUSH_TICKS, read_error};
 use crate::reply::{ByteBudget, Reply};
 use crate::request::{FlushMode, Health, Reconfigure, ReplicaSpec, ReplicaStatus, Role, Start};
 use crate::stripe::{Stripe, Waiter, Written};
@@ -1395,8 +1395,12 @@ impl<M: Machine> Shard<M> {
             fetches,
             count,
             offered,
+            is_disk_slow,
             ended,
         } = fx;
+        if is_disk_slow {
+            self.port.counters.disk_is_slow(self.now);
+        }
         let (tp, replica) = (slot.spec.tp, slot.spec.replica);
         for message in send_now.into_iter().chain(send_flushed) {
             self.send(index, tp, message);
@@ -1705,6 +1709,9 @@ impl<M: Machine> Shard<M> {
     fn note_flush_time(&mut self, took: Duration) {
         // A moving average over some eight flushes; a single slow one counts at once, or the next would stall the shard.
         self.port.counters.flushed(took);
+        if took >= self.config.tick * SLOW_FLUSH_TICKS {
+            self.port.counters.disk_is_slow(self.now);
+        }
         self.flush_time = (self.flush_time * 7 + took) / 8;
     }
 
@@ -1743,7 +1750,9 @@ impl<M: Machine> Shard<M> {
     }
 
     /// One replica alone is dirty, nobody else waits, the disk is quick: the two thread switches of a hand-over to the
-    /// pool would cost more than the flush itself.
+    /// pool would cost more than the flush itself. A disk that was quick until now and hangs holds up the whole shard, once:
+    /// no heartbeat leaves it meanwhile, so that after an election timeout the others lead what it led. After that the
+    /// average is far above [`INLINE_FLUSH_TIME_MAX`], and stays so for dozens of quick flushes.
     fn flush_here(&mut self) {
         let Some((key, order)) = self.flushes.pop() else { return };
         self.port.counters.flushes_inline.fetch_add(1, Ordering::Relaxed);

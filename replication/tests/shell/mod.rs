@@ -156,6 +156,7 @@ impl<M: Machine> Shell<M> {
             fetches,
             count,
             offered,
+            is_disk_slow: _,
             ended,
         } = effects;
         self.sent.extend(send_now);
