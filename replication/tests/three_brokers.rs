@@ -640,6 +640,44 @@ fn a_follower_whose_part_was_trimmed_is_copied_as_a_whole() {
 }
 
 #[test]
+fn a_copy_that_was_cut_short_begins_anew_where_what_it_wants_was_trimmed() {
+    let config = ShardsConfig { checkpoint_entries: 100, pull_bytes: 1 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    for _ in 0..10 {
+        cluster.write_many(100);
+    }
+    cluster.until_equal(&[0, 1, 2]);
+    let leader = cluster.leader();
+    let at = (leader + 1) % 3;
+    cluster.kill(at, true);
+    cluster.folders[at] = tempfile::tempdir().unwrap();
+    cluster.restart(at);
+    // Among those that are asked is one that is gone: it has nothing to say of what was trimmed.
+    let mut places = founders();
+    places.push((replica_id(99), broker_id(at)));
+    cluster.network.pull_takes.store(20, Ordering::Relaxed);
+    cluster.open(at, 99, Start::Learner, &places);
+    until("it is being copied", || (cluster.metrics(at).pulled_bytes > 20_000).then_some(()));
+    cluster.kill(at, true);
+    let (end, size) = (cluster.status(leader).high_watermark, cluster.status(leader).size_bytes);
+    ask(|reply| cluster.handle(leader).trim(TrimTo::Offset(Offset::new(end.get() - 100)), reply)).unwrap();
+    cluster.write_many(100);
+    let others = [leader, 3 - leader - at];
+    until("the trimmed files are gone", || {
+        others.iter().all(|&other| cluster.status(other).size_bytes < size / 2).then_some(())
+    });
+    cluster.network.pull_takes.store(0, Ordering::Relaxed);
+    cluster.restart(at);
+    cluster.open(at, 99, Start::Learner, &places);
+    for at in 0..3 {
+        cluster.handle(at).set_peers(places.clone().into());
+    }
+    let ids: Vec<_> = others.iter().map(|&other| 11 + other as u64).collect();
+    cluster.drive(&[ids[0], ids[1], 99], &[11 + at as u64], true);
+    cluster.until_equal(&[0, 1, 2]);
+}
+
+#[test]
 fn a_wiped_broker_gets_a_new_replica_that_learns_everything() {
     let config = ShardsConfig { checkpoint_entries: 100, ..config() };
     let mut cluster = Cluster::founded(config, small_segments());
@@ -972,6 +1010,22 @@ fn a_mode_that_is_set_after_a_power_failure_does_not_hide_what_was_lost_in_it() 
 }
 
 #[test]
+fn a_clean_stop_before_a_replica_was_opened_does_not_hide_what_it_lost() {
+    let mut cluster = Cluster::founded_in("first", FlushMode::Relaxed);
+    let away = (cluster.leader() + 1) % 3;
+    cluster.lose_memory(away, "second");
+    // Its broker was not registered yet, say.
+    cluster.kill(away, true);
+    cluster.restart(away);
+    cluster.open_founder(away);
+    assert!(
+        matches!(cluster.status(away).health, Health::Lost { lost_memory: true, .. }),
+        "{:?}",
+        cluster.status(away)
+    );
+}
+
+#[test]
 fn a_replica_that_was_always_flushed_lost_nothing_whatever_its_mode_is_now() {
     let mut cluster = Cluster::founded_in("first", FlushMode::Quorum);
     let away = (cluster.leader() + 1) % 3;
@@ -1004,22 +1058,6 @@ fn that_a_replica_may_lose_something_is_noted_for_as_long_as_it_may() {
     // One after the other, however quickly they come.
     for _ in 0..20 {
         cluster.reconfigure(at, FlushMode::Relaxed);
-        "{:?}",
-        cluster.status(away)
-    );
-}
-
-#[test]
-fn a_clean_stop_before_a_replica_was_opened_does_not_hide_what_it_lost() {
-    let mut cluster = Cluster::founded_in("first", FlushMode::Relaxed);
-    let away = (cluster.leader() + 1) % 3;
-    cluster.lose_memory(away, "second");
-    // Its broker was not registered yet, say.
-    cluster.kill(away, true);
-    cluster.restart(away);
-    cluster.open_founder(away);
-    assert!(
-        matches!(cluster.status(away).health, Health::Lost { lost_memory: true, .. }),
         cluster.reconfigure(at, FlushMode::Quorum);
     }
     cluster.reconfigure(at, FlushMode::Relaxed);
