@@ -23,7 +23,7 @@ mod scrubbing;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
@@ -144,7 +144,7 @@ pub struct ShardsConfig {
     pub compaction_every: Duration,
     /// For election timeouts.
     pub seed: u64,
-    /// The cluster's feature level, for what is created.
+    /// The cluster's feature level, for what is created, until [`Shards::set_feature_level`] says another one.
     pub feature_level: u32,
     /// Names this start of the machine: another one at the next start, without a clean stop between, means that what was
     /// only in memory may be lost. Empty where the system does not say.
@@ -216,6 +216,8 @@ pub struct Shards<M: Machine> {
     /// This start of the machine.
     boot_id: String,
     peer_bytes_max: usize,
+    /// Written whenever the cluster's changes; read where something is created.
+    feature_level: Arc<AtomicU32>,
 }
 
 impl<M: Machine> Shards<M> {
@@ -254,6 +256,7 @@ impl<M: Machine> Shards<M> {
         let lost_memory = mark_running(&disk, &data_dir, &config.boot_id)
             .map_err(|source| StartError::Io { action: "note in the data directory that a broker runs", source })?;
         let disk_reads = Arc::new(AtomicUsize::new(0));
+        let feature_level = Arc::new(AtomicU32::new(config.feature_level));
         let shards = config.shards.max(1);
         let hard_state_dir = data_dir.hard_state_dir();
         let mut stripes: Vec<BTreeMap<u32, Stripe>> = (0..shards).map(|_| BTreeMap::new()).collect();
@@ -267,6 +270,7 @@ impl<M: Machine> Shards<M> {
             data_dir,
             boot_id: config.boot_id.clone(),
             peer_bytes_max: config.peer_bytes_max,
+            feature_level: Arc::clone(&feature_level),
         };
         let now = workers.now();
         let mut cores = Vec::with_capacity(shards);
@@ -290,6 +294,7 @@ impl<M: Machine> Shards<M> {
                 workers: Arc::clone(&workers),
                 transport: Arc::clone(&transport),
                 disk_reads: Arc::clone(&disk_reads),
+                feature_level: Arc::clone(&feature_level),
                 now,
                 taken: Vec::new(),
                 stripes,
@@ -387,6 +392,11 @@ impl<M: Machine> Shards<M> {
         {
             message.refuse(&shutting_down());
         }
+    }
+
+    /// The cluster's feature level, as it is by now: replicas that are made from now on say that they were made under it.
+    pub fn set_feature_level(&self, level: u32) {
+        self.feature_level.store(level, Ordering::Relaxed);
     }
 
     /// What each shard counted.
@@ -783,6 +793,8 @@ struct Shard<M: Machine> {
     transport: Arc<dyn PeerTransport>,
     /// Reads submitted and not answered yet, of all shards.
     disk_reads: Arc<AtomicUsize>,
+    /// The cluster's.
+    feature_level: Arc<AtomicU32>,
     /// When this round began.
     now: Instant,
     /// Empty between rounds.
@@ -1074,7 +1086,7 @@ impl<M: Machine> Shard<M> {
                     Start::FirstVoter { voters } if voters.first() == Some(&slot.spec.replica)
                 ),
             },
-            feature_level: self.config.feature_level,
+            feature_level: self.feature_level.load(Ordering::Relaxed),
             lost_memory: self.lost_memory,
             now: (self.clock)(),
         };

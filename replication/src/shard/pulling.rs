@@ -605,7 +605,7 @@ impl<M: Machine> Shard<M> {
                 let identity = ReplicaIdentity {
                     replica: slot.spec.replica,
                     topic_partition: tp,
-                    feature_level: self.config.feature_level,
+                    feature_level: self.feature_level.load(Ordering::Relaxed),
                 };
                 self.install_job(index, move || {
                     if local_start.0 < first_offset {
