@@ -208,7 +208,7 @@ fn led_here(node: &Node) -> HashMap<TopicPartition, (Arc<OpenPartition>, Term)> 
     let led = all.filter_map(|tp| match node.replicas.get(tp)? {
         Slot::Open(partition) => {
             let status = partition.replica.status();
-            status.is_ready().then(|| (tp, (partition, status.term)))
+            status.is_ready().then_some((tp, (partition, status.term)))
         }
         _ => None,
     });

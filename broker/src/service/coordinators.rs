@@ -99,8 +99,7 @@ async fn ensured(node: &Arc<Node>, kind: InternalTopic) -> Result<Known, Error> 
         return Ok(known);
     }
     let request = pb::CreateTopicRequest { name: kind.name().to_owned(), ..Default::default() };
-    let made: pb::CreateTopicResponse =
-        decided_as(node, ENSURE, &[], Again::Harmless, request, |node, request| ensure_here(node, request)).await?;
+    let made: pb::CreateTopicResponse = decided_as(node, ENSURE, &[], Again::Harmless, request, ensure_here).await?;
     let id = made.topic.as_ref().and_then(|topic| TopicId::from_slice(&topic.topic_id)).ok_or_else(odd_answer)?;
     let partitions = made.topic.map_or(0, |topic| topic.partitions.len());
     // Past the deadline the topic is there all the same, and who asks for its coordinators is told to come again.
