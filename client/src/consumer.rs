@@ -386,6 +386,8 @@ enum Fetching {
     Set(i32),
     /// To be set again after this moment.
     Waiting(Instant),
+    /// Nobody leads it: looked at again after this moment, or once the metadata names a leader.
+    Leaderless(Instant),
     /// Its new position is being looked up.
     LookedUp,
     /// The user was told why it stopped; a seek sets it going again.
@@ -867,7 +869,7 @@ impl Consumer {
         let mut earliest: Option<Instant> = None;
         let mut sets: HashMap<i32, Vec<pb::FetchPartition>> = HashMap::new();
         for (index, partition) in self.partitions.iter_mut().enumerate() {
-            if let Fetching::Waiting(until) = partition.state {
+            if let Fetching::Waiting(until) | Fetching::Leaderless(until) = partition.state {
                 if until > now {
                     earliest = Some(earliest.map_or(until, |known| known.min(until)));
                     continue;
@@ -881,7 +883,7 @@ impl Consumer {
                 // The metadata will name a leader, sooner or later.
                 self.settings.cluster.doubt(&partition.topic);
                 let until = now + LEADERLESS_WAIT;
-                partition.state = Fetching::Waiting(until);
+                partition.state = Fetching::Leaderless(until);
                 earliest = Some(earliest.map_or(until, |known| known.min(until)));
                 continue;
             };
@@ -945,6 +947,8 @@ impl Consumer {
                 Fetching::Set(broker) if source.is_some_and(|source| source != broker) => self.unset(index),
                 // What it waits for may be here.
                 Fetching::Waiting(_) if partition.failures == 0 => self.partitions[index].state = Fetching::Unset,
+                // Whatever was refused before: that was another leader.
+                Fetching::Leaderless(_) if source.is_some() => self.partitions[index].state = Fetching::Unset,
                 _ => {}
             }
         }

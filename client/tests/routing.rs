@@ -152,6 +152,32 @@ async fn nobody_leads_until_somebody_does() {
     read(&mut consumer, 0..1).await;
 }
 
+/// A planned move: for a moment nobody leads, and whoever asks the old leader is refused.
+#[tokio::test]
+async fn clients_follow_at_once_when_the_metadata_names_a_leader_again() {
+    let cluster = FakeCluster::start(&NO_RACKS, &[("t", 1)]).await;
+    let client = cluster.client(1).await;
+    let producer = producer(&client).await;
+    let mut consumer = client.consumer().topic("t").build().await.unwrap();
+    send(&producer, 0..1).await;
+    read(&mut consumer, 0..1).await;
+    let mut best = Duration::MAX;
+    for round in 1..=8_u32 {
+        cluster.shared.lead("t", 0, -1);
+        cluster.shared.announce();
+        // Long enough to be refused, and to find that nobody leads.
+        let refused = tokio::time::timeout(Duration::from_millis(50), consumer.next_record()).await;
+        assert!(refused.is_err(), "{refused:?}");
+        cluster.shared.lead("t", 0, (round % 3) as i32 + 1);
+        cluster.shared.announce();
+        let led = Instant::now();
+        tokio::join!(send(&producer, round..round + 1), read(&mut consumer, round..round + 1));
+        best = best.min(led.elapsed());
+    }
+    // A look every now and then would take longer than this each time; a busy machine only now and then.
+    assert!(best < Duration::from_millis(100), "{best:?}");
+}
+
 #[tokio::test]
 async fn the_watched_broker_hears_no_news() {
     let cluster = FakeCluster::start(&NO_RACKS, &[("t", 1)]).await;
