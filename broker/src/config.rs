@@ -684,7 +684,7 @@ pub const KEYS: &[Key] = &[
     ),
     key!(
         "group.rebalance_timeout",
-        "60s",
+        "1m",
         group.rebalance_timeout,
         positive_duration,
         shown_duration,
