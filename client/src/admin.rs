@@ -16,6 +16,7 @@ use crate::error::{Error, ErrorCode, Result};
 use crate::metadata::TopicInfo;
 use crate::retry::{Backoff, BackoffPolicy};
 
+pub(crate) use groups::check_range;
 pub use groups::{
     CommittedOffset, GroupDescription, GroupMember, GroupState, GroupSummary, MemberPartition, PartitionLag,
 };

@@ -68,8 +68,7 @@ impl Coordinator {
         }
     }
 
-    /// Calls it until it answers for good or the request timeout is over. `retried` is set where an attempt failed whose
-    /// fate is not known.
+    /// Calls it until it answers for good or the request timeout is over.
     pub(crate) async fn call<T, F: Future<Output = std::result::Result<tonic::Response<T>, tonic::Status>>>(
         &self,
         attempt: impl Fn(Channel) -> F,
@@ -144,14 +143,20 @@ pub(crate) async fn ask_all_coordinators<
         let mut failed = None;
         for (partition, leader) in topic.leaders.iter().enumerate() {
             let Some(broker) = leader else {
-                let error = Error::new(ErrorCode::NoLeader, "nobody leads it").at(name, partition as i32);
+                let error =
+                    Error::new(ErrorCode::NoLeader, "nobody leads it (yet); try again").at(name, partition as i32);
                 failed = Some(error);
                 continue;
             };
             if asked.contains(broker) {
                 continue;
             }
-            let Some(address) = cluster.snapshot().address(*broker).cloned() else { continue };
+            let Some(address) = cluster.snapshot().address(*broker).cloned() else {
+                let message = format!("broker {broker} coordinates, and its address is not known (yet); try again");
+                failed = Some(Error::new(ErrorCode::NoLeader, message));
+                cluster.doubt(name);
+                continue;
+            };
             let until = deadline.min(Instant::now() + share);
             let error = match tokio::time::timeout_at(until, attempt(cluster.channel(&address)?)).await {
                 Ok(Ok(response)) => {

@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
 use flowstone_protocol::pb;
 use flowstone_protocol::pb::CoordinatorKind;
 use flowstone_protocol::pb::groups_client::GroupsClient;
@@ -16,7 +15,7 @@ use tokio::time::Instant;
 use crate::consumer::RecordBatch;
 use crate::coordinator::Coordinator;
 use crate::error::{Error, ErrorCode, ErrorKind, Result};
-use crate::group::Member;
+use crate::group::{Member, Part};
 use crate::locked;
 use crate::producer::{Ack, Identity, Producer, ProducerBuilder};
 use crate::record::Record;
@@ -72,7 +71,7 @@ impl TransactionalBuilder {
             })?;
         let id = self.transactional_id;
         let coordinator = Coordinator::new(self.producer.cluster().clone(), CoordinatorKind::Transaction, id.clone());
-        let mut sequel = TransactionId { coordinator, id: id.clone(), timeout_ms, identity: None };
+        let mut sequel = TransactionId { coordinator, id: id.clone(), timeout_ms, identity: None, fenced: None };
         let identity = sequel.init().await?;
         let producer = self.producer.start(Some(identity), Some(id));
         let begun = AtomicBool::new(false);
@@ -88,11 +87,16 @@ struct TransactionId {
     timeout_ms: i32,
     /// That of the transaction that is open, or comes next; none where it is not known.
     identity: Option<Identity>,
+    /// Another producer has the id, or an operator took it away: asking for a new identity would fence that one in turn.
+    fenced: Option<Error>,
 }
 
 impl TransactionId {
     /// A new identity: everything that was begun under an older one is over.
     async fn init(&mut self) -> Result<Identity> {
+        if let Some(fenced) = &self.fenced {
+            return Err(fenced.clone());
+        }
         let request = pb::InitTransactionsRequest { transactional_id: self.id.clone(), timeout_ms: self.timeout_ms };
         let answer = self
             .coordinator
@@ -100,8 +104,16 @@ impl TransactionId {
                 let request = request.clone();
                 async move { TransactionsClient::new(channel).init_transactions(request).await }
             })
-            .await?;
+            .await
+            .inspect_err(|error| self.note(error))?;
         self.take(answer.producer_id, answer.producer_epoch)
+    }
+
+    /// Remembers that this producer is fenced.
+    fn note(&mut self, error: &Error) {
+        if error.code() == ErrorCode::ProducerFenced {
+            self.fenced = Some(error.clone());
+        }
     }
 
     fn take(&mut self, producer_id: i64, epoch: i32) -> Result<Identity> {
@@ -124,6 +136,8 @@ impl TransactionId {
     /// Decides the transaction, and takes the next one's identity.
     async fn end(&mut self, identity: Identity, commit: bool) -> Result<Identity> {
         let request = pb::EndTransactionRequest { transaction: Some(self.reference(identity)), commit };
+        // Where it is not answered, or nobody waits for the answer, nobody knows which identity comes next.
+        self.identity = None;
         let answer = self
             .coordinator
             .call(|channel| {
@@ -132,9 +146,9 @@ impl TransactionId {
             })
             .await;
         let answer = answer.inspect_err(|error| {
-            // Where it was not answered, nobody knows which identity comes next.
-            if error.kind() != ErrorKind::Abortable {
-                self.identity = None;
+            self.note(error);
+            if error.kind() == ErrorKind::Abortable {
+                self.identity = Some(identity);
             }
         })?;
         self.take(answer.producer_id, answer.producer_epoch)
@@ -176,14 +190,16 @@ pub struct TransactionalProducer {
 
 impl TransactionalProducer {
     /// Runs `body` within a transaction, and commits what it did. Where that fails in a way that costs the transaction but
-    /// not the producer ([`ErrorKind::Abortable`]), the transaction is aborted and `body` runs again, as long as the
-    /// batches that it [consumed](Transaction::consumed) are still this member's. Any other error aborts and is returned;
-    /// so is what `body` itself makes of things.
+    /// not the producer ([`ErrorKind::Abortable`], or a passing fault before the transaction was decided), it is aborted and
+    /// `body` runs again, as long as the batches that it [consumed](Transaction::consumed) are still this member's. Any
+    /// other error aborts and is returned; so is what `body` itself makes of things.
     ///
     /// # Errors
-    /// What `body` returns; `PRODUCER_FENCED` where another producer took the transactional id; `TIMED_OUT` where the
-    /// coordinator did not answer whether the transaction is committed: it is, as a whole, or it is not. The abortable
-    /// error, where a batch is another member's by now or the time for another attempt is over.
+    /// What `body` returns; an abortable error (of which the transaction is aborted: nothing of it counts) where a batch is
+    /// another member's by now, who reads it again, or the time for another attempt is over. Fatal: `PRODUCER_FENCED` where
+    /// another producer took the transactional id, or an operator aborted the transaction; `MESSAGE_TOO_LARGE` and its like
+    /// for a record that no attempt would store. `TIMED_OUT` where the coordinator did not answer whether the transaction is
+    /// committed: it is, as a whole, or it is not, and whoever reads on from what the group has committed finds out.
     pub async fn transaction<T>(&mut self, mut body: impl AsyncFnMut(&Transaction<'_>) -> Result<T>) -> Result<T> {
         let deadline = Instant::now() + self.retry_for;
         let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
@@ -193,14 +209,15 @@ impl TransactionalProducer {
             let (error, owned) = match done {
                 Ok(value) => match transaction.finish().await {
                     Ok(()) => return Ok(value),
-                    Err((error, owned)) => (error, owned),
+                    Err(Unfinished::Aborted { error, owned }) => (error, owned),
+                    Err(Unfinished::Fatal(error)) => return Err(error),
                 },
                 Err(error) => {
                     // A record that could not be taken in is told as what it is: why the transaction is spoiled.
                     let error = transaction.producer.producer.core().spoiled().unwrap_or(error);
                     let owned = transaction.is_owned();
                     transaction.abort().await?;
-                    (error, owned)
+                    (aborted_by(error), owned)
                 }
             };
             let wait = backoff.failed();
@@ -241,8 +258,12 @@ impl TransactionalProducer {
             None => self.sequel.init().await,
         };
         let identity = match identity {
-            // It was not used for so long that the cluster forgot it.
-            Err(error) if error.code() == ErrorCode::UnknownTransaction => self.sequel.init().await?,
+            // It was not used for so long that the cluster forgot it, or it was decided before, whichever way.
+            Err(error)
+                if matches!(error.code(), ErrorCode::UnknownTransaction | ErrorCode::InvalidTransactionState) =>
+            {
+                self.sequel.init().await?
+            }
             other => other?,
         };
         self.next(identity);
@@ -285,13 +306,41 @@ pub struct Transaction<'a> {
     consumed: Mutex<Consumed>,
 }
 
-/// Next offset by topic id and partition.
-type Offsets = BTreeMap<(Bytes, i32), i64>;
+/// Next offset by topic id and partition, with the serial of the time for which the member owned it.
+type Offsets = BTreeMap<Part, (i64, u64)>;
 
-/// By group: whose batches they were, and the next offset of each partition.
+/// By group and member: whose batches they were, and the next offset of each partition.
 #[derive(Debug, Default)]
 struct Consumed {
-    groups: BTreeMap<String, (Member, Offsets)>,
+    members: BTreeMap<(String, String), (Member, Offsets)>,
+}
+
+impl Consumed {
+    fn is_owned(&self) -> bool {
+        self.members.values().all(|(member, offsets)| owner(member, offsets).is_some())
+    }
+}
+
+/// Who may commit these: the member's id and its epoch, where it has owned them ever since it read them.
+fn owner(member: &Member, offsets: &Offsets) -> Option<(String, i32)> {
+    member.owner(offsets.iter().map(|(part, (_, serial))| (part, *serial)))
+}
+
+/// Why a transaction did not commit.
+enum Unfinished {
+    /// Nothing of it counts, for an abortable reason; `owned`: all that it consumed is still the member's.
+    Aborted { error: Error, owned: bool },
+    /// Another attempt is of no use, or nobody knows whether it is committed.
+    Fatal(Error),
+}
+
+/// Why the transaction is aborted: a passing fault costs the transaction, and no more.
+fn aborted_by(error: Error) -> Error {
+    if !error.is_retriable() {
+        return error;
+    }
+    let message = format!("the transaction was aborted ({error}); run it again");
+    Error::new(ErrorCode::TransactionAborted, message).caused_by(error)
 }
 
 impl Transaction<'_> {
@@ -320,65 +369,58 @@ impl Transaction<'_> {
     /// A batch that no group handed out has no offsets to commit, and is passed over.
     pub fn consumed(&self, batch: &RecordBatch) {
         let Some(member) = batch.member() else { return };
-        let (group, ..) = member.identity();
         let part = (batch.topic_id().clone(), batch.partition());
-        member.in_transactions(&part.0, part.1);
+        member.in_transactions(&part);
         let mut consumed = locked(&self.consumed);
-        let (_, offsets) = consumed.groups.entry(group).or_insert_with(|| (member.clone(), BTreeMap::new()));
-        let offset = offsets.entry(part).or_insert(0);
+        let (_, offsets) = consumed.members.entry(member.name()).or_insert_with(|| (member.clone(), BTreeMap::new()));
+        // Of two times for which it was owned, the earlier fails the transaction.
+        let (offset, serial) = offsets.entry(part).or_insert((0, member.serial()));
         *offset = batch.next_offset().max(*offset);
+        *serial = member.serial().min(*serial);
     }
 
     /// Whether every batch consumed is still the member's that read it.
     fn is_owned(&self) -> bool {
-        let consumed = locked(&self.consumed);
-        consumed
-            .groups
-            .values()
-            .all(|(member, offsets)| offsets.keys().all(|(topic_id, partition)| member.owns(topic_id, *partition)))
+        locked(&self.consumed).is_owned()
     }
 
     /// Waits until every record is acknowledged, then commits: when this returns `Ok`, all of it counts, whatever dies.
     ///
     /// # Errors
     /// Where it did not: an abortable error (the transaction is aborted by then, and may be tried again),
-    /// `PRODUCER_FENCED`, or `TIMED_OUT` where the coordinator's answer never came and nobody knows yet.
+    /// `PRODUCER_FENCED`, or `TIMED_OUT` where the coordinator's answer never came and nobody knows yet; others for a record
+    /// that cannot be stored, of which the transaction is aborted too.
     pub async fn commit(self) -> Result<()> {
-        self.finish().await.map_err(|(error, _)| error)
+        self.finish().await.map_err(|unfinished| match unfinished {
+            Unfinished::Aborted { error, .. } | Unfinished::Fatal(error) => error,
+        })
     }
 
-    /// Commits; aborts where that fails. With the error: whether all that was consumed is still owned.
-    async fn finish(self) -> std::result::Result<(), (Error, bool)> {
-        let owned = |this: &Self| this.is_owned();
-        if let Err(error) = self.prepare().await {
-            let owned = owned(&self);
-            return match self.producer.roll_back().await {
-                Ok(()) => Err((error, owned)),
-                Err(fatal) => Err((fatal, owned)),
-            };
-        }
-        let owned = owned(&self);
+    /// Commits; aborts where that fails.
+    async fn finish(self) -> std::result::Result<(), Unfinished> {
+        let prepared = self.prepare().await;
+        let owned = self.is_owned();
         let producer = self.producer;
-        let Some(identity) = producer.sequel.identity else {
-            return Err((Error::closed("transaction"), owned));
-        };
-        if !producer.begun.load(Ordering::SeqCst) {
-            producer.next(identity);
-            return Ok(());
-        }
-        match producer.sequel.end(identity, true).await {
-            Ok(identity) => {
+        let error = match (prepared, producer.sequel.identity) {
+            (Err(error), _) => error,
+            (Ok(()), Some(identity)) if !producer.begun.load(Ordering::SeqCst) => {
                 producer.next(identity);
-                Ok(())
+                return Ok(());
             }
-            Err(error) if error.kind() == ErrorKind::Abortable => {
-                // It is over, and not committed: another identity, and it may be tried again.
-                match producer.roll_back().await {
-                    Ok(()) => Err((error, owned)),
-                    Err(fatal) => Err((fatal, owned)),
+            (Ok(()), Some(identity)) => match producer.sequel.end(identity, true).await {
+                Ok(identity) => {
+                    producer.next(identity);
+                    return Ok(());
                 }
-            }
-            Err(error) => Err((error, owned)),
+                // It is over, and not committed: another identity, and it may be tried again.
+                Err(error) if error.kind() == ErrorKind::Abortable => error,
+                Err(error) => return Err(Unfinished::Fatal(error)),
+            },
+            (Ok(()), None) => return Err(Unfinished::Fatal(Error::closed("transaction"))),
+        };
+        match producer.roll_back().await {
+            Ok(()) => Err(Unfinished::Aborted { error: aborted_by(error), owned }),
+            Err(fatal) => Err(Unfinished::Fatal(fatal)),
         }
     }
 
@@ -391,15 +433,12 @@ impl Transaction<'_> {
         }
         flushed?;
         let Some(identity) = self.producer.sequel.identity else { return Err(Error::closed("transaction")) };
-        let groups: Vec<_> = {
-            let consumed = locked(&self.consumed);
-            consumed
-                .groups
-                .iter()
-                .map(|(group, (member, offsets))| (group.clone(), member.clone(), offsets.clone()))
-                .collect()
-        };
-        for (group, member, offsets) in groups {
+        let members: Vec<_> = locked(&self.consumed)
+            .members
+            .iter()
+            .map(|((group, _), (member, offsets))| (group.clone(), member.clone(), offsets.clone()))
+            .collect();
+        for (group, member, offsets) in members {
             self.commit_offsets(identity, group, &member, offsets).await?;
         }
         Ok(())
@@ -408,15 +447,22 @@ impl Transaction<'_> {
     async fn commit_offsets(&self, identity: Identity, group: String, member: &Member, offsets: Offsets) -> Result<()> {
         self.producer.begun.store(true, Ordering::SeqCst);
         let deadline = Instant::now() + self.producer.sequel.coordinator.cluster().request_timeout();
+        // A commit from before the first transaction must not come after this one, and take the position back.
+        for part in offsets.keys() {
+            tokio::time::timeout_at(deadline, member.commits_answered(part)).await.map_err(|_| {
+                Error::unreachable(format!(
+                    "an earlier commit of group {group} was not answered; is the cluster healthy?"
+                ))
+            })?;
+        }
         let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
         loop {
             let committed = self.commit_offsets_once(identity, &group, member, &offsets).await;
             let wait = backoff.failed();
             match committed {
-                // The member was given more partitions meanwhile: what it has it still has.
+                // The member was given more partitions meanwhile, and what it has it still has; or this will pass.
                 Err(error)
-                    if error.code() == ErrorCode::StaleMemberEpoch
-                        && self.is_owned()
+                    if (error.code() == ErrorCode::StaleMemberEpoch || error.is_retriable())
                         && Instant::now() + wait < deadline => {}
                 committed => return committed,
             }
@@ -431,8 +477,13 @@ impl Transaction<'_> {
         member: &Member,
         offsets: &Offsets,
     ) -> Result<()> {
-        let (_, member_id, member_epoch) = member.identity();
-        let offset = |((topic_id, partition), offset): (&(Bytes, i32), &i64)| pb::CommitOffset {
+        // Both at once: under this epoch the coordinator takes them, unless they were given away since.
+        let Some((member_id, member_epoch)) = owner(member, offsets) else {
+            let message =
+                "what the transaction consumed is another member's by now, who reads it again; go on with the next";
+            return Err(Error::new(ErrorCode::NotAssigned, message));
+        };
+        let offset = |((topic_id, partition), (offset, _)): (&Part, &(i64, u64))| pb::CommitOffset {
             topic_id: topic_id.clone(),
             partition: *partition,
             offset: *offset,

@@ -1,6 +1,7 @@
 //! Consumer groups from outside: who reads what, how far, how far behind.
 
 use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
 
 use flowstone_protocol::pb;
 use flowstone_protocol::pb::CoordinatorKind;
@@ -8,9 +9,10 @@ use flowstone_protocol::pb::groups_client::GroupsClient;
 use serde::Serialize;
 
 use super::Admin;
+use crate::cluster::Cluster;
 use crate::consumer::Position;
 use crate::coordinator::{Coordinator, ask_all_coordinators};
-use crate::error::{Error, Result};
+use crate::error::{Error, ErrorCode, Result};
 
 /// How a group is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -230,6 +232,7 @@ impl Admin {
     /// `GROUP_NOT_EMPTY` where it has members: stop them first; `UNKNOWN_TOPIC`, `UNKNOWN_PARTITION`,
     /// `OFFSET_OUT_OF_RANGE`.
     pub async fn reset_offsets(&self, group: &str, positions: &[Position], dry_run: bool) -> Result<()> {
+        check_range(&self.cluster, positions).await?;
         let mut offsets = Vec::new();
         for position in positions {
             let topic = self.cluster.topic(&position.topic).await?;
@@ -272,6 +275,28 @@ impl Admin {
     fn coordinator_of(&self, group: &str) -> Coordinator {
         Coordinator::new(self.cluster.clone(), CoordinatorKind::Group, group)
     }
+}
+
+/// Whether these logs have these positions: a group that goes on beyond an end would pass over what comes next.
+///
+/// # Errors
+/// `OFFSET_OUT_OF_RANGE` for the first that is not there; as [`Admin::list_offsets_linearizable`].
+pub(crate) async fn check_range(cluster: &Arc<Cluster>, positions: &[Position]) -> Result<()> {
+    let queries: Vec<_> =
+        positions.iter().map(|position| (&*position.topic, position.partition, super::OffsetSpec::Start)).collect();
+    if queries.is_empty() {
+        return Ok(());
+    }
+    let found = super::list_offsets(cluster, &queries, true).await?;
+    for (position, info) in positions.iter().zip(found) {
+        if !(info.log_start..=info.high_watermark).contains(&position.offset) {
+            let (offset, first, end) = (position.offset, info.log_start, info.high_watermark);
+            let message =
+                format!("there is no offset {offset}: the partition has {first} to {end}; choose one of these");
+            return Err(Error::new(ErrorCode::OffsetOutOfRange, message).at(&position.topic, position.partition));
+        }
+    }
+    Ok(())
 }
 
 fn state(state: pb::GroupState) -> GroupState {

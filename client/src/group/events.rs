@@ -15,7 +15,8 @@ use crate::group::shared::Shared;
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum GroupEvent {
-    /// These are read from now on.
+    /// These are read from now on: their positions are known, and may be changed with
+    /// [`GroupConsumer::seek`](crate::GroupConsumer::seek).
     Assigned(Vec<(String, i32)>),
     /// These are handed out no more, and go to other members once the revocation is dropped: time to finish what is under
     /// way and to commit it.
@@ -30,12 +31,12 @@ pub enum GroupEvent {
 #[must_use = "dropping it gives the partitions up"]
 pub struct Revocation {
     shared: Arc<Shared>,
-    parts: Vec<Part>,
+    parts: Vec<(Part, u64)>,
     partitions: Vec<(String, i32)>,
 }
 
 impl Revocation {
-    pub(crate) fn new(shared: Arc<Shared>, parts: Vec<Part>, partitions: Vec<(String, i32)>) -> Self {
+    pub(crate) fn new(shared: Arc<Shared>, parts: Vec<(Part, u64)>, partitions: Vec<(String, i32)>) -> Self {
         Self { shared, parts, partitions }
     }
 
@@ -54,14 +55,15 @@ impl Drop for Revocation {
     }
 }
 
-/// The events of one member, from the moment on at which they were asked for; ends with the member.
+/// The events of one member, from the moment on at which they were asked for; ends with the member, with the next call of
+/// [`GroupConsumer::events`](crate::GroupConsumer::events), and where more than a thousand were left unread.
 #[derive(Debug)]
 pub struct GroupEvents {
-    receiver: mpsc::UnboundedReceiver<GroupEvent>,
+    receiver: mpsc::Receiver<GroupEvent>,
 }
 
 impl GroupEvents {
-    pub(crate) fn new(receiver: mpsc::UnboundedReceiver<GroupEvent>) -> Self {
+    pub(crate) fn new(receiver: mpsc::Receiver<GroupEvent>) -> Self {
         Self { receiver }
     }
 

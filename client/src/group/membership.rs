@@ -63,8 +63,11 @@ pub(crate) struct Membership {
     epoch: i32,
     /// What the coordinator wants it to own.
     assigned: BTreeSet<Part>,
-    /// The coordinator said what that is.
+    /// The coordinator said what that is, under this epoch and on this stream: before, a report of what is owned would give
+    /// up what was not heard of yet.
     is_assigned: bool,
+    /// The coordinator was told the subscription that `join` has.
+    is_subscribed: bool,
     /// What it owns, with what it is giving up.
     owned: BTreeSet<Part>,
     /// Part of `owned`: not handed out any more.
@@ -80,6 +83,8 @@ pub(crate) struct Membership {
 /// Until the coordinator says how patient it is.
 const FIRST_SESSION_TIMEOUT: Duration = Duration::from_secs(45);
 const FIRST_HEARTBEAT_INTERVAL: Duration = Duration::from_secs(3);
+/// How long a coordinator may take to take a member in.
+const JOIN_PATIENCE: Duration = Duration::from_secs(9);
 
 impl Membership {
     pub(crate) fn new(join: pb::JoinGroup, now: Instant) -> Self {
@@ -89,6 +94,7 @@ impl Membership {
             epoch: 0,
             assigned: BTreeSet::new(),
             is_assigned: false,
+            is_subscribed: true,
             owned: BTreeSet::new(),
             revoking: BTreeSet::new(),
             session_timeout: FIRST_SESSION_TIMEOUT,
@@ -116,25 +122,16 @@ impl Membership {
         self.phase == Phase::Member
     }
 
-    /// Whether this partition may be handed out and committed.
-    pub(crate) fn owns(&self, part: &Part) -> bool {
-        self.owned.contains(part)
-    }
-
     /// Whether an assignment was taken in, and these many partitions are all that it owns and shall own.
     pub(crate) fn is_settled(&self, held: usize) -> bool {
         self.phase == Phase::Member && self.is_assigned && self.owned == self.assigned && self.owned.len() == held
-    }
-
-    /// Whether it is on its way to another member.
-    pub(crate) fn is_revoking(&self, part: &Part) -> bool {
-        self.revoking.contains(part)
     }
 
     /// There is a stream: asks to be taken in, or to go on.
     pub(crate) fn connected(&mut self, now: Instant) -> Step {
         self.phase = Phase::Joining;
         self.said = now;
+        self.is_subscribed = true;
         let join = pb::JoinGroup { member_epoch: self.epoch, owned: by_topic(&self.owned), ..self.join.clone() };
         send(Say::Join(join))
     }
@@ -154,10 +151,12 @@ impl Membership {
                     self.join.member_id = joined.member_id;
                 }
                 self.epoch = joined.member_epoch;
+                self.is_assigned = false;
                 let span = |ms: i32, least: u64| Duration::from_millis(u64::try_from(ms).unwrap_or(0).max(least));
                 self.session_timeout = span(joined.session_timeout_ms, 10);
                 self.heartbeat_interval = span(joined.heartbeat_interval_ms, 1).min(self.session_timeout / 2);
-                (Vec::new(), Standing::Up)
+                let behind = !std::mem::replace(&mut self.is_subscribed, true);
+                (if behind { vec![self.tell_subscription(now)] } else { Vec::new() }, Standing::Up)
             }
             Some(Heard::Assignment(assignment)) => (self.assigned(assignment, now), Standing::Up),
             Some(Heard::Heartbeat(_) | Heard::Committed(_)) | None => (Vec::new(), Standing::Up),
@@ -199,7 +198,7 @@ impl Membership {
                 is_news = true;
             }
         }
-        (is_news && self.phase == Phase::Member).then(|| self.tell_owned(now))
+        (is_news && self.phase == Phase::Member && self.is_assigned).then(|| self.tell_owned(now))
     }
 
     fn tell_owned(&mut self, now: Instant) -> Step {
@@ -214,16 +213,23 @@ impl Membership {
 
     /// Other topics from now on.
     pub(crate) fn subscribe(&mut self, topics: Vec<String>, pattern: String, now: Instant) -> Option<Step> {
-        self.join.topics.clone_from(&topics);
-        self.join.topic_pattern.clone_from(&pattern);
-        (self.phase == Phase::Member).then(|| {
-            self.said = now;
-            send(Say::Heartbeat(pb::MemberHeartbeat {
-                member_epoch: self.epoch,
-                subscription: Some(pb::Subscription { topics, topic_pattern: pattern }),
-                ..Default::default()
-            }))
-        })
+        (self.join.topics, self.join.topic_pattern) = (topics, pattern);
+        if self.phase != Phase::Member {
+            // With the next join, or after the one that is under way.
+            self.is_subscribed = false;
+            return None;
+        }
+        Some(self.tell_subscription(now))
+    }
+
+    fn tell_subscription(&mut self, now: Instant) -> Step {
+        self.said = now;
+        let (topics, topic_pattern) = (self.join.topics.clone(), self.join.topic_pattern.clone());
+        send(Say::Heartbeat(pb::MemberHeartbeat {
+            member_epoch: self.epoch,
+            subscription: Some(pb::Subscription { topics, topic_pattern }),
+            ..Default::default()
+        }))
     }
 
     fn ended(&mut self, error: Error) -> (Vec<Step>, Standing) {
@@ -268,10 +274,15 @@ impl Membership {
         }
     }
 
-    /// Whether a stream that says nothing at all should be given up: twice the interval, and then some.
-    pub(crate) fn is_deaf(&self, now: Instant) -> bool {
+    /// When the silence of the stream becomes too long: after three heartbeats without an echo, before the coordinator's own
+    /// patience is over. Taking a member in may take its time.
+    pub(crate) fn deaf_at(&self) -> Option<Instant> {
         let patience = (self.heartbeat_interval * 3).min(self.session_timeout / 2).max(Duration::from_millis(100));
-        self.phase != Phase::Away && now.saturating_duration_since(self.heard.max(self.said)) >= patience
+        match self.phase {
+            Phase::Away => None,
+            Phase::Joining => Some(self.heard.max(self.said) + patience.max(JOIN_PATIENCE)),
+            Phase::Member => Some(self.heard + patience),
+        }
     }
 }
 
@@ -364,11 +375,11 @@ mod tests {
         let steps = member.assign(2, &[1, 2, 3]);
         assert_eq!(steps[..2], [Step::Begin(part(3), "t".into()), Step::Revoke(part(0))]);
         assert_eq!(told(&steps[2]), [0, 1, 2, 3], "it is still held");
-        assert!(member.membership.owns(&part(0)), "it may still be committed");
+        assert!(member.membership.owned.contains(&part(0)), "it may still be committed");
         assert_eq!(member.membership.released(&[part(2)], member.now), None, "nobody asked for that one");
         let step = member.membership.released(&[part(0)], member.now).unwrap();
         assert_eq!(told(&step), [1, 2, 3]);
-        assert!(!member.membership.owns(&part(0)) && member.membership.owns(&part(2)));
+        assert!(!member.membership.owned.contains(&part(0)) && member.membership.owned.contains(&part(2)));
     }
 
     #[test]
@@ -393,7 +404,52 @@ mod tests {
         member.membership.broken();
         assert_eq!(member.membership.tick(heard + Duration::from_millis(9_999)), []);
         assert_eq!(member.membership.tick(heard + Duration::from_secs(10)), [Step::Lost(part(0))]);
-        assert_eq!((member.membership.epoch(), member.membership.owns(&part(0))), (0, false));
+        assert_eq!((member.membership.epoch(), member.membership.owned.contains(&part(0))), (0, false));
+    }
+
+    #[test]
+    fn a_coordinator_that_hangs_is_noticed_although_it_is_spoken_to() {
+        let mut member = Member::joined();
+        member.assign(1, &[0]);
+        let heard = member.now;
+        for seconds in 1..=2 {
+            let steps = member.membership.tick(heard + Duration::from_secs(seconds));
+            assert!(matches!(&steps[..], [Step::Send(_)]), "a heartbeat");
+        }
+        assert_eq!(member.membership.deaf_at(), Some(heard + Duration::from_secs(3)), "whatever was said since");
+        member.now = heard + Duration::from_secs(2);
+        member.hear(Heard::Heartbeat(pb::HeartbeatTaken::default()));
+        assert_eq!(member.membership.deaf_at(), Some(heard + Duration::from_secs(5)));
+        member.membership.broken();
+        assert_eq!(member.membership.deaf_at(), None);
+        member.membership.connected(member.now);
+        assert_eq!(member.membership.deaf_at(), Some(member.now + JOIN_PATIENCE));
+    }
+
+    #[test]
+    fn nothing_is_reported_between_joining_again_and_its_assignment() {
+        let mut member = Member::joined();
+        member.assign(1, &[0, 1]);
+        member.assign(1, &[0]);
+        member.membership.broken();
+        member.membership.connected(member.now);
+        // It was given something meanwhile, and does not know what.
+        member.hear(Heard::Joined(pb::Joined { member_epoch: 2, session_timeout_ms: 10_000, ..Default::default() }));
+        assert_eq!(member.membership.released(&[part(1)], member.now), None);
+        let steps = member.assign(2, &[0, 2]);
+        assert_eq!(told(&steps[1]), [0, 2]);
+    }
+
+    #[test]
+    fn a_subscription_that_changes_while_joining_is_told_afterwards() {
+        let mut member = Member::joined();
+        member.membership.broken();
+        member.membership.connected(member.now);
+        assert_eq!(member.membership.subscribe(vec!["u".into()], String::new(), member.now), None);
+        let steps = member.hear(Heard::Joined(pb::Joined { member_epoch: 1, ..Default::default() }));
+        let [Step::Send(request)] = &steps[..] else { panic!("{steps:?}") };
+        let Some(Say::Heartbeat(heartbeat)) = &request.request else { panic!("{request:?}") };
+        assert_eq!(heartbeat.subscription.as_ref().unwrap().topics, ["u"]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ mod membership;
 mod session;
 mod shared;
 
+use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -24,7 +25,9 @@ use crate::error::{Error, ErrorCode, Result};
 
 pub use events::{GroupEvent, GroupEvents, Revocation};
 
-use membership::{Membership, Part};
+use crate::admin::check_range;
+use membership::Membership;
+pub(crate) use membership::Part;
 use session::Session;
 pub(crate) use shared::Place;
 use shared::{Change, Closing, Shared};
@@ -234,7 +237,7 @@ impl GroupBuilder {
             keep_place: !self.instance_id.is_empty(),
         };
         tokio::spawn(session.run());
-        let mut joined = GroupConsumer { shared, coordinator, consumer, current: None, told: false };
+        let mut joined = GroupConsumer { shared, coordinator, consumer, current: None };
         let timeout = self.cluster.request_timeout();
         match tokio::time::timeout(timeout, std::future::poll_fn(|context| joined.poll_joined(context))).await {
             Ok(Ok(())) => Ok(joined),
@@ -280,10 +283,26 @@ pub struct GroupConsumer {
     shared: Arc<Shared>,
     coordinator: Arc<Coordinator>,
     consumer: Consumer,
-    /// What the stream of records is in the middle of: the batch, and the next record's place in it.
-    current: Option<(RecordBatch, usize)>,
-    /// The end of the membership was told.
-    told: bool,
+    /// What the stream of records is in the middle of.
+    current: Option<Current>,
+}
+
+/// A batch of which records are handed out one by one.
+#[derive(Debug)]
+struct Current {
+    batch: RecordBatch,
+    /// The next record's place in it.
+    next: usize,
+    /// Of its partition, when it came.
+    serial: u64,
+    /// Leader epoch of its records.
+    epoch: i32,
+}
+
+impl Current {
+    fn part(&self) -> Part {
+        (self.batch.topic_id().clone(), self.batch.partition())
+    }
 }
 
 impl std::fmt::Debug for GroupConsumer {
@@ -337,53 +356,76 @@ impl GroupConsumer {
 
     /// As [`next_batch`](Self::next_batch), for code that polls.
     pub fn poll_next_batch(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<RecordBatch>>> {
-        if let Some((mut batch, next)) = self.current.take() {
+        if let Some(current) = self.current.take() {
+            let part = current.part();
+            let Current { mut batch, next, serial, epoch } = current;
             batch.skip_to(next);
-            if !batch.is_empty() && self.hand_out(&batch, batch.next_offset()) {
+            let place = Place { offset: batch.next_offset(), epoch };
+            if !batch.is_empty() && self.shared.state().hand_out(&part, place, Some(serial)).is_some() {
                 return Poll::Ready(Some(Ok(batch)));
             }
         }
-        self.poll_batch(context)
+        self.poll_batch(context).map(|next| next.map(|next| next.map(|current| current.batch)))
+    }
+
+    /// Does what the session's task said of partitions since the last time.
+    fn take_changes(&mut self) {
+        let changes = self.shared.state().take_changes();
+        for (part, change) in changes {
+            self.current.take_if(|current| current.part() == part);
+            match change {
+                Change::Begin { topic, place } => self.consumer.assign(&topic, part.1, place.offset, place.epoch),
+                Change::End => self.consumer.unassign(&part.0, part.1),
+            }
+        }
+    }
+
+    /// The user is done with what it had in hand.
+    fn hand_back(&self) {
+        if self.shared.state().hand_back(Instant::now()) {
+            self.shared.work.notify_one();
+        }
     }
 
     /// The next batch that may be handed out, marked as in hand as a whole.
-    fn poll_batch(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<RecordBatch>>> {
+    fn poll_batch(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Current>>> {
         loop {
+            self.hand_back();
             {
                 let mut state = self.shared.state();
-                if state.hand_back(Instant::now()) {
-                    self.shared.work.notify_one();
-                }
-                for change in state.changes.drain(..) {
-                    match change {
-                        Change::Begin { topic, partition, offset, last_epoch } => {
-                            self.consumer.assign(&topic, partition, offset, last_epoch);
-                        }
-                        Change::End(part) => self.consumer.unassign(&part.0, part.1),
-                    }
-                }
                 if let Some(failure) = state.failure.take() {
-                    self.told = state.over;
                     return Poll::Ready(Some(Err(failure)));
                 }
                 if state.over {
                     return Poll::Ready(None);
                 }
+                // Before the changes are taken, so that those that come later wake.
                 state.wake_me(context.waker());
             }
-            match self.consumer.poll_next_batch(context) {
+            self.take_changes();
+            let polled = self.consumer.poll_next_batch(context);
+            let mut given = None;
+            if let Poll::Ready(Some(Ok(batch))) = &polled {
+                let epoch = self.consumer.last_epoch(batch.topic(), batch.partition());
+                let place = Place { offset: batch.next_offset(), epoch };
+                let part = (batch.topic_id().clone(), batch.partition());
+                // None where it went to another member a moment ago.
+                given = self.shared.state().hand_out(&part, place, None).map(|serial| (serial, epoch));
+            }
+            self.passed_over();
+            match polled {
                 Poll::Ready(Some(Ok(mut batch))) => {
-                    if self.hand_out(&batch, batch.next_offset()) {
-                        batch.set_member(Member { shared: self.shared.clone(), coordinator: self.coordinator.clone() });
-                        return Poll::Ready(Some(Ok(batch)));
+                    if let Some((serial, epoch)) = given {
+                        batch.set_member(Member {
+                            shared: self.shared.clone(),
+                            coordinator: self.coordinator.clone(),
+                            serial,
+                        });
+                        return Poll::Ready(Some(Ok(Current { batch, next: 0, serial, epoch })));
                     }
-                    // It went to another member a moment ago.
                 }
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Some(Err(error))),
-                Poll::Ready(None) | Poll::Pending => {
-                    self.passed_over();
-                    return Poll::Pending;
-                }
+                Poll::Ready(None) | Poll::Pending => return Poll::Pending,
             }
         }
     }
@@ -391,36 +433,35 @@ impl GroupConsumer {
     /// Positions that moved past records that nobody is handed (control records, aborted transactions) count as processed.
     fn passed_over(&mut self) {
         let moved = self.consumer.take_passed_over();
-        if moved.is_empty() {
-            return;
-        }
-        let mut state = self.shared.state();
-        for (topic_id, partition, place) in moved {
-            if let Some(held) = state.held.get_mut(&(topic_id, partition)).filter(|held| !held.in_hand) {
-                held.processed = place;
-                held.handed = place;
+        if !moved.is_empty() {
+            let mut state = self.shared.state();
+            for (topic_id, partition, place) in moved {
+                state.passed_over(&(topic_id, partition), place);
             }
         }
     }
 
     fn poll_next_record(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<ConsumerRecord>>> {
         loop {
-            if let Some((batch, next)) = self.current.take()
-                && let Some(record) = batch.get(next).map(|record| record.to_record())
+            if let Some(mut current) = self.current.take()
+                && let Some(record) = current.batch.get(current.next).map(|record| record.to_record())
             {
-                let after = batch.offset_at(next + 1).unwrap_or(batch.next_offset());
-                self.shared.state().hand_back(Instant::now());
-                if !self.hand_out(&batch, after) {
+                self.hand_back();
+                let after = current.batch.offset_at(current.next + 1).unwrap_or(current.batch.next_offset());
+                let place = Place { offset: after, epoch: current.epoch };
+                if self.shared.state().hand_out(&current.part(), place, Some(current.serial)).is_none() {
                     continue;
                 }
-                self.current = Some((batch, next + 1));
+                current.next += 1;
+                self.current = Some(current);
                 return Poll::Ready(Some(Ok(record)));
             }
             match std::task::ready!(self.poll_batch(context)) {
-                Some(Ok(batch)) => {
+                Some(Ok(current)) => {
                     // Nothing of it is in hand yet.
-                    self.hold_at(&batch, batch.offset_at(0).unwrap_or(batch.next_offset()));
-                    self.current = Some((batch, 0));
+                    let first = current.batch.offset_at(0).unwrap_or(current.batch.next_offset());
+                    self.shared.state().hold_at(&current.part(), first);
+                    self.current = Some(current);
                 }
                 Some(Err(error)) => return Poll::Ready(Some(Err(error))),
                 None => return Poll::Ready(None),
@@ -428,31 +469,14 @@ impl GroupConsumer {
         }
     }
 
-    fn part_of(&self, batch: &RecordBatch) -> Option<Part> {
-        self.consumer.topic_id(batch.topic(), batch.partition()).map(|topic_id| (topic_id, batch.partition()))
-    }
-
-    fn hand_out(&self, batch: &RecordBatch, next: i64) -> bool {
-        let Some(part) = self.part_of(batch) else { return false };
-        let place = Place { offset: next, epoch: self.consumer.last_epoch(batch.topic(), batch.partition()) };
-        self.shared.state().hand_out(&part, place)
-    }
-
-    /// What was handed out as a whole begins here, and nothing of it is in hand.
-    fn hold_at(&self, batch: &RecordBatch, offset: i64) {
-        let Some(part) = self.part_of(batch) else { return };
-        if let Some(held) = self.shared.state().held.get_mut(&part) {
-            held.in_hand = false;
-            held.handed = Place { offset, ..held.handed };
-        }
-    }
-
     /// Commits everything that was handed out, and waits until the group has it. Called before the records are dealt
-    /// with, that is at most once; called after, at least once.
+    /// with, that is at most once; called after, at least once. Partitions whose batches a transaction
+    /// [consumed](crate::Transaction::consumed) are left to transactions.
     ///
     /// # Errors
-    /// `NOT_ASSIGNED`, `STALE_MEMBER_EPOCH`, `UNKNOWN_MEMBER` where a partition is another member's by now; nothing of
-    /// that partition was committed, and its records will be read by that member. `SHUTTING_DOWN` once the member left.
+    /// `NOT_ASSIGNED`, `UNKNOWN_MEMBER` where a partition is another member's by now; nothing of that partition was
+    /// committed, and its records will be read by that member. `SHUTTING_DOWN` once the member left. Where no coordinator
+    /// can be reached this waits for one; the group gives the partitions away after the session timeout.
     pub async fn commit(&self) -> Result<()> {
         self.commit_async().await
     }
@@ -475,21 +499,22 @@ impl GroupConsumer {
     /// Commits these positions, whatever was handed out: each is the next offset to read.
     ///
     /// # Errors
-    /// As [`commit`](Self::commit); `UNKNOWN_PARTITION` for one that this member does not own.
+    /// As [`commit`](Self::commit); `UNKNOWN_PARTITION` for one that this member does not own; `OFFSET_OUT_OF_RANGE` for a
+    /// position that its log does not have.
     pub async fn commit_positions(&self, positions: &[Position]) -> Result<()> {
-        let mut offsets = Vec::new();
+        let mut offsets = BTreeMap::new();
         for position in positions {
-            let topic_id = self.consumer.topic_id(&position.topic, position.partition).ok_or_else(|| {
-                let message = "this member does not own this partition";
-                Error::new(ErrorCode::UnknownPartition, message).at(&position.topic, position.partition)
+            let (topic, partition) = (&*position.topic, position.partition);
+            let topic_id = self.consumer.topic_id(topic, partition).ok_or_else(|| {
+                let message = "this member does not own this partition; commit what was handed out by it";
+                Error::new(ErrorCode::UnknownPartition, message).at(topic, partition)
             })?;
-            offsets.push(pb::CommitOffset {
-                topic_id,
-                partition: position.partition,
-                offset: position.offset,
-                leader_epoch: -1,
-                metadata: String::new(),
-            });
+            // Beyond what was ever seen of it: its leader tells whether that is there.
+            let seen = self.consumer.high_watermark(topic, partition)?.unwrap_or(0);
+            if position.offset < 0 || position.offset > seen {
+                check_range(self.coordinator.cluster(), std::slice::from_ref(position)).await?;
+            }
+            offsets.insert((topic_id, partition), Place { offset: position.offset, epoch: -1 });
         }
         let (reply, answered) = oneshot::channel();
         {
@@ -524,8 +549,7 @@ impl GroupConsumer {
 
     /// Whether the group has said what this member shall read, and all of that is being read.
     pub fn is_settled(&self) -> bool {
-        let state = self.shared.state();
-        state.membership.is_settled(state.held.len()) && state.changes.is_empty()
+        self.shared.state().is_settled()
     }
 
     /// This member's id.
@@ -546,18 +570,16 @@ impl GroupConsumer {
         self.shared.perform(step.into_iter().collect(), now);
     }
 
-    /// See [`Consumer::seek`]. What is committed next is the new position, once something was read there.
+    /// See [`Consumer::seek`]. The new position counts as processed: it is what is committed next.
     ///
     /// # Errors
     /// As [`Consumer::seek`].
     pub fn seek(&mut self, topic: &str, partition: i32, offset: i64) -> Result<()> {
+        self.take_changes();
         self.consumer.seek(topic, partition, offset)?;
-        self.current.take_if(|(batch, _)| batch.topic() == topic && batch.partition() == partition);
-        if let Some(topic_id) = self.consumer.topic_id(topic, partition)
-            && let Some(held) = self.shared.state().held.get_mut(&(topic_id, partition))
-        {
-            let place = Place { offset, epoch: -1 };
-            (held.processed, held.handed, held.in_hand) = (place, place, false);
+        self.current.take_if(|current| current.batch.topic() == topic && current.batch.partition() == partition);
+        if let Some(topic_id) = self.consumer.topic_id(topic, partition) {
+            self.shared.state().sought(&(topic_id, partition), offset);
         }
         Ok(())
     }
@@ -567,6 +589,14 @@ impl GroupConsumer {
     /// # Errors
     /// As [`Consumer::pause`].
     pub fn pause(&mut self, topic: &str, partition: i32) -> Result<()> {
+        self.take_changes();
+        // What is left of a batch is fetched again.
+        if let Some(current) =
+            self.current.take_if(|current| current.batch.topic() == topic && current.batch.partition() == partition)
+            && let Some(offset) = current.batch.offset_at(current.next)
+        {
+            self.consumer.seek(topic, partition, offset)?;
+        }
         self.consumer.pause(topic, partition)
     }
 
@@ -575,6 +605,7 @@ impl GroupConsumer {
     /// # Errors
     /// As [`Consumer::resume`].
     pub fn resume(&mut self, topic: &str, partition: i32) -> Result<()> {
+        self.take_changes();
         self.consumer.resume(topic, partition)
     }
 
@@ -583,6 +614,13 @@ impl GroupConsumer {
     /// # Errors
     /// As [`Consumer::position`].
     pub fn position(&self, topic: &str, partition: i32) -> Result<i64> {
+        if let Some(current) = &self.current
+            && current.batch.topic() == topic
+            && current.batch.partition() == partition
+            && let Some(offset) = current.batch.offset_at(current.next)
+        {
+            return Ok(offset);
+        }
         self.consumer.position(topic, partition)
     }
 
@@ -590,7 +628,8 @@ impl GroupConsumer {
     /// member's place is kept for its session timeout.
     ///
     /// # Errors
-    /// `TIMED_OUT` where that took too long: the group goes on without this member after its session timeout.
+    /// Why the last commit was not taken; `TIMED_OUT` where that took too long: whether it was is not known then, and the
+    /// group goes on without this member after its session timeout.
     pub async fn close(mut self, timeout: Duration) -> Result<()> {
         self.current = None;
         self.begin_close(Closing::Closed);
@@ -639,28 +678,40 @@ impl Stream for GroupRecords<'_> {
 pub(crate) struct Member {
     shared: Arc<Shared>,
     coordinator: Arc<Coordinator>,
+    /// Which time it was that the member owned the batch's partition.
+    serial: u64,
 }
 
 impl Member {
-    /// The group's name, the member's id and its epoch.
-    pub(crate) fn identity(&self) -> (String, String, i32) {
+    /// The group's name and the member's id.
+    pub(crate) fn name(&self) -> (String, String) {
         let membership = &self.shared.state().membership;
-        (membership.group().to_owned(), membership.member_id().to_owned(), membership.epoch())
+        (membership.group().to_owned(), membership.member_id().to_owned())
     }
 
     pub(crate) fn coordinator(&self) -> Arc<Coordinator> {
         self.coordinator.clone()
     }
 
-    /// Whether the partition may still be read by this member.
-    pub(crate) fn owns(&self, topic_id: &bytes::Bytes, partition: i32) -> bool {
-        self.shared.state().membership.owns(&(topic_id.clone(), partition))
+    /// See [`Shared::commits_answered`].
+    pub(crate) async fn commits_answered(&self, part: &Part) {
+        self.shared.commits_answered(part).await;
+    }
+
+    /// Which time it was that the member owned the batch's partition.
+    pub(crate) fn serial(&self) -> u64 {
+        self.serial
+    }
+
+    /// The member's id and its epoch, where all these partitions have been its own since the time with these serials began.
+    pub(crate) fn owner<'a>(&self, parts: impl IntoIterator<Item = (&'a Part, u64)>) -> Option<(String, i32)> {
+        let state = self.shared.state();
+        let owned = parts.into_iter().all(|(part, serial)| state.owns(part, serial));
+        owned.then(|| (state.membership.member_id().to_owned(), state.membership.epoch()))
     }
 
     /// From now on this partition's offsets commit with transactions alone.
-    pub(crate) fn in_transactions(&self, topic_id: &bytes::Bytes, partition: i32) {
-        if let Some(held) = self.shared.state().held.get_mut(&(topic_id.clone(), partition)) {
-            held.in_transactions = true;
-        }
+    pub(crate) fn in_transactions(&self, part: &Part) {
+        self.shared.state().in_transactions(part);
     }
 }

@@ -1,6 +1,6 @@
 //! The task around a membership: one stream to the coordinator, wherever that is, heartbeats on time, positions looked up.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -16,8 +16,8 @@ use crate::admin::{OffsetSpec, list_offsets};
 use crate::consumer::StartAt;
 use crate::coordinator::Coordinator;
 use crate::error::{Error, ErrorCode, Result};
-use crate::group::membership::{Part, Standing};
-use crate::group::shared::{Change, Closing, Held, Place, Shared};
+use crate::group::membership::{Part, Standing, Step};
+use crate::group::shared::{Closing, Place, Shared, State, Wanted};
 use crate::retry::{Backoff, BackoffPolicy};
 
 /// How a session's task goes about it.
@@ -33,12 +33,22 @@ pub(crate) struct Session {
     pub(crate) keep_place: bool,
 }
 
-/// Longest that a member waits for its leaving to be heard.
+/// Longest that a member that was dropped waits for its commits, and that any waits for its leaving to be heard.
 const LEAVE_MAX: Duration = Duration::from_secs(5);
 /// Positions looked up with one question.
 const LOOKUP_MAX: usize = 1000;
 
-type Started = (Vec<(Part, String)>, Result<Vec<Start>>);
+/// What a lookup found. What it did not find goes again.
+struct Looked {
+    wanted: Vec<Wanted>,
+    /// Lookups in a row that left some of these out.
+    failures: u32,
+    found: Vec<Start>,
+    /// Why the rest was not found.
+    error: Option<Error>,
+}
+
+type Lookups = FuturesUnordered<BoxFuture<'static, Looked>>;
 
 /// Where to begin a partition.
 struct Start {
@@ -58,21 +68,30 @@ enum Left {
     Broken(Error),
 }
 
+/// Whether a member that is to leave need not find its coordinator for that.
+fn may_go(state: &State) -> bool {
+    match state.closing {
+        Some(Closing::Dropped) => true,
+        Some(Closing::Closed) => state.membership.epoch() == 0 && !state.is_committing_any(),
+        None => false,
+    }
+}
+
 impl Session {
     /// Runs until the member leaves or is put out for good.
     pub(crate) async fn run(self) {
         let mut backoff = Backoff::new(BackoffPolicy::CONNECT);
-        let mut lookups = FuturesUnordered::new();
+        let mut lookups = Lookups::new();
         loop {
             let connected = tokio::select! {
                 connected = self.connect() => connected,
-                () = self.without_stream(&mut lookups) => return self.ended(None),
+                () = self.without_stream(&mut lookups) => return self.shared.ended(None),
             };
             let error = match connected {
                 Ok((address, stream, outbound)) => {
                     match self.talk(&address, stream, outbound, &mut lookups, &mut backoff).await {
-                        Left::Closed => return self.ended(None),
-                        Left::Over(error) => return self.ended(Some(error)),
+                        Left::Closed => return self.shared.ended(None),
+                        Left::Over(error) => return self.shared.ended(Some(error)),
                         Left::Broken(error) => {
                             self.shared.state().membership.broken();
                             self.coordinator.failed(&address, &error);
@@ -81,27 +100,14 @@ impl Session {
                     }
                 }
                 Err(error) if error.is_retriable() => error,
-                Err(error) => return self.ended(Some(error)),
+                Err(error) => return self.shared.ended(Some(error)),
             };
             tracing::debug!(key = self.shared.state().membership.group(), %error, "the group's session broke");
             tokio::select! {
                 () = tokio::time::sleep(backoff.failed()) => {}
-                () = self.without_stream(&mut lookups) => return self.ended(None),
+                () = self.without_stream(&mut lookups) => return self.shared.ended(None),
             }
         }
-    }
-
-    /// The member is gone; `failure` is why, where it did not leave by itself.
-    fn ended(&self, failure: Option<Error>) {
-        let steps = self.shared.state().membership.lose_all();
-        self.shared.perform(steps, Instant::now());
-        let mut state = self.shared.state();
-        let why = failure.clone().unwrap_or_else(|| Error::closed("group's consumer"));
-        state.fail_commits(&why);
-        state.failure = failure;
-        state.over = true;
-        state.end_events();
-        state.wake();
     }
 
     async fn connect(
@@ -112,7 +118,7 @@ impl Session {
         // Bounded by what the state queues while there is a stream, see there.
         let (outbound, requests) = mpsc::unbounded_channel();
         let step = self.shared.state().membership.connected(Instant::now());
-        if let crate::group::membership::Step::Send(join) = step {
+        if let Step::Send(join) = step {
             let _ = outbound.send(*join);
         }
         self.shared.state().outgoing.clear();
@@ -137,20 +143,21 @@ impl Session {
         Ok((address, stream, outbound))
     }
 
-    /// What goes on while there is no stream: time. Returns when the member is to leave.
-    async fn without_stream(&self, lookups: &mut FuturesUnordered<BoxFuture<'static, Started>>) {
+    /// What goes on while there is no stream: time. Returns when the member may go.
+    async fn without_stream(&self, lookups: &mut Lookups) {
         loop {
             let next = {
                 let state = self.shared.state();
-                if state.closing == Some(Closing::Dropped) {
+                if may_go(&state) {
                     return;
                 }
                 state.membership.next_tick()
             };
+            self.look_up(lookups);
             tokio::select! {
                 () = tokio::time::sleep_until(next.into()) => self.tick(),
-                () = self.shared.work.notified() => self.look_up(lookups),
-                Some(started) = lookups.next(), if !lookups.is_empty() => self.started(started, lookups),
+                () = self.shared.work.notified() => {}
+                Some(looked) = lookups.next(), if !lookups.is_empty() => self.looked_up(looked, lookups),
             }
         }
     }
@@ -168,29 +175,40 @@ impl Session {
         address: &ServerAddress,
         mut stream: tonic::Streaming<pb::SessionResponse>,
         outbound: mpsc::UnboundedSender<pb::SessionRequest>,
-        lookups: &mut FuturesUnordered<BoxFuture<'static, Started>>,
+        lookups: &mut Lookups,
         backoff: &mut Backoff,
     ) -> Left {
         let mut commit_at = self.commit_every.map(|every| Instant::now() + every);
+        // From when on one that was dropped waits for its commits no longer.
+        let mut leave_at: Option<Instant> = None;
         loop {
             self.look_up(lookups);
-            let (next, closing) = {
+            let now = Instant::now();
+            let (mut next, leaves) = {
                 let mut state = self.shared.state();
-                if let Some(closing) = state.closing.filter(|_| state.membership.is_member()) {
-                    if closing == Closing::Closed {
-                        state.hand_back(Instant::now());
-                    }
-                    state.commit_processed(None);
+                let closing = state.closing.filter(|_| state.membership.is_member());
+                if let Some(closing) = closing {
+                    state.begin_closing(closing, now);
+                    leave_at.get_or_insert(now + LEAVE_MAX);
                 }
                 for request in state.outgoing.drain(..) {
                     // A stream that is gone says so below.
                     let _ = outbound.send(request);
                 }
-                (state.membership.next_tick(), state.closing.is_some() && state.membership.is_member())
+                let late = leave_at.is_some_and(|at| at <= now);
+                // One that is closed waits for as long as its user does: dropped is what it is then.
+                let leaves =
+                    closing.is_some_and(|closing| !state.is_committing_any() || closing == Closing::Dropped && late);
+                let deaf_at = state.membership.deaf_at();
+                let tick = state.membership.next_tick();
+                (deaf_at.map_or(tick, |deaf_at| tick.min(deaf_at)), leaves)
             };
-            if closing {
+            if leaves {
                 self.leave(outbound, stream).await;
                 return Left::Closed;
+            }
+            if let Some(at) = leave_at.filter(|at| *at > now) {
+                next = next.min(at);
             }
             let commit = async {
                 match commit_at {
@@ -199,10 +217,12 @@ impl Session {
                 }
             };
             tokio::select! {
+                // What came in while this program stood still counts before the time that went by.
+                biased;
                 message = stream.message() => match message {
                     Ok(Some(response)) => {
                         backoff.succeeded();
-                        match self.heard(response) {
+                        match self.shared.heard(response, Instant::now()) {
                             Standing::Up => {}
                             Standing::Again(error) => return Left::Broken(error),
                             Standing::Over(error) => return Left::Over(error),
@@ -212,16 +232,18 @@ impl Session {
                     Err(status) => {
                         let error = Error::from_status(address, status);
                         let detail = pb::session_response::Response::Ended(error.to_detail());
-                        return match self.heard(pb::SessionResponse { response: Some(detail) }) {
+                        let ended = pb::SessionResponse { response: Some(detail) };
+                        return match self.shared.heard(ended, Instant::now()) {
                             Standing::Over(error) => Left::Over(error),
                             _ => Left::Broken(error),
                         };
                     }
                 },
                 () = self.shared.work.notified() => {}
+                Some(looked) = lookups.next(), if !lookups.is_empty() => self.looked_up(looked, lookups),
                 () = tokio::time::sleep_until(next.into()) => {
-                    let now = Instant::now();
-                    if self.shared.state().membership.is_deaf(now) {
+                    let deaf_at = self.shared.state().membership.deaf_at();
+                    if deaf_at.is_some_and(|at| at <= Instant::now()) {
                         return Left::Broken(Error::unreachable(format!("the coordinator at {address} says nothing")));
                     }
                     self.tick();
@@ -230,43 +252,17 @@ impl Session {
                     self.shared.state().commit_processed(None);
                     commit_at = self.commit_every.map(|every| Instant::now() + every);
                 }
-                Some(started) = lookups.next(), if !lookups.is_empty() => self.started(started, lookups),
             }
         }
     }
 
-    fn heard(&self, response: pb::SessionResponse) -> Standing {
-        let now = Instant::now();
-        if let Some(pb::session_response::Response::Committed(answer)) = &response.response {
-            self.shared.state().committed(answer);
-        }
-        let joined = matches!(response.response, Some(pb::session_response::Response::Joined(_)));
-        let assigned = matches!(response.response, Some(pb::session_response::Response::Assignment(_)));
-        let (steps, standing) = self.shared.state().membership.heard(response, now);
-        if joined {
-            self.shared.state().commit_all_again();
-        } else if assigned {
-            self.shared.state().commit_stale_again();
-        }
-        self.shared.perform(steps, now);
-        standing
-    }
-
-    /// Says good-bye once every commit is answered.
+    /// Says good-bye, once every commit is answered.
     async fn leave(
         &self,
         outbound: mpsc::UnboundedSender<pb::SessionRequest>,
         mut stream: tonic::Streaming<pb::SessionResponse>,
     ) {
         let until = tokio::time::Instant::now() + LEAVE_MAX;
-        while !self.shared.state().committing.is_empty() {
-            match tokio::time::timeout_at(until, stream.message()).await {
-                Ok(Ok(Some(response))) => {
-                    self.heard(response);
-                }
-                _ => break,
-            }
-        }
         let leave = pb::session_request::Request::Leave(pb::LeaveGroup { keep_place: self.keep_place });
         let _ = outbound.send(pb::SessionRequest { request: Some(leave) });
         drop(outbound);
@@ -275,127 +271,124 @@ impl Session {
     }
 
     /// Begins to look up where to begin what is new.
-    fn look_up(&self, lookups: &mut FuturesUnordered<BoxFuture<'static, Started>>) {
+    fn look_up(&self, lookups: &mut Lookups) {
         let mut wanted = std::mem::take(&mut self.shared.state().to_begin);
         while !wanted.is_empty() {
             let rest = wanted.split_off(wanted.len().min(LOOKUP_MAX));
             let these = std::mem::replace(&mut wanted, rest);
-            lookups.push(self.look_up_these(these, Duration::ZERO).boxed());
+            lookups.push(self.look_up_these(these, 0).boxed());
         }
     }
 
-    fn look_up_these(&self, parts: Vec<(Part, String)>, wait: Duration) -> impl Future<Output = Started> + use<> {
-        let coordinator = Arc::clone(&self.coordinator);
+    fn look_up_these(&self, wanted: Vec<Wanted>, failures: u32) -> impl Future<Output = Looked> + use<> {
+        let (shared, coordinator) = (Arc::clone(&self.shared), Arc::clone(&self.coordinator));
         let start_at = self.start_at;
-        let (group, member_id, member_epoch) = {
-            let membership = &self.shared.state().membership;
-            (membership.group().to_owned(), membership.member_id().to_owned(), membership.epoch())
-        };
         async move {
-            tokio::time::sleep(wait).await;
-            let starts = find_starts(&coordinator, start_at, group, member_id, member_epoch, &parts).await;
-            (parts, starts)
+            if failures > 0 {
+                tokio::time::sleep(BackoffPolicy::REQUEST.wait(failures, rand::random::<f64>())).await;
+            }
+            let (found, error) = find_starts(&coordinator, &shared, start_at, &wanted).await;
+            Looked { wanted, failures, found, error }
         }
     }
 
-    /// Hands what was looked up to the consumer, as far as it is still owned.
-    fn started(&self, (parts, found): Started, lookups: &mut FuturesUnordered<BoxFuture<'static, Started>>) {
-        let mut state = self.shared.state();
-        match found {
-            Ok(starts) => {
-                for Start { part, topic, place, committed } in starts {
-                    if !state.membership.owns(&part)
-                        || state.membership.is_revoking(&part)
-                        || state.held.contains_key(&part)
-                    {
-                        continue;
-                    }
-                    let held = Held {
-                        topic: topic.name.clone(),
-                        processed: place,
-                        committed: if committed { place.offset } else { -1 },
-                        handed: place,
-                        in_hand: false,
-                        revoking: false,
-                        guards: 0,
-                        in_transactions: false,
-                    };
-                    let partition = part.1;
-                    state.held.insert(part, held);
-                    state.changes.push_back(Change::Begin {
-                        topic,
-                        partition,
-                        offset: place.offset,
-                        last_epoch: place.epoch,
-                    });
-                }
-                state.wake();
-            }
-            Err(error) => {
-                let still: Vec<_> = parts.into_iter().filter(|(part, _)| state.membership.owns(part)).collect();
-                let passing = error.is_retriable()
-                    || error.is_not_found()
-                    || matches!(error.code(), ErrorCode::StaleMemberEpoch | ErrorCode::UnknownMember);
-                if !passing {
-                    state.failure = Some(error.clone());
-                    state.wake();
-                }
-                drop(state);
+    /// Hands what was looked up to the consumer, as far as it is still wanted; what was not found is looked up again.
+    fn looked_up(&self, Looked { wanted, failures, found, error }: Looked, lookups: &mut Lookups) {
+        let mut rest: HashMap<Part, Wanted> = wanted.into_iter().map(|wanted| (wanted.0.clone(), wanted)).collect();
+        let some = !found.is_empty();
+        let rest = self.shared.update(|state| {
+            let starts = found.into_iter().filter_map(|Start { part, topic, place, committed }| {
+                rest.remove(&part).map(|wanted| (wanted, topic, place, committed))
+            });
+            let starts: Vec<_> = starts.collect();
+            state.begin(starts);
+            let passing = |error: &Error| {
+                error.is_retriable() || error.is_not_found() || error.kind() == crate::error::ErrorKind::Abortable
+            };
+            let rest: Vec<Wanted> = rest.into_values().filter(|wanted| state.is_beginning(wanted)).collect();
+            if let Some(error) = &error {
                 tracing::debug!(%error, "where to begin could not be looked up; again soon");
-                if !still.is_empty() {
-                    let wait = BackoffPolicy::REQUEST.wait(4, rand::random::<f64>());
-                    lookups.push(self.look_up_these(still, wait).boxed());
+                if !rest.is_empty() && !passing(error) {
+                    state.failure = Some(error.clone());
                 }
             }
+            rest
+        });
+        if !rest.is_empty() {
+            let failures = if some { 1 } else { failures.saturating_add(1) };
+            lookups.push(self.look_up_these(rest, failures).boxed());
         }
     }
 }
 
-/// Where the group is in these partitions, and where it has not been, where it wants to begin.
+/// Where the group is in these partitions, and where it has not been, where it wants to begin. What cannot be told now is
+/// left out; with why, for one of them.
 async fn find_starts(
     coordinator: &Coordinator,
+    shared: &Shared,
     start_at: StartAt,
-    group: String,
-    member_id: String,
-    member_epoch: i32,
-    parts: &[(Part, String)],
-) -> Result<Vec<Start>> {
+    wanted: &[Wanted],
+) -> (Vec<Start>, Option<Error>) {
     let mut by_topic: HashMap<&bytes::Bytes, pb::TopicPartitions> = HashMap::new();
-    for ((topic_id, partition), _) in parts {
+    for ((topic_id, partition), ..) in wanted {
         let topic = by_topic
             .entry(topic_id)
             .or_insert_with(|| pb::TopicPartitions { topic_id: topic_id.clone(), ..Default::default() });
         topic.partitions.push(*partition);
     }
-    let request = pb::FetchOffsetsRequest {
-        group,
-        partitions: by_topic.into_values().collect(),
-        require_stable: true,
-        member_id,
-        member_epoch,
+    let request = {
+        let membership = &shared.state().membership;
+        pb::FetchOffsetsRequest {
+            group: membership.group().to_owned(),
+            partitions: by_topic.into_values().collect(),
+            require_stable: true,
+            member_id: membership.member_id().to_owned(),
+            member_epoch: membership.epoch(),
+        }
     };
     let answer = coordinator
         .call(|channel| {
             let request = request.clone();
             async move { GroupsClient::new(channel).fetch_offsets(request).await }
         })
-        .await?;
+        .await;
+    let answer = match answer {
+        Ok(answer) => answer,
+        Err(error) => return (Vec::new(), Some(error)),
+    };
+    let mut failure = None;
     let mut committed: HashMap<Part, Place> = HashMap::new();
+    let mut refused: HashSet<Part> = HashSet::new();
     for offset in answer.offsets {
-        Coordinator::told(offset.error.as_ref())?;
-        if offset.offset >= 0 {
-            let place = Place { offset: offset.offset, epoch: offset.leader_epoch };
-            committed.insert((offset.topic_id, offset.partition), place);
+        let part = (offset.topic_id, offset.partition);
+        if let Err(error) = Coordinator::told(offset.error.as_ref()) {
+            failure = Some(error);
+            refused.insert(part);
+        } else if offset.offset >= 0 {
+            committed.insert(part, Place { offset: offset.offset, epoch: offset.leader_epoch });
         }
     }
     let cluster = coordinator.cluster();
     let mut starts = Vec::new();
     let mut unknown = Vec::new();
-    for (part, name) in parts {
+    for (part, name, _) in wanted.iter().filter(|(part, ..)| !refused.contains(part)) {
+        let is_it = |topic: &crate::metadata::TopicInfo| topic.id == part.0 && part.1 < topic.partition_count();
         let topic = match cluster.topic(name).await {
-            Ok(topic) if topic.id == part.0 && part.1 < topic.partition_count() => topic,
-            Ok(_) => cluster.ask_for_topic(name).await?,
-            Err(error) => return Err(error),
+            Ok(topic) if !is_it(&topic) => cluster.ask_for_topic(name).await,
+            topic => topic,
+        };
+        let topic = match topic {
+            Ok(topic) if is_it(&topic) => topic,
+            // The metadata is behind the coordinator, or the other way round: either will learn of it.
+            Ok(topic) => {
+                let message = "the topic was made anew; the group will hear of it";
+                failure = Some(Error::new(ErrorCode::UnknownTopic, message).at(&topic.name, part.1));
+                continue;
+            }
+            Err(error) => {
+                failure = Some(error);
+                continue;
+            }
         };
         match committed.get(part) {
             Some(place) => starts.push(Start { part: part.clone(), topic, place: *place, committed: true }),
@@ -411,16 +404,23 @@ async fn find_starts(
             let place = Place { offset, epoch: -1 };
             let fixed = |(part, topic): (&Part, Arc<_>)| Start { part: part.clone(), topic, place, committed: false };
             starts.extend(unknown.into_iter().map(fixed));
-            return Ok(starts);
+            return (starts, failure);
         }
     };
-    let queries: Vec<_> = unknown.iter().map(|(part, topic)| (&*topic.name, part.1, spec)).collect();
-    let found = if queries.is_empty() { Vec::new() } else { list_offsets(cluster, &queries, false).await? };
-    for ((part, topic), info) in unknown.iter().zip(found) {
-        let place = Place { offset: info.offset, epoch: -1 };
-        starts.push(Start { part: (*part).clone(), topic: topic.clone(), place, committed: false });
+    if unknown.is_empty() {
+        return (starts, failure);
     }
-    Ok(starts)
+    let queries: Vec<_> = unknown.iter().map(|(part, topic)| (&*topic.name, part.1, spec)).collect();
+    match list_offsets(cluster, &queries, false).await {
+        Ok(found) => {
+            for ((part, topic), info) in unknown.iter().zip(found) {
+                let place = Place { offset: info.offset, epoch: -1 };
+                starts.push(Start { part: (*part).clone(), topic: topic.clone(), place, committed: false });
+            }
+        }
+        Err(error) => failure = Some(error),
+    }
+    (starts, failure)
 }
 
 struct Outbound(mpsc::UnboundedReceiver<pb::SessionRequest>);

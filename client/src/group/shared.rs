@@ -3,10 +3,12 @@
 //!
 //! ```text
 //!   consumer: hands out, marks what was done   ---- State (one short lock) ----   task: stream, heartbeats, commits
-//!             <- changes: begin, revoke, lost                            work ->
+//!             <- changes: begin, end                                     work ->
+//!
+//!   a partition on its way out:  revoking -> not in hand, no guards -> leaving: its commits are answered -> given up
 //! ```
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Waker;
 use std::time::Instant;
@@ -16,42 +18,56 @@ use tokio::sync::{Notify, mpsc, oneshot};
 
 use crate::error::{Error, ErrorCode, Result};
 use crate::group::events::{GroupEvent, Revocation};
-use crate::group::membership::{Membership, Part, Step};
+use crate::group::membership::{Membership, Part, Standing, Step};
 use crate::locked;
 
 /// What the consumer must do before it hands out anything more.
 #[derive(Debug)]
 pub(crate) enum Change {
     /// Read this partition from here on.
-    Begin {
-        topic: Arc<crate::metadata::TopicInfo>,
-        partition: i32,
-        offset: i64,
-        /// Leader epoch of the last record consumed, -1 for none.
-        last_epoch: i32,
-    },
+    Begin { topic: Arc<crate::metadata::TopicInfo>, place: Place },
     /// Read it no more.
-    End(Part),
+    End,
 }
 
 /// A partition that this member owns, with its position known.
 #[derive(Debug)]
 pub(crate) struct Held {
     pub(crate) topic: Arc<str>,
+    /// Which time it is that this member owns it: what was handed out in an earlier one counts no more.
+    pub(crate) serial: u64,
     /// The user is done with everything before it.
     pub(crate) processed: Place,
-    /// What the coordinator was last told, answered or not.
-    pub(crate) committed: i64,
+    /// What the coordinator was last told, answered or not; -1 for nothing.
+    committed: i64,
+    /// What the coordinator last said that it has; -1 for nothing.
+    acknowledged: i64,
     /// Behind what was handed out last.
     pub(crate) handed: Place,
-    /// The user has what was handed out last in hand.
-    pub(crate) in_hand: bool,
     /// Handed out no more, given up once it is not in hand and nobody holds its revocation.
     pub(crate) revoking: bool,
     /// Revocations that the user holds.
-    pub(crate) guards: usize,
+    guards: usize,
     /// Its offsets commit with transactions, never by themselves.
-    pub(crate) in_transactions: bool,
+    in_transactions: bool,
+}
+
+impl Held {
+    /// One whose reading begins here; `committed` where the group has that already.
+    pub(crate) fn new(topic: Arc<str>, serial: u64, place: Place, committed: bool) -> Self {
+        let known = if committed { place.offset } else { -1 };
+        Self {
+            topic,
+            serial,
+            processed: place,
+            committed: known,
+            acknowledged: known,
+            handed: place,
+            revoking: false,
+            guards: 0,
+            in_transactions: false,
+        }
+    }
 }
 
 /// A position, with the leader epoch of the last record before it.
@@ -61,16 +77,22 @@ pub(crate) struct Place {
     pub(crate) epoch: i32,
 }
 
+/// Commits that are sent and not answered, at most; all that come meanwhile wait as one. The broker takes 64.
+const COMMITS_IN_FLIGHT_MAX: usize = 16;
+/// Events that nobody took, at most: a listener that is further behind is told no more.
+const EVENTS_MAX: usize = 1024;
+
 /// A commit on its way.
-#[derive(Debug)]
-pub(crate) struct Committing {
-    pub(crate) request_id: u64,
-    /// Under which it was sent last, 0 where it was not.
-    epoch: i32,
+#[derive(Debug, Default)]
+struct Committing {
+    /// Under which request id and which epoch it was sent last; none where it waits for its turn, or a stream.
+    sent: Option<(u64, i32)>,
     /// It came under an epoch that was over: it goes again under the next one.
     is_stale: bool,
-    pub(crate) offsets: Vec<pb::CommitOffset>,
-    pub(crate) reply: Option<oneshot::Sender<Result<()>>>,
+    offsets: BTreeMap<Part, Place>,
+    /// Some of it belongs to another member by now.
+    failure: Option<Error>,
+    replies: Vec<oneshot::Sender<Result<()>>>,
 }
 
 /// How the session is to end.
@@ -82,28 +104,51 @@ pub(crate) enum Closing {
     Closed,
 }
 
+/// A partition whose beginning is to be looked up: which, its topic's name, and its serial.
+pub(crate) type Wanted = (Part, String, u64);
+
+/// What listeners are told once the lock is given back.
+#[derive(Debug)]
+enum Told {
+    Assigned(Vec<(String, i32)>),
+    Revoking(Vec<(Part, u64)>, Vec<(String, i32)>),
+    Lost(Vec<(String, i32)>),
+}
+
 #[derive(Debug)]
 pub(crate) struct State {
     pub(crate) membership: Membership,
     pub(crate) held: HashMap<Part, Held>,
+    /// The user has what was handed out last of this one in hand.
+    in_hand: Option<Part>,
+    /// Part of `held`: given up once their commits are answered.
+    leaving: BTreeSet<Part>,
+    /// Owned, and not held yet: which lookup it waits for.
+    beginning: HashMap<Part, u64>,
+    last_serial: u64,
     /// Whether positions are committed without being asked for.
-    pub(crate) auto_commit: bool,
-    /// For the consumer; bounded by what a coordinator assigns while nobody polls: later changes replace earlier ones.
-    pub(crate) changes: VecDeque<Change>,
-    /// For the stream. Bounded: heartbeats while there is a stream, and one commit per call.
+    auto_commit: bool,
+    /// For the consumer: one for each partition at most, the later replaces the earlier.
+    changes: HashMap<Part, Change>,
+    /// For the stream. Bounded: heartbeats while there is a stream, and what may be in flight of commits.
     pub(crate) outgoing: VecDeque<pb::SessionRequest>,
     /// Looked up next: where to begin.
-    pub(crate) to_begin: Vec<(Part, String)>,
-    /// Commits without an answer, oldest first.
-    pub(crate) committing: VecDeque<Committing>,
+    pub(crate) to_begin: Vec<Wanted>,
+    /// Commits without an answer, oldest first: those in flight and one that waits.
+    committing: VecDeque<Committing>,
     next_request: u64,
-    /// Why the membership is over; told to the user once.
+    /// Why the membership is over, or what went wrong beside it; told to the user once.
     pub(crate) failure: Option<Error>,
+    /// Why the last commits of a member that is closed were not taken.
+    close_failure: Option<Error>,
     pub(crate) over: bool,
     pub(crate) closing: Option<Closing>,
+    /// Its last commits are on their way.
+    is_closing: bool,
     /// Of the task that polls the consumer.
     waker: Option<Waker>,
-    events: Option<mpsc::UnboundedSender<GroupEvent>>,
+    events: Option<mpsc::Sender<GroupEvent>>,
+    told: Vec<Told>,
 }
 
 /// See the module.
@@ -112,6 +157,8 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     /// There is something for the session's task.
     pub(crate) work: Notify,
+    /// A commit was answered, or given up.
+    answered: Notify,
 }
 
 impl std::fmt::Debug for Shared {
@@ -129,145 +176,303 @@ impl Shared {
         let state = State {
             membership,
             held: HashMap::new(),
+            in_hand: None,
+            leaving: BTreeSet::new(),
+            beginning: HashMap::new(),
+            last_serial: 0,
             auto_commit,
-            changes: VecDeque::new(),
+            changes: HashMap::new(),
             outgoing: VecDeque::new(),
             to_begin: Vec::new(),
             committing: VecDeque::new(),
             next_request: 0,
             failure: None,
+            close_failure: None,
             over: false,
             closing: None,
+            is_closing: false,
             waker: None,
             events: None,
+            told: Vec::new(),
         };
-        Arc::new(Self { state: Mutex::new(state), work: Notify::new() })
+        Arc::new(Self { state: Mutex::new(state), work: Notify::new(), answered: Notify::new() })
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         locked(&self.state)
     }
 
+    /// Changes the state as a whole, and tells the session's task and, once the lock is given back, whoever listens.
+    pub(crate) fn update<T>(self: &Arc<Self>, change: impl FnOnce(&mut State) -> T) -> T {
+        let (result, told, events) = {
+            let mut state = self.state();
+            let result = change(&mut state);
+            state.wake();
+            let told = std::mem::take(&mut state.told);
+            let events = if told.is_empty() { None } else { state.events.clone() };
+            (result, told, events)
+        };
+        self.work.notify_one();
+        // A revocation that nobody takes is dropped here, and takes the lock.
+        if let Some(events) = events
+            && !told.into_iter().all(|told| events.try_send(self.event(told)).is_ok())
+        {
+            self.end_events();
+        }
+        result
+    }
+
+    fn event(self: &Arc<Self>, told: Told) -> GroupEvent {
+        match told {
+            Told::Assigned(partitions) => GroupEvent::Assigned(partitions),
+            Told::Lost(partitions) => GroupEvent::Lost(partitions),
+            Told::Revoking(parts, partitions) => {
+                GroupEvent::Revoking(Revocation::new(Arc::clone(self), parts, partitions))
+            }
+        }
+    }
+
     /// Events from now on.
-    pub(crate) fn subscribe(&self) -> mpsc::UnboundedReceiver<GroupEvent> {
-        let (sender, receiver) = mpsc::unbounded_channel();
-        self.state().events = Some(sender);
+    pub(crate) fn subscribe(&self) -> mpsc::Receiver<GroupEvent> {
+        let (sender, receiver) = mpsc::channel(EVENTS_MAX);
+        let earlier = {
+            let mut state = self.state();
+            if state.over { Some(sender) } else { state.events.replace(sender) }
+        };
+        // Outside the lock: what is left in it may be a revocation.
+        drop(earlier);
         receiver
+    }
+
+    /// No more events.
+    pub(crate) fn end_events(&self) {
+        let events = self.state().events.take();
+        // Outside the lock, as above.
+        drop(events);
     }
 
     /// Does what the membership says.
     pub(crate) fn perform(self: &Arc<Self>, steps: Vec<Step>, now: Instant) {
-        let mut state = self.state();
-        let mut begun = Vec::new();
+        self.update(|state| state.perform(steps, now));
+    }
+
+    /// The coordinator said something.
+    pub(crate) fn heard(self: &Arc<Self>, response: pb::SessionResponse, now: Instant) -> Standing {
+        use pb::session_response::Response;
+        let standing = self.update(|state| {
+            let (joined, assigned) = match &response.response {
+                Some(Response::Committed(answer)) => {
+                    state.committed(answer, now);
+                    (false, false)
+                }
+                Some(Response::Joined(_)) => (true, false),
+                Some(Response::Assignment(_)) => (false, true),
+                _ => (false, false),
+            };
+            let (steps, standing) = state.membership.heard(response, now);
+            // Commits first: what is not reported as owned any more cannot be committed.
+            if joined {
+                state.commit_all_again();
+            } else if assigned {
+                state.commit_stale_again();
+            }
+            state.perform(steps, now);
+            standing
+        });
+        self.answered.notify_waiters();
+        standing
+    }
+
+    /// One revocation of these is dealt with.
+    pub(crate) fn unguard(self: &Arc<Self>, parts: &[(Part, u64)], now: Instant) {
+        self.update(|state| {
+            let mut free = Vec::new();
+            for (part, serial) in parts {
+                // It may have been lost, and given anew, since.
+                if let Some(held) = state.held.get_mut(part).filter(|held| held.serial == *serial) {
+                    held.guards = held.guards.saturating_sub(1);
+                    free.push(part.clone());
+                }
+            }
+            state.release(&free, now);
+        });
+    }
+
+    /// Waits until no commit of this partition is under way. Once its offsets commit with transactions, none follows.
+    pub(crate) async fn commits_answered(&self, part: &Part) {
+        loop {
+            let answered = self.answered.notified();
+            let mut answered = std::pin::pin!(answered);
+            // Before looking, so that no answer is missed in between.
+            answered.as_mut().enable();
+            if !self.state().is_committing(part) {
+                return;
+            }
+            answered.await;
+        }
+    }
+
+    /// The membership is over; `failure` is why, where the member did not leave by itself.
+    pub(crate) fn ended(self: &Arc<Self>, failure: Option<Error>) {
+        self.update(|state| {
+            let steps = state.membership.lose_all();
+            state.perform(steps, Instant::now());
+            state.fail_commits(&failure.clone().unwrap_or_else(|| Error::closed("group's consumer")));
+            let close_failure = state.close_failure.take();
+            state.failure = failure.or(close_failure);
+            state.over = true;
+        });
+        self.answered.notify_waiters();
+        self.end_events();
+    }
+}
+
+impl State {
+    fn perform(&mut self, steps: Vec<Step>, now: Instant) {
         let mut revoking = Vec::new();
         let mut lost = Vec::new();
         for step in steps {
             match step {
-                Step::Send(request) => state.outgoing.push_back(*request),
+                Step::Send(request) => self.outgoing.push_back(*request),
                 Step::Begin(part, topic) => {
-                    begun.push((topic.clone(), part.1));
-                    state.to_begin.push((part, topic));
+                    self.last_serial += 1;
+                    self.beginning.insert(part.clone(), self.last_serial);
+                    self.to_begin.push((part, topic, self.last_serial));
                 }
                 Step::Revoke(part) => {
-                    state.to_begin.retain(|(known, _)| *known != part);
-                    state.changes.push_back(Change::End(part.clone()));
-                    if let Some(held) = state.held.get_mut(&part) {
+                    self.stop(&part);
+                    if let Some(held) = self.held.get_mut(&part) {
                         held.revoking = true;
                     }
                     revoking.push(part);
                 }
                 Step::Lost(part) => {
-                    state.to_begin.retain(|(known, _)| *known != part);
-                    state.changes.push_back(Change::End(part.clone()));
-                    if let Some(held) = state.held.remove(&part) {
-                        lost.push((held.topic.to_string(), part.1));
+                    self.stop(&part);
+                    self.in_hand.take_if(|known| *known == part);
+                    self.leaving.remove(&part);
+                    if let Some(held) = self.held.remove(&part) {
+                        lost.push((part.clone(), (held.topic.to_string(), part.1)));
                     }
                 }
             }
         }
-        let mut guard = None;
-        if let Some(events) = state.events.clone() {
-            // A receiver that is gone wants no more.
-            let tell = |event| events.send(event).is_ok();
-            let mut open = true;
-            if !lost.is_empty() {
-                open &= tell(GroupEvent::Lost(lost));
-            }
-            if !begun.is_empty() {
-                open &= tell(GroupEvent::Assigned(begun));
-            }
-            let held: Vec<Part> = revoking.iter().filter(|part| state.held.contains_key(*part)).cloned().collect();
-            if open && !held.is_empty() {
-                let mut named = Vec::new();
-                for part in &held {
-                    if let Some(held) = state.held.get_mut(part) {
-                        held.guards += 1;
-                        named.push((held.topic.to_string(), part.1));
-                    }
+        if !lost.is_empty() {
+            self.lose_commits(&lost);
+            self.tell(Told::Lost(lost.into_iter().map(|(_, named)| named).collect()));
+        }
+        if self.events.is_some() {
+            let (mut guarded, mut named) = (Vec::new(), Vec::new());
+            for part in &revoking {
+                if let Some(held) = self.held.get_mut(part) {
+                    held.guards += 1;
+                    guarded.push((part.clone(), held.serial));
+                    named.push((held.topic.to_string(), part.1));
                 }
-                guard = Some((events, Revocation::new(Arc::clone(self), held, named)));
-            } else if !open {
-                state.events = None;
+            }
+            if !guarded.is_empty() {
+                self.tell(Told::Revoking(guarded, named));
             }
         }
-        state.release(&revoking, now);
-        state.wake();
-        drop(state);
-        self.work.notify_one();
-        // Outside the lock: one that nobody takes is dropped here, and takes it.
-        if let Some((events, revocation)) = guard {
-            let _ = events.send(GroupEvent::Revoking(revocation));
+        self.release(&revoking, now);
+    }
+
+    /// Nothing more of this partition is handed out.
+    fn stop(&mut self, part: &Part) {
+        self.to_begin.retain(|(known, ..)| known != part);
+        self.beginning.remove(part);
+        self.changes.insert(part.clone(), Change::End);
+    }
+
+    fn tell(&mut self, told: Told) {
+        if self.events.is_some() {
+            self.told.push(told);
         }
     }
 
-    /// One revocation of these is dealt with.
-    pub(crate) fn unguard(&self, parts: &[Part], now: Instant) {
-        let mut state = self.state();
-        for part in parts {
-            if let Some(held) = state.held.get_mut(part) {
-                held.guards = held.guards.saturating_sub(1);
+    /// It is known where these begin: they are read from now on, as far as they are still wanted.
+    pub(crate) fn begin(
+        &mut self,
+        starts: impl IntoIterator<Item = (Wanted, Arc<crate::metadata::TopicInfo>, Place, bool)>,
+    ) {
+        let mut begun = Vec::new();
+        for ((part, _, serial), topic, place, committed) in starts {
+            if self.beginning.get(&part) != Some(&serial) {
+                continue;
             }
+            self.beginning.remove(&part);
+            begun.push((topic.name.to_string(), part.1));
+            self.held.insert(part.clone(), Held::new(topic.name.clone(), serial, place, committed));
+            self.changes.insert(part, Change::Begin { topic, place });
         }
-        state.release(parts, now);
-        drop(state);
-        self.work.notify_one();
+        if !begun.is_empty() {
+            self.tell(Told::Assigned(begun));
+        }
     }
-}
 
-impl State {
+    /// Whether this lookup's answer is still waited for.
+    pub(crate) fn is_beginning(&self, (part, _, serial): &Wanted) -> bool {
+        self.beginning.get(part) == Some(serial)
+    }
+
+    pub(crate) fn take_changes(&mut self) -> HashMap<Part, Change> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Whether the consumer has been told everything.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.membership.is_settled(self.held.len()) && self.changes.is_empty()
+    }
+
     /// Gives up what of these is on its way out and not held any more, its positions committed first.
-    pub(crate) fn release(&mut self, parts: &[Part], now: Instant) {
+    fn release(&mut self, parts: &[Part], now: Instant) {
         let mut done = Vec::new();
         for part in parts {
             match self.held.get(part) {
-                Some(held) if !held.revoking || held.in_hand || held.guards > 0 => {}
-                _ => done.push(part.clone()),
+                Some(held) if !held.revoking || held.guards > 0 || self.in_hand.as_ref() == Some(part) => {}
+                Some(_) => {
+                    if self.leaving.insert(part.clone()) {
+                        self.commit_processed(Some(part));
+                    }
+                }
+                None => done.push(part.clone()),
             }
         }
-        if done.is_empty() {
-            return;
+        self.give_up(done, now);
+    }
+
+    /// Gives up these, and what of those that leave has no commit under way any more.
+    fn give_up(&mut self, mut done: Vec<Part>, now: Instant) {
+        let answered: Vec<Part> = self.leaving.iter().filter(|part| !self.is_committing(part)).cloned().collect();
+        for part in answered {
+            self.leaving.remove(&part);
+            self.held.remove(&part);
+            done.push(part);
         }
-        self.commit_processed(Some(&done));
-        for part in &done {
-            self.held.remove(part);
-        }
-        if let Some(Step::Send(request)) = self.membership.released(&done, now) {
+        if !done.is_empty()
+            && let Some(Step::Send(request)) = self.membership.released(&done, now)
+        {
             self.outgoing.push_back(*request);
         }
     }
 
-    /// Commits what the user is done with, where that is news and where it is done without being asked.
-    pub(crate) fn commit_processed(&mut self, of: Option<&[Part]>) {
+    /// Commits what the user is done with, of one partition or of all, where that is news and done without being asked.
+    pub(crate) fn commit_processed(&mut self, of: Option<&Part>) {
         if !self.auto_commit {
             return;
         }
-        let mut offsets = Vec::new();
-        for (part, held) in &mut self.held {
-            let wanted = of.is_none_or(|parts| parts.contains(part));
-            if wanted && !held.in_transactions && held.processed.offset != held.committed {
-                held.committed = held.processed.offset;
-                offsets.push(to_pb(part, held.processed));
+        let mut offsets = BTreeMap::new();
+        let mut news = |part: &Part, held: &Held| {
+            if !held.in_transactions && held.processed.offset != held.committed {
+                offsets.insert(part.clone(), held.processed);
             }
+        };
+        match of {
+            Some(part) => {
+                if let Some(held) = self.held.get(part) {
+                    news(part, held);
+                }
+            }
+            None => self.held.iter().for_each(|(part, held)| news(part, held)),
         }
         if !offsets.is_empty() {
             self.commit(offsets, None);
@@ -276,14 +481,15 @@ impl State {
 
     /// Commits all that was handed out.
     pub(crate) fn commit_handed(&mut self, reply: oneshot::Sender<Result<()>>) {
-        let mut offsets = Vec::new();
-        for (part, held) in &mut self.held {
-            if held.handed.offset != held.committed {
-                held.committed = held.handed.offset;
-                offsets.push(to_pb(part, held.handed));
+        let mut offsets = BTreeMap::new();
+        for (part, held) in &self.held {
+            // What is under way may still fail, or be of another position: it goes along again.
+            let is_there = held.handed.offset == held.acknowledged && held.handed.offset == held.committed;
+            if !held.in_transactions && !is_there {
+                offsets.insert(part.clone(), held.handed);
             }
         }
-        if offsets.is_empty() && self.committing.is_empty() {
+        if offsets.is_empty() {
             // A receiver that is gone does not mind.
             let _ = reply.send(Ok(()));
             return;
@@ -292,116 +498,260 @@ impl State {
     }
 
     /// Puts a commit on its way; it is sent again where its stream breaks.
-    pub(crate) fn commit(&mut self, offsets: Vec<pb::CommitOffset>, reply: Option<oneshot::Sender<Result<()>>>) {
-        self.next_request += 1;
-        let request_id = self.next_request;
-        let epoch = self.membership.epoch();
-        if self.membership.is_member() {
-            self.outgoing.push_back(commit_request(request_id, epoch, offsets.clone()));
+    pub(crate) fn commit(&mut self, offsets: BTreeMap<Part, Place>, reply: Option<oneshot::Sender<Result<()>>>) {
+        for (part, place) in &offsets {
+            if let Some(held) = self.held.get_mut(part) {
+                held.committed = place.offset;
+            }
         }
-        self.committing.push_back(Committing { request_id, epoch, is_stale: false, offsets, reply });
+        let waits = |last: &Committing| last.sent.is_none() && last.failure.is_none();
+        if !self.committing.back().is_some_and(waits) {
+            self.committing.push_back(Committing::default());
+        }
+        if let Some(last) = self.committing.back_mut() {
+            last.offsets.extend(offsets);
+            last.replies.retain(|reply| !reply.is_closed());
+            last.replies.extend(reply);
+        }
+        self.send_commits();
     }
 
-    /// There is a new stream on which this is a member: what was not answered on the old one goes again, as far as it is
-    /// still owned.
-    pub(crate) fn commit_all_again(&mut self) {
-        for committing in &mut self.committing {
-            committing.is_stale = true;
+    /// Sends what waits, as far as there is a stream and room.
+    fn send_commits(&mut self) {
+        if !self.membership.is_member() {
+            return;
         }
-        self.commit_stale_again();
+        let mut in_flight = self.committing.iter().filter(|committing| committing.sent.is_some()).count();
+        let epoch = self.membership.epoch();
+        for committing in self.committing.iter_mut().filter(|committing| committing.sent.is_none()) {
+            if in_flight >= COMMITS_IN_FLIGHT_MAX {
+                return;
+            }
+            in_flight += 1;
+            self.next_request += 1;
+            committing.sent = Some((self.next_request, epoch));
+            let offsets = committing.offsets.iter().map(|(part, place)| to_pb(part, *place)).collect();
+            self.outgoing.push_back(commit_request(self.next_request, epoch, offsets));
+        }
+    }
+
+    /// There is a new stream on which this is a member: what was not answered on the old one goes again, in its order.
+    fn commit_all_again(&mut self) {
+        for committing in &mut self.committing {
+            committing.sent = None;
+            committing.is_stale = false;
+        }
+        self.send_commits();
     }
 
     /// There is a new epoch, perhaps: what came under an older one goes again.
-    pub(crate) fn commit_stale_again(&mut self) {
+    fn commit_stale_again(&mut self) {
         let epoch = self.membership.epoch();
-        for committing in self.committing.iter_mut().filter(|committing| committing.is_stale) {
-            let membership = &self.membership;
-            committing.is_stale = false;
-            committing.epoch = epoch;
-            committing.offsets.retain(|offset| membership.owns(&(offset.topic_id.clone(), offset.partition)));
-            self.outgoing.push_back(commit_request(committing.request_id, epoch, committing.offsets.clone()));
+        let mut at = 0;
+        while at < self.committing.len() {
+            let committing = &self.committing[at];
+            let behind = committing.is_stale && committing.sent.is_some_and(|(_, sent)| sent != epoch);
+            if behind && self.queue_again(at) {
+                continue;
+            }
+            at += 1;
         }
+        self.send_commits();
+    }
+
+    /// Has this commit sent again, without what a later one has of its partitions: a position must not go back. True
+    /// where nothing of it is left, and it is part of a later one now.
+    fn queue_again(&mut self, at: usize) -> bool {
+        let Some(mut committing) = self.committing.remove(at) else { return false };
+        for later in self.committing.range(at..) {
+            committing.offsets.retain(|part, _| !later.offsets.contains_key(part));
+        }
+        if committing.offsets.is_empty()
+            && let Some(last) = self.committing.back_mut()
+        {
+            last.replies.append(&mut committing.replies);
+            if last.failure.is_none() {
+                last.failure = committing.failure;
+            }
+            return true;
+        }
+        committing.sent = None;
+        committing.is_stale = false;
+        self.committing.insert(at, committing);
+        false
     }
 
     /// The coordinator answered a commit.
-    pub(crate) fn committed(&mut self, answer: &pb::Committed) {
-        let Some(at) = self.committing.iter().position(|known| known.request_id == answer.request_id) else { return };
+    fn committed(&mut self, answer: &pb::Committed, now: Instant) {
+        let is_it = |known: &Committing| known.sent.is_some_and(|(request_id, _)| request_id == answer.request_id);
+        let Some(at) = self.committing.iter().position(is_it) else { return };
         let stale = |failed: &pb::OffsetError| {
             failed.error.as_ref().is_some_and(|detail| detail.code() == ErrorCode::StaleMemberEpoch)
         };
         if answer.errors.iter().any(stale) {
             // What the member was given meanwhile is on its way on this very stream, or here already.
             self.committing[at].is_stale = true;
-            if self.committing[at].epoch != self.membership.epoch() {
-                self.commit_stale_again();
-            }
+            self.commit_stale_again();
             return;
         }
-        let Some(committing) = self.committing.remove(at) else { return };
-        let failed = answer.errors.iter().find_map(|failed| {
-            let topic = self.held.get(&(failed.topic_id.clone(), failed.partition)).map(|held| held.topic.clone());
-            let error = Error::from_detail(failed.error.as_ref()?);
-            Some(match topic {
-                Some(topic) => error.at(&topic, failed.partition),
-                None => error,
-            })
-        });
+        let Some(mut committing) = self.committing.remove(at) else { return };
         for failed in &answer.errors {
+            let part = (failed.topic_id.clone(), failed.partition);
+            let Some(detail) = &failed.error else { continue };
+            let mut error = Error::from_detail(detail);
             // It was not taken: whatever is committed next for it is news.
-            if let Some(held) = self.held.get_mut(&(failed.topic_id.clone(), failed.partition)) {
+            if let Some(held) = self.held.get_mut(&part) {
                 held.committed = -1;
+                error = error.at(&held.topic, part.1);
+            }
+            committing.failure.get_or_insert(error);
+            committing.offsets.remove(&part);
+        }
+        for (part, place) in &committing.offsets {
+            if let Some(held) = self.held.get_mut(part) {
+                held.acknowledged = place.offset;
             }
         }
-        match (committing.reply, failed) {
-            (Some(reply), failed) => {
-                let _ = reply.send(failed.map_or(Ok(()), Err));
+        self.settle(committing);
+        self.send_commits();
+        self.give_up(Vec::new(), now);
+    }
+
+    /// Tells how a commit ended.
+    fn settle(&mut self, committing: Committing) {
+        match (committing.replies.is_empty(), committing.failure) {
+            (true, Some(error)) => {
+                tracing::warn!(group = self.membership.group(), %error, "a commit was not taken");
+                if self.closing == Some(Closing::Closed) {
+                    self.close_failure.get_or_insert(error);
+                }
             }
-            (None, Some(error)) => tracing::warn!(group = self.membership.group(), %error, "a commit was not taken"),
-            (None, None) => {}
+            (_, failure) => {
+                for reply in committing.replies {
+                    let _ = reply.send(failure.clone().map_or(Ok(()), Err));
+                }
+            }
         }
     }
 
-    /// Nothing can be committed any more for this reason.
-    pub(crate) fn fail_commits(&mut self, error: &Error) {
-        for committing in self.committing.drain(..) {
-            if let Some(reply) = committing.reply {
-                let _ = reply.send(Err(error.clone()));
+    /// These may be another member's by now: nothing of them may be committed any more, now or after they come back.
+    fn lose_commits(&mut self, lost: &[(Part, (String, i32))]) {
+        for committing in &mut self.committing {
+            for (part, (topic, partition)) in lost {
+                if committing.offsets.remove(part).is_some() {
+                    let message = "another member may have it by now, and reads on from what was committed before";
+                    let error = Error::new(ErrorCode::NotAssigned, message).at(topic, *partition);
+                    committing.failure.get_or_insert(error);
+                }
             }
         }
+        let empty = |committing: &Committing| committing.offsets.is_empty() && committing.failure.is_some();
+        let (ended, rest) = std::mem::take(&mut self.committing).into_iter().partition(empty);
+        self.committing = rest;
+        let ended: VecDeque<Committing> = ended;
+        for committing in ended {
+            self.settle(committing);
+        }
+    }
+
+    /// Whether a commit of this partition is under way.
+    fn is_committing(&self, part: &Part) -> bool {
+        self.committing.iter().any(|committing| committing.offsets.contains_key(part))
+    }
+
+    /// Whether any commit is under way.
+    pub(crate) fn is_committing_any(&self) -> bool {
+        !self.committing.is_empty()
+    }
+
+    /// Nothing can be committed any more for this reason.
+    fn fail_commits(&mut self, error: &Error) {
+        for mut committing in std::mem::take(&mut self.committing) {
+            committing.failure.get_or_insert_with(|| error.clone());
+            self.settle(committing);
+        }
+    }
+
+    /// The member is to leave: the last commits go on their way, once.
+    pub(crate) fn begin_closing(&mut self, closing: Closing, now: Instant) {
+        if std::mem::replace(&mut self.is_closing, true) {
+            return;
+        }
+        if closing == Closing::Closed {
+            self.hand_back(now);
+        }
+        self.commit_processed(None);
     }
 
     /// The user is done with what it had in hand.
     pub(crate) fn hand_back(&mut self, now: Instant) -> bool {
-        let mut done = Vec::new();
-        for (part, held) in self.held.iter_mut().filter(|(_, held)| held.in_hand) {
-            held.in_hand = false;
-            held.processed = held.handed;
-            if held.revoking {
-                done.push(part.clone());
-            }
+        let Some(part) = self.in_hand.take() else { return false };
+        let Some(held) = self.held.get_mut(&part) else { return false };
+        held.processed = held.handed;
+        let revoking = held.revoking;
+        if revoking {
+            self.release(&[part], now);
         }
-        self.release(&done, now);
-        !done.is_empty()
+        revoking
     }
 
-    /// This is handed out now, unless it must not be any more.
-    pub(crate) fn hand_out(&mut self, part: &Part, next: Place) -> bool {
-        match self.held.get_mut(part).filter(|held| !held.revoking) {
-            Some(held) => {
-                held.handed = next;
-                held.in_hand = true;
-                true
-            }
-            None => false,
+    /// This is handed out now, with its end at `next`, unless it must not be any more. `serial` is that of the first time
+    /// that something of it was handed out.
+    pub(crate) fn hand_out(&mut self, part: &Part, next: Place, serial: Option<u64>) -> Option<u64> {
+        if self.changes.contains_key(part) {
+            return None;
+        }
+        let held = self.held.get_mut(part).filter(|held| !held.revoking)?;
+        if serial.is_some_and(|serial| serial != held.serial) {
+            return None;
+        }
+        held.handed = next;
+        let serial = held.serial;
+        self.in_hand = Some(part.clone());
+        Some(serial)
+    }
+
+    /// What was handed out as a whole begins here, and nothing of it is in hand.
+    pub(crate) fn hold_at(&mut self, part: &Part, offset: i64) {
+        self.in_hand.take_if(|known| known == part);
+        if let Some(held) = self.held.get_mut(part) {
+            held.handed = Place { offset, ..held.processed };
         }
     }
 
-    /// No more events.
-    pub(crate) fn end_events(&mut self) {
-        self.events = None;
+    /// The position moved past records that nobody is handed: they count as processed, unless something before them is in
+    /// hand.
+    pub(crate) fn passed_over(&mut self, part: &Part, place: Place) {
+        if self.in_hand.as_ref() == Some(part) || self.changes.contains_key(part) {
+            return;
+        }
+        if let Some(held) = self.held.get_mut(part) {
+            (held.processed, held.handed) = (place, place);
+        }
     }
 
-    pub(crate) fn wake(&mut self) {
+    /// The user reads on elsewhere.
+    pub(crate) fn sought(&mut self, part: &Part, offset: i64) {
+        self.in_hand.take_if(|known| known == part);
+        if let Some(held) = self.held.get_mut(part) {
+            let place = Place { offset, epoch: -1 };
+            (held.processed, held.handed) = (place, place);
+        }
+    }
+
+    /// From now on this partition's offsets commit with transactions alone.
+    pub(crate) fn in_transactions(&mut self, part: &Part) {
+        if let Some(held) = self.held.get_mut(part) {
+            held.in_transactions = true;
+        }
+    }
+
+    /// Whether this partition is this member's, and has been since the time with this serial began.
+    pub(crate) fn owns(&self, part: &Part, serial: u64) -> bool {
+        self.held.get(part).is_some_and(|held| held.serial == serial)
+    }
+
+    fn wake(&mut self) {
         if let Some(waker) = self.waker.take() {
             waker.wake();
         }

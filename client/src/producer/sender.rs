@@ -20,7 +20,7 @@ use futures::Stream;
 use tokio::sync::{Notify, Semaphore, mpsc, watch};
 
 use crate::cluster::Cluster;
-use crate::error::{Error, ErrorCode, Result};
+use crate::error::{Error, ErrorCode, ErrorKind, Result};
 use crate::locked;
 use crate::metadata::TopicInfo;
 use crate::producer::ack::{Ack, Outcome};
@@ -536,10 +536,21 @@ impl ProducerCore {
 
     /// The transaction can only be aborted now, for this reason: all its records fail that are not acknowledged.
     fn spoil(&self, error: &Error) {
-        // Where a partition says that the producer is fenced, it has the transaction's end already: by its timeout, or because
-        // another instance took over. Only the coordinator can tell which.
         let message = format!("a record of the transaction failed ({error}); abort it and begin again");
-        let spoiled = Error::new(ErrorCode::TransactionAborted, message).caused_by(error.clone());
+        let code = match error.code() {
+            // Where a partition says that the producer is fenced, it has the transaction's end already: by its timeout, or
+            // because another instance took over. Only the coordinator can tell which.
+            ErrorCode::ProducerFenced
+            // What the partition has of this producer is gone, or not what it should be: the next transaction's sequence
+            // begins anew.
+            | ErrorCode::OutOfOrderSequence
+            | ErrorCode::UnknownProducer
+            | ErrorCode::ProducerExpired => ErrorCode::TransactionAborted,
+            // The same record would spoil the next transaction as well.
+            code if error.kind() == ErrorKind::Fatal => code,
+            _ => ErrorCode::TransactionAborted,
+        };
+        let spoiled = Error::new(code, message).caused_by(error.clone());
         locked(&self.spoiled).get_or_insert(spoiled);
         self.is_spoiled.store(true, Ordering::SeqCst);
         // Not from here: whoever tells of the failure may hold more of them.
