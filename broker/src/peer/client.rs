@@ -63,7 +63,8 @@ macro_rules! call {
         ) -> Result<pb::$response, Error> {
             request.caller = Some(self.shared.identity().to_caller(Some(to)));
             let mut client = self.to(to, Lane::Calls)?;
-            answered(to, deadline, client.$name(Request::new(request))).await
+            let answer = answered(to, deadline, client.$name(Request::new(request))).await;
+            self.heard(to, Lane::Calls, answer)
         }
     };
 }
@@ -140,7 +141,8 @@ impl PeerClient {
     ) -> Result<pb::PullResponse, Error> {
         request.caller = Some(self.shared.identity().to_caller(Some(to)));
         let mut client = self.to(to, Lane::Ranges)?;
-        answered(to, deadline, client.pull(Request::new(request))).await
+        let answer = answered(to, deadline, client.pull(Request::new(request))).await;
+        self.heard(to, Lane::Ranges, answer)
     }
 
     fn to(&self, to: BrokerId, lane: Lane) -> Result<GrpcClient<Channel>, Error> {
@@ -162,6 +164,15 @@ impl PeerClient {
         let channel = connect(&self.shared, &address)?;
         open.insert((to, lane), (address, channel.clone()));
         Ok(grpc(channel))
+    }
+
+    /// What was answered. Whoever refuses this broker may be another one, to which the address led when the connection was
+    /// made: the next call makes its own.
+    fn heard<T>(&self, to: BrokerId, lane: Lane, answer: Result<T, Error>) -> Result<T, Error> {
+        if answer.as_ref().is_err_and(|error| error.code == ErrorCode::PermissionDenied) {
+            self.shared.channels.open.lock().remove(&(to, lane));
+        }
+        answer
     }
 }
 

@@ -24,6 +24,8 @@ enum Way {
 /// Stands between a broker and the one that it dials.
 struct Proxy {
     address: SocketAddr,
+    /// Where connections lead that are made from now on.
+    server: watch::Sender<SocketAddr>,
     way: watch::Sender<Way>,
     task: JoinHandle<()>,
 }
@@ -33,8 +35,10 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("bound");
         let (way, ways) = watch::channel(Way::Pass);
+        let (server, servers) = watch::channel(server);
         let task = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
+                let server = *servers.borrow();
                 let Ok(server) = TcpStream::connect(server).await else { continue };
                 let (client_reads, client_writes) = client.into_split();
                 let (server_reads, server_writes) = server.into_split();
@@ -42,7 +46,7 @@ impl Proxy {
                 tokio::spawn(Self::back(server_reads, client_writes, ways.clone()));
             }
         });
-        Self { address, way, task }
+        Self { address, server, way, task }
     }
 
     async fn there(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, mut ways: watch::Receiver<Way>) {
@@ -274,6 +278,29 @@ async fn whoever_answers_at_a_wrong_address_gets_nothing() {
         }
     };
     timeout(LONG, moved).await.expect("dialled anew");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn calls_that_reached_another_broker_are_made_anew() {
+    let first = Node::start(identity(1), config()).await;
+    let second = Node::start(identity(2), config()).await;
+    let third = Node::start(identity(3), config()).await;
+    second.knows(&first);
+    third.knows(&first);
+    let proxy = Proxy::to(third.address).await;
+    first.knows_at(&second, &proxy.address.to_string());
+    let client = first.network.client();
+    let reached_the_third = |error: &Error| error.message.contains("has reached broker 3");
+    let report = client.report(id(2), pb::ReportRequest::default(), LONG).await.expect_err("broker 3 is there");
+    assert!(reached_the_third(&report), "{report}");
+    let pull = client.pull(id(2), pb::PullRequest::default(), LONG).await.expect_err("broker 3 is there");
+    assert!(reached_the_third(&pull), "{pull}");
+
+    // The address leads to broker 2 again; the connections that were made go on to the third.
+    proxy.server.send_replace(second.address);
+    client.report(id(2), pb::ReportRequest::default(), LONG).await.expect("a connection of its own");
+    let pull = client.pull(id(2), pb::PullRequest::default(), LONG).await.expect_err("nothing was asked for");
+    assert!(!reached_the_third(&pull), "{pull}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
