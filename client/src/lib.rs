@@ -39,18 +39,28 @@
 //!   consumer holds [`prefetch_bytes`](ConsumerBuilder::prefetch_bytes) per broker, then the broker waits.
 //! - A [`Consumer`] hands out every record from its position on, once, in order per partition, checksums checked. Records
 //!   of the log's own (control records) take offsets and are passed over.
+//! - Records of aborted and open transactions are not handed out, unless [`Isolation::ReadUncommitted`] is asked for.
+//! - A [`GroupConsumer`] shares partitions with the other members of its group. What it handed out is committed once the next
+//!   is asked for; a partition goes to another member once that commit is answered; a member that lost a partition
+//!   cannot take the group's position back.
+//! - Records and consumed offsets of a [`Transaction`] count together or not at all, whoever dies.
 //! - Brokers that go away are tried again, leaders that move are followed; what that costs is time.
 //! - Every [`Error`] says what may be done ([`Error::kind`]), what happened ([`Error::code`]), and in words what to do.
 //!
 //! # What it is not
-//! It must never know how a broker stores what it is sent. Consumer groups and transactions are not in it yet.
+//! It must never know how a broker stores what it is sent. It assigns no partitions, which the broker does, and it keeps no
+//! state beyond the process: positions are the group's, in the cluster. It is no framework for stream processing:
+//! `transaction` and a loop over batches is what there is.
 //!
 //! # How it is built
 //! What decides is kept apart from what does: the batches of a partition are a state machine that takes time as an
 //! argument (`producer/batcher.rs`), around which `producer/sender.rs` keeps the streams. A record is encoded once,
 //! straight into its batch, under a short lock; whoever fills a batch, awaits it or hears an answer sends what may go
 //! next. A consumer owns no task: it polls its streams when it is polled, and hands out whole batches whose records are
-//! slices of what came over the wire.
+//! slices of what came over the wire. A group's member has a task of its own, so that its heartbeats do not depend on how
+//! often it is polled: what it owns is a state machine (`group/membership.rs`), what both sides share lies behind one short
+//! lock (`group/shared.rs`), and the task keeps the stream (`group/session.rs`). A transactional producer
+//! (`transaction.rs`) is a producer whose identity changes with every transaction.
 //!
 //! With the feature `testkit`, `testkit::TestBroker` runs a broker inside your tests.
 
