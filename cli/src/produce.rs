@@ -1,6 +1,7 @@
 //! `flowstone produce`: lines in, records out, and a word for every record that was not acknowledged.
 
 use crate::args::{Common, key_value};
+use crate::broker::StopSignals;
 use crate::connect::connect;
 use crate::escape::unescape;
 use crate::failure::{Exit, Failure, Outcome, chain, exit_of};
@@ -153,6 +154,8 @@ impl Delimiter {
 
 pub(crate) async fn run(args: ProduceArgs, common: &Common) -> Outcome {
     let idempotent = check(&args, common)?;
+    // From here on: an interrupted transaction is aborted, and holds nobody up until its timeout.
+    let mut signals = StopSignals::new()?;
     let input = open(args.file.as_deref())?;
     let client = connect(common).await?;
     check_place(&client, &args).await?;
@@ -165,14 +168,14 @@ pub(crate) async fn run(args: ProduceArgs, common: &Common) -> Outcome {
     let began = Instant::now();
     let Some(id) = &args.transactional_id else {
         let producer = producer.build().await?;
-        let (sent, end) = produce(&Sink::Plain(&producer), &args, common, input).await;
+        let (sent, end) = produce(&Sink::Plain(&producer), &args, common, input, &mut signals).await;
         // With `--acks none` only the end of the stream says that the broker has it; failures are told above.
         let _ = producer.close(common.timeout).await;
         return sent.finish(end, &args.topic, began.elapsed());
     };
     let mut producer = producer.transactional_id(id).transaction_timeout(args.transaction_timeout).build().await?;
     let transaction = producer.begin().await?;
-    let (sent, end) = produce(&Sink::Transaction(&transaction), &args, common, input).await;
+    let (sent, end) = produce(&Sink::Transaction(&transaction), &args, common, input, &mut signals).await;
     let whole = matches!(end, End::Input) && sent.is_whole();
     let ended = if whole { transaction.commit().await } else { transaction.abort().await };
     // Its failures are told below, or are those of an end that is decided.
@@ -214,15 +217,20 @@ impl Sink<'_> {
 }
 
 /// Sends the input, and waits for what became of it.
-async fn produce(sink: &Sink<'_>, args: &ProduceArgs, common: &Common, input: Input) -> (Sent, End) {
-    let mut interrupted = Box::pin(tokio::signal::ctrl_c());
+async fn produce(
+    sink: &Sink<'_>,
+    args: &ProduceArgs,
+    common: &Common,
+    input: Input,
+    signals: &mut StopSignals,
+) -> (Sent, End) {
     let mut sent = Sent::new(common.output == Format::Json);
     let mut chunks = read_ahead(input);
     let bar = progress();
     let end = loop {
         let chunk = tokio::select! {
             biased;
-            _ = &mut interrupted => break End::Interrupted,
+            () = signals.next() => break End::Interrupted,
             chunk = chunks.recv() => chunk,
             () = tokio::time::sleep(LOOK_INTERVAL), if !sent.pending.is_empty() => {
                 sent.look();
@@ -239,7 +247,7 @@ async fn produce(sink: &Sink<'_>, args: &ProduceArgs, common: &Common, input: In
                 // Waiting for room in the producer's buffer is where a stuck broker is waited for.
                 let fed = tokio::select! {
                     biased;
-                    _ = &mut interrupted => break End::Interrupted,
+                    () = signals.next() => break End::Interrupted,
                     fed = feed(sink, args, &chunk, &mut sent) => fed,
                 };
                 if let Err(error) = fed {
@@ -257,12 +265,12 @@ async fn produce(sink: &Sink<'_>, args: &ProduceArgs, common: &Common, input: In
         // What was sent is given its time; who has none says so again.
         tokio::select! {
             () = sent.settle(sink) => {}
-            _ = tokio::signal::ctrl_c() => sent.look(),
+            () = signals.again() => sent.look(),
         }
     } else {
         tokio::select! {
             () = sent.settle(sink) => {}
-            _ = &mut interrupted => {
+            () = signals.next() => {
                 sent.look();
                 bar.finish_and_clear();
                 return (sent, End::Interrupted);

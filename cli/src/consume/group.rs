@@ -2,10 +2,13 @@
 
 use super::{ConsumeArgs, Printing};
 use crate::args::Common;
+use crate::broker::StopSignals;
 use crate::failure::{Failure, Outcome};
 use crate::position::{From, Until};
 use crate::stdio::stdout_closed;
-use flowstone_client::{Admin, Client, GroupConsumer, GroupState, OffsetSpec, RecordBatch, StartAt};
+use flowstone_client::{
+    Admin, Client, GroupConsumer, GroupEvent, GroupEvents, GroupState, OffsetSpec, RecordBatch, Revocation, StartAt,
+};
 use futures::FutureExt;
 use std::collections::HashMap;
 use std::time::Duration;
@@ -28,6 +31,8 @@ pub(super) async fn run(
     if !args.partitions.is_empty() {
         return Err(Failure::usage("-g shares the partitions out among the group's members; leave -p out"));
     }
+    // From here on: what was printed is committed, and the group left, whoever asks this to stop.
+    let mut signals = StopSignals::new()?;
     // A topic that is missing is told at once, rather than waited for.
     for topic in &args.topics {
         client.partition_count(topic).await?;
@@ -44,18 +49,28 @@ pub(super) async fn run(
     if let Some(rack) = &args.rack {
         member = member.rack(rack);
     }
-    let group = member.commit_manually().join().await?;
-    let mut reading = Reading { admin: client.admin(), group, printing, ends };
+    let group = tokio::select! {
+        biased;
+        joined = member.commit_manually().join() => joined?,
+        // Nothing was printed yet; the member leaves by being dropped.
+        () = signals.next() => return stopped(args),
+    };
+    let mut reading = Reading { admin: client.admin(), events: group.events(), group, printing, ends };
     let done = tokio::select! {
         biased;
-        _ = tokio::signal::ctrl_c() => match (args.count, args.until, args.to_end) {
-            (None, None, false) => Ok(()),
-            _ => Err(Failure::failed("interrupted before the end")),
-        },
+        () = signals.next() => stopped(args),
         () = stdout_closed() => Err(Failure::OutputClosed),
         done = reading.print_all() => done,
     };
     reading.finish(done, common.timeout).await
+}
+
+/// The ordinary end of reading without one; elsewhere the rest is missing.
+fn stopped(args: &ConsumeArgs) -> Outcome {
+    match (args.count, args.until, args.to_end) {
+        (None, None, false) => Ok(()),
+        _ => Err(Failure::failed("interrupted before the end")),
+    }
 }
 
 async fn ends(client: &Client, args: &ConsumeArgs) -> Outcome<Ends> {
@@ -89,6 +104,8 @@ async fn ends(client: &Client, args: &ConsumeArgs) -> Outcome<Ends> {
 
 struct Reading {
     admin: Admin,
+    /// Before the group: revocations in it are given back first.
+    events: GroupEvents,
     group: GroupConsumer,
     printing: Printing,
     ends: Ends,
@@ -99,6 +116,7 @@ impl Reading {
     async fn print_all(&mut self) -> Outcome {
         let mut commit_at = tokio::time::Instant::now() + COMMIT_EVERY;
         while self.printing.left != Some(0) {
+            self.let_go()?;
             let batch = match self.group.next_batch().now_or_never() {
                 Some(batch) => batch,
                 None => {
@@ -145,6 +163,18 @@ impl Reading {
         // Its failure is met again by the last one, or does not matter: another member has the partition by then.
         drop(self.group.commit_async());
         Ok(())
+    }
+
+    /// Partitions that go to other members go once what was printed of them is committed.
+    fn let_go(&mut self) -> Outcome {
+        let mut going: Vec<Revocation> = Vec::new();
+        while let Some(Some(event)) = self.events.next().now_or_never() {
+            if let GroupEvent::Revoking(revocation) = event {
+                going.push(revocation);
+            }
+        }
+        // They are given up behind the commit.
+        if going.is_empty() { Ok(()) } else { self.commit_printed() }
     }
 
     /// Whether every partition that this member has was read to its end.

@@ -7,6 +7,7 @@ mod compose;
 mod crash;
 mod daemon;
 mod dev_cluster;
+mod groups;
 mod packaging;
 mod resources;
 mod round_trip;
