@@ -762,6 +762,9 @@ impl Starting {
             internal_partitions: self.config.cluster.internal_partitions,
             topic_defaults: self.config.topic.clone(),
         };
+        if let Some(shards) = shards.upgrade() {
+            shards.set_feature_level(belonging.founding.feature_level.unsigned_abs());
+        }
         let (machine, table) = PartitionMachine::metadata(MetadataTable::new(rules).supporting(self.feature_level));
         let Some(replica_id) = belonging.metadata_replica else {
             return Err(StartError::System("no replica of the metadata was given to this broker".to_owned()));

@@ -362,6 +362,7 @@ impl Command {
 /// What the broker that leads the metadata keeps in memory while it does, and what it does without being asked.
 #[derive(Debug)]
 pub struct Duty {
+    session_timeout: Duration,
     liveness: Liveness,
     lost: LostReplicas,
 }
@@ -369,19 +370,21 @@ pub struct Duty {
 impl Duty {
     /// A controller that has heard of nobody yet.
     pub fn new(session_timeout: Duration, now: Instant) -> Self {
-        Self { liveness: Liveness::new(session_timeout, now), lost: LostReplicas::default() }
+        Self { session_timeout, liveness: Liveness::new(session_timeout, now), lost: LostReplicas::default() }
     }
 
     /// A broker said that it lives.
     pub fn heard(&mut self, broker: BrokerId, incarnation: u64, now: Instant) {
         self.liveness.heard(broker, incarnation, false, now);
+        self.lost.heard(broker);
     }
 
-    /// A broker said that a replica of it is lost; anything but [`Health::Lost`] says nothing.
-    pub fn lost(&mut self, tp: TopicPartition, replica: ReplicaId, health: &Health) {
+    /// A broker said, after it was [`heard`](Self::heard), that a replica of it is lost; anything but [`Health::Lost`] says
+    /// nothing. One that is being copied tells that it lost memory and has no entry.
+    pub fn lost(&mut self, broker: BrokerId, tp: TopicPartition, replica: ReplicaId, health: &Health) {
         if let Health::Lost { lost_memory, last_term, last_index, .. } = health {
             let end = LogEnd { term: *last_term, index: *last_index };
-            self.lost.tell(tp, replica, if *lost_memory { Told::LostMemory(end) } else { Told::Lost });
+            self.lost.tell(broker, tp, replica, Told::of(*lost_memory, end));
         }
     }
 
@@ -390,7 +393,7 @@ impl Duty {
         view.0.with(|table| {
             self.liveness.keep(table);
             let mut due = self.liveness.due(table, now);
-            due.extend(self.lost.due(table, seed));
+            due.extend(self.lost.due(table, self.session_timeout, now, seed));
             due.extend(upkeep::due(table, MOVES_AT_ONCE, seed ^ 1));
             due.retain(
                 |command| !matches!(command, MetadataCommand::ReplaceReplica { tp, .. } if *tp == METADATA_PARTITION),

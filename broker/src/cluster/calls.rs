@@ -235,7 +235,7 @@ impl Calls {
         });
         // One flush for all: whoever tells of many waits no longer than for one.
         futures::future::try_join_all(moves.map(|command| control.command(command))).await?;
-        control.duty.lost(request.lost.iter().filter_map(Lost::of));
+        control.duty.lost(from, request.lost.iter().filter_map(Lost::of));
         let metadata_replica =
             || control.table.with(|table| table.broker(from).map_or(0, |broker| broker.metadata_replica.get()));
         if metadata_replica() != request.metadata_replica_id {
@@ -250,6 +250,7 @@ impl Calls {
             register_again: false,
             metadata_recovery: table.recovery(),
             full_brokers: control.duty.full().iter().map(|broker| broker.get()).collect(),
+            slow_brokers: control.duty.slow().iter().map(|broker| broker.get()).collect(),
         }))
     }
 

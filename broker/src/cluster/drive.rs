@@ -51,6 +51,8 @@ pub(crate) struct Led {
     progress: Mutex<HashMap<TopicPartition, Progress>>,
     /// Brokers whose disks are full, as the controller says: they are given no leadership. As the lock above.
     full: Mutex<HashSet<BrokerId>>,
+    /// Brokers whose disks are slow, as the controller says: leadership is not given back to them. As the locks above.
+    slow: Mutex<HashSet<BrokerId>>,
     /// There is something to tell.
     news: Notify,
 }
@@ -89,6 +91,15 @@ impl Led {
 
     fn full(&self) -> HashSet<BrokerId> {
         self.full.lock().clone()
+    }
+
+    pub(crate) fn set_slow(&self, slow: HashSet<BrokerId>) {
+        *self.slow.lock() = slow;
+    }
+
+    /// Brokers to which no leadership is given back.
+    fn unfit(&self) -> HashSet<BrokerId> {
+        &self.full() | &*self.slow.lock()
     }
 
     fn tell(&self, tp: TopicPartition, progress: Progress) {
@@ -168,10 +179,10 @@ impl Goal {
     }
 
     /// The replica that was meant to lead, where it does not and may be given the lead once it has been in sync for long.
-    fn goes_back_to(&self, view: &GroupStatus, full: &HashSet<BrokerId>) -> Option<(BrokerId, ReplicaId)> {
+    fn goes_back_to(&self, view: &GroupStatus, unfit: &HashSet<BrokerId>) -> Option<(BrokerId, ReplicaId)> {
         let (broker, preferred) = self.preferred?;
         let member = view.members.iter().find(|member| member.replica == preferred)?;
-        let may = member.in_sync && !member.is_learner && !self.is_changing && !full.contains(&broker);
+        let may = member.in_sync && !member.is_learner && !self.is_changing && !unfit.contains(&broker);
         (preferred != view.replica && may).then_some((broker, preferred))
     }
 
@@ -275,9 +286,9 @@ impl Driver {
 
     /// All groups led here, but for those that rest as they did when all was as wanted in them.
     async fn survey(&mut self) {
-        let full = self.led.full();
+        let (full, unfit) = (self.led.full(), self.led.unfit());
         let applied = self.control.table.with(MetadataTable::applied);
-        if self.settled_by != applied || !full.is_empty() {
+        if self.settled_by != applied || !unfit.is_empty() {
             self.settled.clear();
             self.settled_by = applied;
         }
@@ -323,8 +334,8 @@ impl Driver {
         for (replica, goal, view) in &views {
             let as_wanted = goal.in_sync(view) == goal.wanted.len()
                 && goal.next(view) == PlanStep::Nothing
-                && goal.goes_back_to(view, &full).is_none();
-            match resting.get(&replica.tp()).filter(|_| as_wanted && full.is_empty()) {
+                && goal.goes_back_to(view, &unfit).is_none();
+            match resting.get(&replica.tp()).filter(|_| as_wanted && unfit.is_empty()) {
                 Some(since) => self.settled.insert(replica.tp(), *since),
                 None => self.settled.remove(&replica.tp()),
             };
@@ -332,7 +343,7 @@ impl Driver {
         while self.giving_back.try_join_next().is_some() {}
         self.leave_full_disk(&views, &full);
         if self.gives_back {
-            self.give_back(&views, &full);
+            self.give_back(&views, &unfit);
         }
     }
 
@@ -359,12 +370,12 @@ impl Driver {
     }
 
     /// Leaderships go back to the replicas that were meant to lead, once these have caught up.
-    fn give_back(&mut self, views: &[(Replica, Goal, GroupStatus)], full: &HashSet<BrokerId>) {
+    fn give_back(&mut self, views: &[(Replica, Goal, GroupStatus)], unfit: &HashSet<BrokerId>) {
         let now = Instant::now();
         let mut due = Vec::new();
         let mut waiting = HashMap::new();
         for (replica, goal, view) in views {
-            let Some((broker, preferred)) = goal.goes_back_to(view, full) else { continue };
+            let Some((broker, preferred)) = goal.goes_back_to(view, unfit) else { continue };
             let since = *self.in_sync_since.get(&replica.tp()).unwrap_or(&now);
             waiting.insert(replica.tp(), since);
             if now.duration_since(since) >= PREFERRED_AFTER {
@@ -498,5 +509,12 @@ mod tests {
         assert_eq!(goal(2).goes_back_to(&view(&[2]), &full(&[2])), None);
         assert_eq!(goal(2).goes_back_to(&view(&[3]), &full(&[])), None);
         assert_eq!(goal(1).goes_back_to(&view(&[2, 3]), &full(&[])), None, "it leads");
+        let led = Led::default();
+        led.set_slow(full(&[2]));
+        assert_eq!(goal(2).goes_back_to(&view(&[2]), &led.unfit()), None, "nor while it is slow");
+        led.set_full(full(&[3]));
+        assert_eq!(led.unfit(), full(&[2, 3]));
+        led.set_slow(full(&[]));
+        assert!(goal(2).goes_back_to(&view(&[2]), &led.unfit()).is_some());
     }
 }

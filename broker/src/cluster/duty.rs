@@ -49,6 +49,8 @@ pub(crate) struct Disk {
     pub(crate) total_bytes: u64,
     /// It says so itself.
     pub(crate) is_full: bool,
+    /// As that.
+    pub(crate) is_slow: bool,
 }
 
 /// A replica that can never vote again, as its broker tells.
@@ -66,7 +68,7 @@ impl Lost {
         Some(Self {
             tp: partition(&message.topic_id, message.partition)?,
             replica: ReplicaId::new(message.replica_id),
-            told: if message.lost_memory { Told::LostMemory(end) } else { Told::Lost },
+            told: Told::of(message.lost_memory, end),
         })
     }
 }
@@ -89,17 +91,22 @@ impl Duty {
         let liveness = state.liveness.get_or_insert_with(|| Liveness::new(session_timeout, now));
         liveness.heard(broker, incarnation, said.is_some_and(|said| said.stopping), now);
         if let Some(said) = said {
-            let disk =
-                Disk { free_bytes: said.disk_free_bytes, total_bytes: said.disk_total_bytes, is_full: said.disk_full };
+            let disk = Disk {
+                free_bytes: said.disk_free_bytes,
+                total_bytes: said.disk_total_bytes,
+                is_full: said.disk_full,
+                is_slow: said.disk_slow,
+            };
             state.disks.insert(broker, disk);
         }
     }
 
-    /// Replicas that can never vote again.
-    pub(crate) fn lost(&self, lost: impl IntoIterator<Item = Lost>) {
+    /// A broker's replicas that can never vote again, or have nothing yet: all that there are.
+    pub(crate) fn lost(&self, by: BrokerId, lost: impl IntoIterator<Item = Lost>) {
         let mut state = self.state.lock();
+        state.lost.heard(by);
         for lost in lost {
-            state.lost.tell(lost.tp, lost.replica, lost.told);
+            state.lost.tell(by, lost.tp, lost.replica, lost.told);
         }
     }
 
@@ -140,6 +147,12 @@ impl Duty {
         state.disks.iter().filter(|(_, disk)| disk.is_full).map(|(broker, _)| *broker).collect()
     }
 
+    /// Brokers whose disks are slow.
+    pub(crate) fn slow(&self) -> Vec<BrokerId> {
+        let state = self.state.lock();
+        state.disks.iter().filter(|(_, disk)| disk.is_slow).map(|(broker, _)| *broker).collect()
+    }
+
     /// It rested between two looks. Where that took far too long this whole process stood still, perhaps with all others:
     /// what it did not hear meanwhile says nothing of them.
     fn woke(&self, rested: Instant, now: Instant) {
@@ -165,7 +178,7 @@ impl Duty {
         if feature_level_due(table).is_some() {
             due.push(MetadataCommand::RaiseFeatureLevel);
         }
-        due.extend(lost.due(table, rand::random()));
+        due.extend(lost.due(table, session_timeout, now, rand::random()));
         due.extend(upkeep::due(table, MOVES_AT_ONCE, rand::random()));
         due
     }

@@ -10,7 +10,7 @@ use flowstone_protocol::peer::{
     RegisterRequest, RegisterResponse,
 };
 use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, ReplicaId, TopicPartition};
-use flowstone_replication::Health;
+use flowstone_replication::{Health, Role};
 use futures::future::BoxFuture;
 use prost::Message;
 use tokio::sync::watch;
@@ -26,6 +26,7 @@ use crate::partition::{LocalReplicas, OpenPartition, Slot};
 use crate::peer::is_unanswered;
 use crate::room::Room;
 use crate::server::Gate;
+use crate::topic_config::FlushPolicy;
 
 /// Between two heartbeats where there is nothing to tell.
 const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
@@ -212,16 +213,17 @@ impl Session {
             metadata_applied: self.control.table.with(|table| table.applied().get()),
             leaders: leads.iter().map(|(_, _, row)| row.clone()).collect(),
             moves: moves.collect(),
-            lost: open.iter().filter_map(|partition| lost(partition)).collect(),
+            lost: open.iter().filter_map(|partition| lost(partition).or_else(|| has_nothing(partition))).collect(),
             stopping: *self.stopping.borrow(),
             disk_free_bytes: self.room.free_bytes(),
             disk_total_bytes: self.room.total_bytes(),
             metadata_recovery: told.recovery,
             disk_full: self.room.is_full()
                 || open.iter().any(|partition| partition.replica.status().health == Health::DiskFull),
+            disk_slow: open.iter().any(|partition| partition.replica.is_disk_slow(now)),
         };
         if !is_quiet {
-            let is_all = leads.is_empty() && request.lost.is_empty() && !request.disk_full;
+            let is_all = leads.is_empty() && request.lost.is_empty() && !request.disk_full && !request.disk_slow;
             told.looked = is_all.then_some(now);
         }
         match tell(&self.control, &self.calls, &request).await {
@@ -236,6 +238,7 @@ impl Session {
                     self.door.open();
                 }
                 self.led.set_full(answer.full_brokers.iter().copied().map(BrokerId::new).collect());
+                self.led.set_slow(answer.slow_brokers.iter().copied().map(BrokerId::new).collect());
                 for (tp, epoch, _) in leads {
                     told.leaders.insert(tp, (epoch, now));
                 }
@@ -411,9 +414,70 @@ pub(crate) fn lost(partition: &OpenPartition) -> Option<LostReplica> {
     })
 }
 
+/// A replica that is being copied from the others, where these may be in doubt: it has nothing to offer in their place.
+fn has_nothing(partition: &OpenPartition) -> Option<LostReplica> {
+    if partition.replica.status().role != Role::Pulling || partition.config().flush != FlushPolicy::Relaxed {
+        return None;
+    }
+    Some(LostReplica {
+        topic_id: partition.tp.topic.to_bytes().to_vec().into(),
+        partition: partition.tp.partition.get(),
+        replica_id: partition.replica_id.get(),
+        reason: "it is being copied from the others".to_owned(),
+        lost_memory: true,
+        last_term: 0,
+        last_index: 0,
+    })
+}
+
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
+
+    /// Registers at broker 2, which answers as `say` does, given the number of the try.
+    async fn register_at(
+        patience: Duration,
+        say: impl Fn(u32) -> Result<RegisterResponse, Error>,
+    ) -> (u32, Result<RegisterResponse, Error>) {
+        let (tries, readiness) = (Mutex::new(0), Readiness::new(LocalReplicas::default()));
+        let contacts = || vec![BrokerId::new(2)];
+        let ask = |_, _| {
+            let mut tries = tries.lock().expect("nobody panicked");
+            *tries += 1;
+            std::future::ready(say(*tries))
+        };
+        let registered = register(contacts, ask, &RegisterRequest::default(), patience, &readiness).await;
+        (tries.into_inner().expect("nobody panicked"), registered)
+    }
+
+    #[tokio::test]
+    async fn a_refusal_ends_a_start_once_it_holds_for_long_and_no_sooner() {
+        let refused = || Err(Error::new(ErrorCode::Unsupported, "its release is too old"));
+        let nobody = || Err(Error::new(ErrorCode::NotLeader, "it is not the controller, and knows of none"));
+        let (tries, registered) = register_at(Duration::ZERO, |_| refused()).await;
+        assert_eq!((tries, registered.expect_err("it holds").code), (1, ErrorCode::Unsupported));
+        // Between two refusals nobody was the controller, for longer than they may last: the second is another one's.
+        let (patience, began) = (Duration::from_secs(2), Mutex::new(None));
+        let (_, registered) = register_at(patience, |attempt| {
+            let mut began = began.lock().expect("nobody panicked");
+            match (attempt, *began) {
+                (1, _) => {
+                    *began = Some(Instant::now());
+                    refused()
+                }
+                (_, Some(since)) if since.elapsed() <= patience => nobody(),
+                (_, Some(_)) => {
+                    *began = None;
+                    refused()
+                }
+                (_, None) => Ok(RegisterResponse::default()),
+            }
+        })
+        .await;
+        registered.expect("the controller that came took it in");
+    }
 
     #[test]
     fn a_leadership_that_the_metadata_forgot_is_told_again() {

@@ -275,6 +275,7 @@ impl Reconciler {
     fn pass(&mut self) {
         let Look { applied, recovery, wanted, gone, ends } = self.look();
         let Some(shards) = self.shards.upgrade() else { return };
+        shards.set_feature_level(self.table.with(MetadataTable::feature_level).unsigned_abs());
         for tp in gone {
             self.take_away(&shards, tp, ends);
         }

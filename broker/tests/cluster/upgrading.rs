@@ -1,6 +1,26 @@
 //! Brokers of different releases in one cluster.
 
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use flowstone_storage::{Disk, RealDisk, ReplicaIdentity};
+
 use super::world::{World, soon, until};
+
+/// The feature levels under which the replicas in a broker's data directory were made.
+fn made_under(world: &World, id: i32) -> BTreeSet<u32> {
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
+    let mut levels = BTreeSet::new();
+    let mut folders: Vec<PathBuf> = vec![world.config(id).node.data_dir];
+    while let Some(folder) = folders.pop() {
+        // One that is being made has no manifest yet.
+        levels.extend(ReplicaIdentity::read(&disk, &folder).map(|identity| identity.feature_level));
+        let inside = std::fs::read_dir(&folder).into_iter().flatten().filter_map(Result::ok);
+        folders.extend(inside.map(|entry| entry.path()).filter(|path| path.is_dir()));
+    }
+    levels
+}
 
 async fn level_is(world: &World, wanted: i32) {
     for id in world.ids() {
@@ -73,7 +93,16 @@ async fn a_cluster_begins_with_what_all_of_its_seeds_know() {
     world.start_all(&[1, 2, 3]).await;
     level_is(&world, 2).await;
     world.kill(2).await;
+    assert_eq!(made_under(&world, 1), [2].into(), "the metadata's");
     world.install(2, 3);
     world.start(2).await;
     level_is(&world, 3).await;
+    world.any().create("orders", 1, 3).await.expect("created");
+    for id in [1, 2, 3] {
+        until("a new replica is made under the new level", async || {
+            let levels = made_under(&world, id);
+            if levels == [2, 3].into() { Ok(()) } else { Err(format!("broker {id}: {levels:?}")) }
+        })
+        .await;
+    }
 }

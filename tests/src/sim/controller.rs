@@ -105,7 +105,7 @@ impl World {
         if let Some((_, duty)) = it.running.as_mut().and_then(|running| running.duty.as_mut()) {
             duty.heard(broker_id(from), incarnation, now);
             for (tp, replica, health) in lost {
-                duty.lost(tp, replica, &health);
+                duty.lost(broker_id(from), tp, replica, &health);
             }
         }
     }

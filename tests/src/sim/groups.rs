@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use flowstone_broker::simulation::{METADATA, MetadataView, Partition, ReplicaPlace};
-use flowstone_protocol::{DirectoryId, LeaderEpoch, PartitionId, ReplicaId, TopicId, TopicPartition};
+use flowstone_protocol::{DirectoryId, LeaderEpoch, PartitionId, RaftIndex, ReplicaId, Term, TopicId, TopicPartition};
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{GroupStatus, Health, MembershipChange, Role};
 
@@ -92,6 +92,12 @@ impl Group {
 const HEARD_WITHIN: Duration = Duration::from_millis(800);
 /// Between two looks of brokers at what they lead.
 const DRIVE_EVERY: Duration = Duration::from_millis(250);
+
+/// What a broker tells of a replica that is being copied from the others.
+fn has_nothing() -> Health {
+    let message = "it is being copied".to_owned();
+    Health::Lost { message, lost_memory: true, last_term: Term::new(0), last_index: RaftIndex::new(0) }
+}
 
 impl World {
     /// The partitions that a run begins with: the users', and last that of the metadata.
@@ -230,12 +236,14 @@ impl World {
         let directory = self.brokers[broker].directory_id();
         let it = &self.brokers[broker];
         let Some(running) = &it.running else { return };
-        let (mut lost, mut news) = (Vec::new(), Vec::new());
+        let (mut lost, mut copied, mut news) = (Vec::new(), Vec::new(), Vec::new());
         for (&tp, local) in &running.replicas {
             let Some(handle) = &local.handle else { continue };
             let status = handle.status();
             if let Health::Lost { .. } = &status.health {
                 lost.push((tp, local.replica, status.health.clone()));
+            } else if status.role == Role::Pulling && self.plan.is_relaxed(tp) {
+                copied.push((tp, local.replica));
             } else if status.role == Role::Leader {
                 let group = self.group_of(tp);
                 handle.group(running.outbox.reply(move |status| Out::Status { group, status }));
@@ -252,6 +260,7 @@ impl World {
         for (tp, replica, health) in &lost {
             self.check_lost(broker, Listener { tp: *tp, replica: *replica }, health);
         }
+        lost.extend(copied.into_iter().map(|(tp, replica)| (tp, replica, has_nothing())));
         if let Some((_, replica, _)) = lost.iter().find(|(tp, _, _)| *tp == METADATA) {
             let (replica, after) = (*replica, self.random.millis(50, 900));
             self.schedule(after, Event::Lost { replica });
