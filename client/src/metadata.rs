@@ -34,7 +34,7 @@ impl TopicInfo {
         i32::try_from(self.leaders.len()).unwrap_or(i32::MAX)
     }
 
-    fn from_pb(topic: &pb::TopicMetadata) -> Self {
+    pub(crate) fn from_pb(topic: &pb::TopicMetadata) -> Self {
         let count = topic.partitions.len();
         let mut info = Self {
             name: Arc::from(topic.name.as_str()),

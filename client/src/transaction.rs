@@ -204,7 +204,20 @@ impl TransactionalProducer {
         let deadline = Instant::now() + self.retry_for;
         let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
         loop {
-            let transaction = self.begin().await?;
+            let transaction = loop {
+                match self.begin().await.map(drop) {
+                    // Nothing is under way yet that could be in doubt.
+                    Err(error) if error.is_retriable() => {
+                        let wait = backoff.failed();
+                        if Instant::now() + wait >= deadline {
+                            return Err(error);
+                        }
+                        tokio::time::sleep(wait).await;
+                    }
+                    Err(error) => return Err(error),
+                    Ok(()) => break Transaction { producer: self, consumed: Mutex::default() },
+                }
+            };
             let done = body(&transaction).await;
             let (error, owned) = match done {
                 Ok(value) => match transaction.finish().await {

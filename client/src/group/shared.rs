@@ -157,7 +157,7 @@ pub(crate) struct Shared {
     state: Mutex<State>,
     /// There is something for the session's task.
     pub(crate) work: Notify,
-    /// A commit was answered, or given up.
+    /// A commit was answered, or given up, perhaps.
     answered: Notify,
 }
 
@@ -213,6 +213,7 @@ impl Shared {
             (result, told, events)
         };
         self.work.notify_one();
+        self.answered.notify_waiters();
         // A revocation that nobody takes is dropped here, and takes the lock.
         if let Some(events) = events
             && !told.into_iter().all(|told| events.try_send(self.event(told)).is_ok())
@@ -259,7 +260,7 @@ impl Shared {
     /// The coordinator said something.
     pub(crate) fn heard(self: &Arc<Self>, response: pb::SessionResponse, now: Instant) -> Standing {
         use pb::session_response::Response;
-        let standing = self.update(|state| {
+        self.update(|state| {
             let (joined, assigned) = match &response.response {
                 Some(Response::Committed(answer)) => {
                     state.committed(answer, now);
@@ -278,9 +279,7 @@ impl Shared {
             }
             state.perform(steps, now);
             standing
-        });
-        self.answered.notify_waiters();
-        standing
+        })
     }
 
     /// One revocation of these is dealt with.
@@ -322,7 +321,6 @@ impl Shared {
             state.failure = failure.or(close_failure);
             state.over = true;
         });
-        self.answered.notify_waiters();
         self.end_events();
     }
 }
@@ -775,4 +773,262 @@ fn to_pb(part: &Part, place: Place) -> pb::CommitOffset {
 fn commit_request(request_id: u64, member_epoch: i32, offsets: Vec<pb::CommitOffset>) -> pb::SessionRequest {
     let commit = pb::SessionCommit { request_id, member_epoch, offsets };
     pb::SessionRequest { request: Some(pb::session_request::Request::Commit(commit)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use futures::FutureExt;
+    use pb::session_request::Request as Say;
+    use pb::session_response::Response as Heard;
+
+    use super::*;
+
+    const T: &[u8] = &[7; 16];
+
+    fn part(partition: i32) -> Part {
+        (Bytes::from_static(T), partition)
+    }
+
+    fn place(offset: i64) -> Place {
+        Place { offset, epoch: 3 }
+    }
+
+    /// A member, and what its stream carries.
+    struct Member {
+        shared: Arc<Shared>,
+        now: Instant,
+    }
+
+    impl Member {
+        /// One that owns these partitions, under epoch 1, with nothing committed.
+        fn with(partitions: &[i32], auto_commit: bool) -> Self {
+            let now = Instant::now();
+            let join = pb::JoinGroup { group: "g".into(), member_id: "m".into(), ..Default::default() };
+            let member = Self { shared: Shared::new(Membership::new(join, now), auto_commit), now };
+            member.join();
+            member.assign(1, partitions);
+            member.said();
+            member
+        }
+
+        fn join(&self) {
+            self.shared.state().membership.connected(self.now);
+            self.hear(Heard::Joined(pb::Joined {
+                member_epoch: 1,
+                session_timeout_ms: 10_000,
+                heartbeat_interval_ms: 1_000,
+                ..Default::default()
+            }));
+        }
+
+        fn hear(&self, response: Heard) {
+            self.shared.heard(pb::SessionResponse { response: Some(response) }, self.now);
+        }
+
+        /// What is assigned anew begins at offset 0.
+        fn assign(&self, epoch: i32, partitions: &[i32]) {
+            let topic_id = Bytes::from_static(T);
+            let topic = pb::TopicPartitions { topic_id, partitions: partitions.to_vec(), topic: "t".to_owned() };
+            let partitions = vec![topic];
+            self.hear(Heard::Assignment(pb::Assignment { member_epoch: epoch, partitions, ..Default::default() }));
+            let mut state = self.shared.state();
+            let wanted = std::mem::take(&mut state.to_begin);
+            let named =
+                pb::TopicMetadata { name: "t".to_owned(), topic_id: Bytes::from_static(T), ..Default::default() };
+            let topic = Arc::new(crate::metadata::TopicInfo::from_pb(&named));
+            state.begin(wanted.into_iter().map(|wanted| (wanted, topic.clone(), place(0), true)));
+            state.take_changes();
+        }
+
+        fn hand_out(&self, partition: i32, next: i64) {
+            let mut state = self.shared.state();
+            state.hand_back(self.now);
+            assert!(state.hand_out(&part(partition), place(next), None).is_some());
+        }
+
+        fn hand_back(&self) {
+            self.shared.state().hand_back(self.now);
+        }
+
+        fn commit(&self) -> oneshot::Receiver<Result<()>> {
+            let (reply, answered) = oneshot::channel();
+            self.shared.state().commit_handed(reply);
+            answered
+        }
+
+        /// Commits as (request, epoch, offsets by partition), and reports of what is owned, in their order.
+        fn said(&self) -> Vec<Said> {
+            let requests = std::mem::take(&mut self.shared.state().outgoing);
+            let said = |request: pb::SessionRequest| match request.request {
+                Some(Say::Commit(commit)) => {
+                    let offsets = commit.offsets.iter().map(|offset| (offset.partition, offset.offset)).collect();
+                    Said::Commit(commit.request_id, commit.member_epoch, offsets)
+                }
+                Some(Say::Heartbeat(heartbeat)) => {
+                    Said::Owned(heartbeat.owned.iter().flat_map(|topic| topic.partitions.clone()).collect())
+                }
+                other => panic!("{other:?}"),
+            };
+            requests.into_iter().map(said).collect()
+        }
+
+        fn answer(&self, request_id: u64, refused: &[(i32, ErrorCode)]) {
+            let error = |(partition, code): &(i32, ErrorCode)| pb::OffsetError {
+                topic_id: Bytes::from_static(T),
+                partition: *partition,
+                error: Some(flowstone_protocol::Error::new(*code, "a test says so").to_detail()),
+            };
+            let errors = refused.iter().map(error).collect();
+            self.hear(Heard::Committed(pb::Committed { request_id, errors }));
+        }
+    }
+
+    #[derive(Debug, PartialEq)]
+    enum Said {
+        Commit(u64, i32, Vec<(i32, i64)>),
+        Owned(Vec<i32>),
+    }
+
+    fn code(answered: oneshot::Receiver<Result<()>>) -> Option<ErrorCode> {
+        let answer = answered.now_or_never().expect("an answer").expect("no hang-up");
+        answer.err().map(|error| error.code())
+    }
+
+    #[test]
+    fn a_partition_is_given_up_once_its_commit_is_answered() {
+        let member = Member::with(&[0, 1], true);
+        member.hand_out(0, 10);
+        member.assign(1, &[1]);
+        assert_eq!(member.said(), [Said::Owned(vec![0, 1])], "it is in hand");
+        member.hand_back();
+        assert_eq!(member.said(), [Said::Commit(1, 1, vec![(0, 10)])], "and committed first");
+        // It came late: the member was given something else before. What it has under way goes again.
+        member.assign(2, &[1, 2]);
+        assert_eq!(member.said(), [Said::Owned(vec![0, 1, 2])], "it is still held");
+        member.answer(1, &[(0, ErrorCode::StaleMemberEpoch)]);
+        assert_eq!(member.said(), [Said::Commit(2, 2, vec![(0, 10)])]);
+        member.answer(2, &[]);
+        assert_eq!(member.said(), [Said::Owned(vec![1, 2])]);
+    }
+
+    #[test]
+    fn what_was_lost_is_never_committed_again() {
+        let member = Member::with(&[0, 1], false);
+        member.hand_out(0, 10);
+        member.hand_out(1, 5);
+        let answered = member.commit();
+        assert_eq!(member.said(), [Said::Commit(1, 1, vec![(0, 10), (1, 5)])]);
+        member.hear(Heard::Ended(flowstone_protocol::Error::new(ErrorCode::UnknownMember, "late").to_detail()));
+        assert_eq!(code(answered), Some(ErrorCode::NotAssigned));
+        // Back again, with the same partitions, and whatever others committed meanwhile.
+        member.join();
+        member.assign(1, &[0, 1]);
+        assert_eq!(member.said(), [Said::Owned(vec![0, 1])]);
+        // The answer to the old one is of no account.
+        member.answer(1, &[]);
+        assert_eq!(code(member.commit()), None, "nothing was handed out since");
+    }
+
+    #[test]
+    fn a_commit_goes_again_on_the_next_stream_and_never_behind_a_later_one() {
+        let member = Member::with(&[0, 1], false);
+        member.hand_out(0, 10);
+        let first = member.commit();
+        member.assign(2, &[0, 1, 2]);
+        member.hand_out(0, 20);
+        member.hand_out(1, 7);
+        let second = member.commit();
+        let both =
+            [Said::Commit(1, 1, vec![(0, 10)]), Said::Owned(vec![0, 1, 2]), Said::Commit(2, 2, vec![(0, 20), (1, 7)])];
+        assert_eq!(member.said(), both);
+        // Stale, and overtaken: it is part of the later one now.
+        member.answer(1, &[(0, ErrorCode::StaleMemberEpoch)]);
+        assert_eq!(member.said(), []);
+        member.shared.state().membership.broken();
+        member.hand_out(0, 30);
+        let third = member.commit();
+        assert_eq!(member.said(), [], "there is no stream");
+        member.join();
+        assert_eq!(
+            member.said(),
+            [Said::Commit(3, 1, vec![(0, 20), (1, 7)]), Said::Commit(4, 1, vec![(0, 30), (1, 7)])]
+        );
+        member.answer(3, &[]);
+        assert_eq!((code(first), code(second)), (None, None));
+        member.answer(4, &[(0, ErrorCode::NotAssigned)]);
+        assert_eq!(code(third), Some(ErrorCode::NotAssigned));
+    }
+
+    #[test]
+    fn commits_without_an_answer_are_few_however_many_are_asked_for() {
+        let member = Member::with(&[0], false);
+        let mut answered = Vec::new();
+        for offset in 1..=1000 {
+            member.hand_out(0, offset);
+            answered.push(member.commit());
+        }
+        assert_eq!(member.said().len(), COMMITS_IN_FLIGHT_MAX);
+        for request in 1..=COMMITS_IN_FLIGHT_MAX as u64 {
+            member.answer(request, &[]);
+        }
+        let last = COMMITS_IN_FLIGHT_MAX as u64 + 1;
+        assert_eq!(member.said(), [Said::Commit(last, 1, vec![(0, 1000)])], "all that waited, as one");
+        member.answer(last, &[]);
+        assert!(answered.into_iter().all(|answered| code(answered).is_none()));
+    }
+
+    #[test]
+    fn a_commit_that_failed_is_made_good_by_the_next() {
+        let member = Member::with(&[0], true);
+        member.hand_out(0, 10);
+        member.hand_back();
+        member.shared.state().commit_processed(None);
+        assert_eq!(member.said(), [Said::Commit(1, 1, vec![(0, 10)])]);
+        // Asked for while that one is under way: its failure must not pass for success.
+        let asked = member.commit();
+        assert_eq!(member.said(), [Said::Commit(2, 1, vec![(0, 10)])]);
+        member.answer(1, &[(0, ErrorCode::NotAssigned)]);
+        member.answer(2, &[]);
+        assert_eq!(code(asked), None);
+        member.shared.state().commit_processed(None);
+        assert_eq!(member.said(), [Said::Commit(3, 1, vec![(0, 10)])]);
+    }
+
+    #[test]
+    fn transactions_have_a_partition_to_themselves() {
+        let member = Member::with(&[0], true);
+        member.hand_out(0, 10);
+        let serial = member.shared.state().held[&part(0)].serial;
+        member.shared.state().commit_processed(None);
+        member.shared.state().in_transactions(&part(0));
+        member.hand_back();
+        member.shared.state().commit_processed(None);
+        assert_eq!((member.said(), code(member.commit())), (vec![], None));
+        assert!(member.shared.state().owns(&part(0), serial));
+        // Lost and given anew is not the same.
+        member.hear(Heard::Ended(flowstone_protocol::Error::new(ErrorCode::UnknownMember, "late").to_detail()));
+        member.join();
+        member.assign(1, &[0]);
+        assert!(!member.shared.state().owns(&part(0), serial));
+    }
+
+    #[test]
+    fn a_revocation_that_is_left_unread_holds_on_and_one_of_an_earlier_time_does_not_count() {
+        let member = Member::with(&[0, 1], false);
+        let mut events = member.shared.subscribe();
+        member.assign(1, &[1]);
+        assert_eq!(member.said(), [Said::Owned(vec![0, 1])]);
+        let Ok(GroupEvent::Revoking(old)) = events.try_recv() else { panic!("a revocation") };
+        member.hear(Heard::Ended(flowstone_protocol::Error::new(ErrorCode::UnknownMember, "late").to_detail()));
+        member.join();
+        member.assign(1, &[0, 1]);
+        member.assign(1, &[1]);
+        member.said();
+        drop(old);
+        assert_eq!(member.said(), [], "the newer one holds on");
+        // Its queue dropped, it is given up, and nobody waits for a lock.
+        drop(events);
+        assert_eq!(member.said(), [Said::Owned(vec![1])]);
+    }
 }
