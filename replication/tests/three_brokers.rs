@@ -16,11 +16,12 @@ use flowstone_protocol::{
 };
 use flowstone_replication::membership_plan::{PlanStep, next_step};
 use flowstone_replication::{
-    Acks, FlushMode, GroupMessage, GroupStatus, Health, LogConfig, MembershipChange, PeerBody, PeerTransport, Permit,
-    Produced, PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, Reconfigure, ReplicaHandle, ReplicaSpec,
-    ReplicaStatus, Reply, RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start, TrimTo, system_clock,
+    Acks, FlushMode, GroupMessage, GroupStatus, Health, LogConfig, MembershipChange, OffsetQuery, PeerBody,
+    PeerTransport, Permit, Produced, PullAnswer, PullRequest, PullWhat, ReadAnswer, ReadRequest, Reconfigure,
+    ReplicaHandle, ReplicaSpec, ReplicaStatus, Reply, RetentionConfig, Role, ShardMetrics, Shards, ShardsConfig, Start,
+    TrimTo, system_clock,
 };
-use flowstone_storage::{CompactionConfig, DataDir, Disk, RealDisk};
+use flowstone_storage::{CompactionConfig, DataDir, Disk, HardStateFile, RealDisk};
 use ledger::{Ledger, batch};
 use tokio::sync::oneshot;
 
@@ -932,6 +933,34 @@ fn rot_that_a_read_meets_in_the_active_segment_is_repaired() {
 }
 
 #[test]
+fn rot_that_a_lookup_by_time_meets_is_repaired() {
+    let mut cluster = Cluster::founded(config(), LogConfig::default());
+    cluster.write_many(100);
+    cluster.until_equal(&[0, 1, 2]);
+    let leader = cluster.leader();
+    let dir: PathBuf = cluster.brokers[leader].as_ref().unwrap().data_dir.replica_dir(TP);
+    let mut files = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path());
+    let path = files.find(|path| path.extension().is_some_and(|extension| extension == "log")).unwrap();
+    // In the first batch with records.
+    let at = 600;
+    let good = std::fs::read(&path).unwrap()[at];
+    {
+        use std::os::unix::fs::FileExt as _;
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(&[good ^ 0x40], at as u64).unwrap();
+    }
+    let look_up = || {
+        let query = OffsetQuery::Timestamp(Timestamp::new(1));
+        ask(|reply| cluster.handle(cluster.leader()).list_offset(query, reply))
+    };
+    look_up().unwrap_err();
+    until("it is repaired", || (cluster.metrics(leader).repaired_ranges > 0).then_some(()));
+    assert_eq!(std::fs::read(&path).unwrap()[at], good);
+    let found = until("it is found", || look_up().ok()).expect("a record of that time");
+    assert_eq!(found.timestamp, Timestamp::new(1_000));
+}
+
+#[test]
 fn rot_is_found_and_repaired_from_another_replica() {
     let config = ShardsConfig { scrub_every: Duration::from_millis(50), checkpoint_entries: 100, ..config() };
     let mut cluster = Cluster::founded(config, small_segments());
@@ -1104,6 +1133,41 @@ fn in_a_file_of_hard_states_that_was_rotten_new_replicas_live_and_old_ones_stay_
     cluster.write_many(10);
     cluster.until_equal(&[0, 1, 2]);
     assert_eq!((cluster.status(away).health, cluster.status(away).is_voter), (Health::Ok, true));
+    // Nothing is kept of the one that was replaced.
+    cluster.kill(away, true);
+    let disk: Arc<dyn Disk> = Arc::new(RealDisk::with_process_limit());
+    let (_, states, rot) = HardStateFile::open(disk, cluster.folders[away].path(), stripe).unwrap();
+    assert!(rot.is_none());
+    assert_eq!(states.keys().copied().collect::<Vec<_>>(), [replica_id(99)]);
+}
+
+#[test]
+fn a_voter_whose_folder_is_gone_with_its_hard_states_is_not_made_anew() {
+    use std::os::unix::fs::FileExt as _;
+    // A flip in the header, and one in a sector: what is left of the file still names it.
+    for position in [0, 4096 + 512 * 8 + 40] {
+        let mut cluster = Cluster::founded(config(), small_segments());
+        cluster.write_many(100);
+        cluster.until_equal(&[0, 1, 2]);
+        let away = (cluster.leader() + 1) % 3;
+        let data_dir = Arc::clone(&cluster.brokers[away].as_ref().unwrap().data_dir);
+        let (stripe, dir) = (data_dir.stripe_of(TP), data_dir.replica_dir(TP));
+        drop(data_dir);
+        cluster.kill(away, true);
+        let path = cluster.folders[away].path().join(format!("hard-state-{stripe:05}"));
+        let file = std::fs::OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, position).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], position).unwrap();
+        std::fs::remove_dir_all(dir).unwrap();
+        for _ in 0..2 {
+            cluster.restart(away);
+            cluster.open_founder(away);
+            let health = cluster.status(away).health;
+            assert!(matches!(health, Health::Lost { lost_memory: false, .. }), "{position}: {health:?}");
+            cluster.kill(away, true);
+        }
+    }
 }
 
 #[test]

@@ -269,11 +269,14 @@ impl DataDir {
     }
 
     /// Makes a stripe's file of hard states anew where it is rotten, so that new replicas can live in that stripe. Those that
-    /// have a folder here are noted as [`HardState::LOST`]: what they voted for is forgotten, for good. Says which.
+    /// have a folder here, or are named in what is left of the file, are noted as [`HardState::LOST`]: what they voted for is
+    /// forgotten, for good. Says which.
     ///
     /// Durable when this returns; a crash leaves the rotten file, or the new one.
     pub fn renew_hard_states(&self, stripe: u32) -> Result<Vec<ReplicaId>, DataDirError> {
-        let mut lost = Vec::new();
+        // One whose folder is missing would else be taken for one that never was, and vote a second time.
+        let mut lost =
+            HardStateFile::mentioned(&self.disk, &self.path, stripe).map_err(DataDirError::storage(&self.path))?;
         for topic_partition in self.replicas()?.into_iter().filter(|&it| self.stripe_of(it) == stripe) {
             let dir = self.replica_dir(topic_partition);
             // One that was about to take another's place may be half way there.

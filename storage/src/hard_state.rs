@@ -244,6 +244,23 @@ impl HardStateFile {
         Ok((opened, found.states, found.rot))
     }
 
+    /// The replicas that any sector of a stripe's file names which can still be read, whatever else of it is rotten; none
+    /// where there is no file. In no order.
+    pub(crate) fn mentioned(disk: &Arc<dyn Disk>, dir: &Path, stripe: u32) -> Result<Vec<ReplicaId>, StorageError> {
+        let path = dir.join(Self::file_name(stripe));
+        let file = match disk.open(&path, OpenMode::Read) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(StorageError::io("open", &path)(error)),
+        };
+        let len = file.len().map_err(StorageError::io("read", &path))?;
+        let mut bytes = vec![0; len.min(FILE_BYTES_MAX) as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(StorageError::io("read", &path))?;
+        let (sectors, _) = bytes.get(BLOCK_BYTES..).unwrap_or_default().as_chunks::<SECTOR_BYTES>();
+        let entries = (0..).zip(sectors).filter_map(|(number, sector)| decode_sector(number, sector));
+        Ok(entries.flat_map(|(_, entries)| entries).map(|(replica, _)| replica).collect())
+    }
+
     /// What nobody vouches for may be in the page cache alone, clean, because a flush of it failed: it is written again
     /// and flushed, and sectors that were lost or never used become empty ones.
     fn write_again(&mut self, bytes: &[u8]) -> io::Result<()> {
