@@ -52,6 +52,12 @@ pub(crate) struct SimBroker {
     pub(crate) is_full: bool,
     /// A bit of this disk flipped: what is opened from it may turn out to be rotten.
     pub(crate) rots: bool,
+    /// When that was last.
+    pub(crate) rotted_at: Option<Duration>,
+    /// Its last life ended with its power.
+    pub(crate) lost_power: bool,
+    /// When it was started last.
+    pub(crate) started_at: Duration,
     /// How long flushes take, where the disk is ill.
     pub(crate) slow_flushes: Option<Duration>,
     pub(crate) random: Random,
@@ -103,6 +109,9 @@ impl SimBroker {
             is_paused: false,
             is_full: false,
             rots: false,
+            rotted_at: None,
+            lost_power: false,
+            started_at: Duration::ZERO,
             slow_flushes: None,
             random: Random::new(seed, 100 + index as u64),
             index,
@@ -119,6 +128,7 @@ impl SimBroker {
             self.directory += 1;
         }
         self.rots = false;
+        self.rotted_at = None;
         self.disk = SimDisk::new(self.random.next());
         self.disk.set_loses_dirs(true);
         self.disk.add_counts(counts);

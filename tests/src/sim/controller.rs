@@ -181,6 +181,11 @@ impl World {
     /// Only what was damaged may be lost.
     pub(crate) fn check_lost(&mut self, broker: usize, who: Listener, health: &Health) {
         let Health::Lost { message, .. } = health else { return };
+        // One that was replaced may not have heard of it.
+        let is_wanted = self.groups[self.group_of(who.tp)].places().any(|place| place.replica == who.replica);
+        if !is_wanted {
+            return;
+        }
         if !self.damaged.contains(&who) && !self.brokers[broker].rots {
             self.fail(&format!(
                 "{}: replica {} is lost, and nothing of it was damaged: {message}",

@@ -24,6 +24,8 @@ pub(crate) enum Undo {
     NoStrikes,
 }
 
+/// How old the note of what is flushed may be: with the slowest disk.
+const FLUSHED_IS_NOTED_WITHIN: Duration = Duration::from_secs(15);
 /// How long voters are struck after a leader went.
 const STRIKES_FOR: Duration = Duration::from_secs(5);
 /// Calls for votes that are remembered, to come again.
@@ -74,7 +76,7 @@ impl World {
         self.note("fault", &[fault as u64, broker as u64], || format!("{fault:?} (broker {})", broker_id(broker)));
         match fault {
             Fault::Kill | Fault::PowerOff if up => {
-                let has_power = fault == Fault::Kill || !self.may_lose_memory(broker);
+                let has_power = fault == Fault::Kill || !self.may_lose_power(broker);
                 let crash = if has_power { Crash::Process } else { Crash::Power };
                 let down = self.random.millis(20, 6_000);
                 self.kill(broker, crash, down);
@@ -97,6 +99,7 @@ impl World {
                 for broker in 0..many.min(self.brokers.len()) {
                     let down = self.random.millis(20, 4_000);
                     if self.brokers[broker].running.is_some() {
+                        let crash = if self.is_rot_hidden(broker) { Crash::Process } else { crash };
                         self.kill(broker, crash, down);
                     }
                 }
@@ -282,8 +285,14 @@ impl World {
     }
 
     /// Whether this broker's power may fail: where writes count unflushed that is a loss.
-    pub(crate) fn may_lose_memory(&self, broker: usize) -> bool {
-        !self.plan.relaxed || self.may_damage(broker)
+    pub(crate) fn may_lose_power(&self, broker: usize) -> bool {
+        (!self.plan.relaxed || self.may_damage(broker)) && !self.is_rot_hidden(broker)
+    }
+
+    /// Whether a bit flipped in what may have been flushed after the last note of how much that is: after a power failure it
+    /// passes for the torn end of the log, and what was answered for is cut, unseen.
+    fn is_rot_hidden(&self, broker: usize) -> bool {
+        self.brokers[broker].rotted_at.is_some_and(|at| self.now < at + FLUSHED_IS_NOTED_WITHIN)
     }
 
     /// Whether one broker's data may be lost now: all that was lost before is replaced, and the rest is whole.
@@ -314,6 +323,10 @@ impl World {
         }
         let it = &self.brokers[broker];
         let is_up = it.running.is_some();
+        // The same the other way round: see `is_rot_hidden`.
+        if it.lost_power && (!is_up || self.now < it.started_at + FLUSHED_IS_NOTED_WITHIN) {
+            return;
+        }
         let mut files = it.files();
         if is_up {
             // What a process has open and still writes is not believed to rot under it: a sealed segment.
@@ -334,6 +347,7 @@ impl World {
         let (position, bit) = (self.random.below(bytes), self.random.below(8) as u8);
         self.brokers[broker].disk.flip_bit(&file, position, bit);
         self.brokers[broker].rots = true;
+        self.brokers[broker].rotted_at = Some(self.now);
         self.counts.rot += 1;
         for who in self.places_on(broker) {
             self.damage(who);
@@ -409,7 +423,7 @@ impl World {
             self.strikes.struck = None;
             return;
         }
-        let crash = if self.may_lose_memory(broker) { Crash::Power } else { Crash::Process };
+        let crash = if self.may_lose_power(broker) { Crash::Power } else { Crash::Process };
         self.counts.struck_voters += 1;
         self.kill(broker, crash, Duration::from_millis(20));
         for (from, to, message) in std::mem::take(&mut self.strikes.calls) {

@@ -30,6 +30,8 @@ use super::trace::Trace;
 
 /// How long after all has healed everything has to be well.
 const WELL_WITHIN: Duration = Duration::from_secs(90);
+/// What the consensus core says when its log answers with an error.
+const UNREADABLE: &str = "unexpected error: Store(Other(";
 /// How long a question for a range waits for its answer.
 const PULL_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -446,6 +448,11 @@ impl World {
 
     /// Looks at every replica of a broker.
     fn look(&mut self, broker: usize) {
+        if let Some(panic) = take_panic()
+            && !self.could_not_read(broker, &panic)
+        {
+            self.fail(&format!("broker {}: the consensus core panicked: {panic}", broker_id(broker)));
+        }
         if self.brokers[broker].disk.is_crashed() {
             return;
         }
@@ -512,10 +519,15 @@ impl World {
                 Ok(())
             });
         }
-        if let Some(panic) = take_panic() {
-            self.fail(&format!("broker {}: the consensus core panicked: {panic}", broker_id(broker)));
-        }
         self.brokers[broker].running = Some(running);
+    }
+
+    /// Whether the consensus core ended as its log could not be read, on a disk that had reason to fail: it knows no other
+    /// way, and the replica is opened anew.
+    fn could_not_read(&self, broker: usize, panic: &str) -> bool {
+        let it = &self.brokers[broker];
+        let may_fail = it.disk.is_crashed() || it.rots || it.disk.counts().faults > 0;
+        may_fail && panic.contains(UNREADABLE)
     }
 
     /// Whether a replica here goes on without its majority: from where on nothing of before counts.
@@ -563,7 +575,7 @@ impl World {
         if self.brokers[broker].disk.is_crashed() {
             // Whatever it did in that step, nobody heard of it.
             self.counts.crashes_in_operation += 1;
-            let power = self.brokers[broker].random.one_in(2) && self.may_lose_memory(broker);
+            let power = self.brokers[broker].random.one_in(2) && self.may_lose_power(broker);
             self.interrupt(broker);
             self.die(broker, if power { Crash::Power } else { Crash::Process });
             let after = self.random.millis(50, 2_000);
@@ -826,6 +838,7 @@ impl World {
     fn start(&mut self, broker: usize) {
         let it = &mut self.brokers[broker];
         it.clock.set(self.now);
+        it.started_at = self.now;
         let metadata = self.groups.last().expect("the metadata has a group");
         let started = it.start(&self.plan, metadata);
         if let Err(why) = started {
@@ -855,6 +868,7 @@ impl World {
         it.life += 1;
         it.is_paused = false;
         it.slow_flushes = None;
+        it.lost_power = crash == Crash::Power;
         if crash == Crash::Power {
             it.boots += 1;
             self.counts.power_failures += 1;

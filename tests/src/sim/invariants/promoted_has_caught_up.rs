@@ -8,8 +8,10 @@ use flowstone_protocol::{RaftIndex, ReplicaId, TopicPartition};
 use super::super::machine::Listener;
 use super::{Held, Invariant, Sight};
 
-/// Entries that a replica may lack when it begins to vote: those that came while the change was under way.
-const LACKS_MAX: u64 = 600;
+/// Entries that come while the change is under way.
+const UNDER_WAY_MAX: u64 = 600;
+/// As many more may a replica lack that counts as in sync, and is being sent what it lacks.
+const IN_SYNC_MAX: u64 = 4_096;
 
 #[derive(Debug, Default)]
 pub(super) struct PromotedHasCaughtUp {
@@ -34,8 +36,11 @@ impl Invariant for PromotedHasCaughtUp {
         let new: Vec<ReplicaId> = voters.iter().copied().filter(|voter| !known.contains(voter)).collect();
         (*known_at, *known) = (applied, voters.clone());
         for promoted in new {
-            let last = self.last.get(&Listener { tp: who.tp, replica: promoted }).copied().unwrap_or_default();
-            if last.get() + LACKS_MAX < applied {
+            let last = self.last.get(&Listener { tp: who.tp, replica: promoted }).copied();
+            // One that nobody saw running has nothing, or is being copied.
+            let lacks_max = if last.is_some() { IN_SYNC_MAX + UNDER_WAY_MAX } else { UNDER_WAY_MAX };
+            let last = last.unwrap_or_default();
+            if last.get() + lacks_max < applied {
                 return Err(format!(
                     "{}: replica {promoted} votes from entry {applied} on, and its log ends at {last}",
                     who.tp
