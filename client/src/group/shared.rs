@@ -519,13 +519,10 @@ impl State {
         if !self.membership.is_member() {
             return;
         }
-        let mut in_flight = self.committing.iter().filter(|committing| committing.sent.is_some()).count();
+        let in_flight = self.committing.iter().filter(|committing| committing.sent.is_some()).count();
+        let room = COMMITS_IN_FLIGHT_MAX.saturating_sub(in_flight);
         let epoch = self.membership.epoch();
-        for committing in self.committing.iter_mut().filter(|committing| committing.sent.is_none()) {
-            if in_flight >= COMMITS_IN_FLIGHT_MAX {
-                return;
-            }
-            in_flight += 1;
+        for committing in self.committing.iter_mut().filter(|committing| committing.sent.is_none()).take(room) {
             self.next_request += 1;
             committing.sent = Some((self.next_request, epoch));
             let offsets = committing.offsets.iter().map(|(part, place)| to_pb(part, *place)).collect();
