@@ -630,6 +630,8 @@ impl Starting {
                     let response = self.exchange(&opened, &control, calls, response).await?;
                     if ReplicaId::new(response.metadata_replica_id) == opened.replica_id {
                         self.readiness.hold("metadata", "the cluster metadata is catching up");
+                        // What the controller knew of the others may be from before they came back elsewhere.
+                        let _looking = self.look_around(network, calls);
                         self.find_itself(&opened.table, &opened.replica).await?;
                     }
                     Ok::<_, StartError>(response)
@@ -804,6 +806,17 @@ impl Starting {
         }
     }
 
+    /// Asks those whom the seeds know as well, until dropped: addresses may have changed while this broker was away.
+    fn look_around(&self, network: &Arc<PeerNetwork>, calls: &Arc<Calls>) -> AbortOnDrop {
+        AbortOnDrop(tokio::spawn(book::look_around(
+            self.config.cluster.seeds.clone(),
+            self.peer_address.clone(),
+            network.book().clone(),
+            self.hello(network),
+            calls.identity(),
+        )))
+    }
+
     /// Registers at the controller, whoever that is: `control` knows, once the metadata is open here.
     async fn register(
         &self,
@@ -813,14 +826,7 @@ impl Starting {
     ) -> Result<RegisterResponse, StartError> {
         let request = self.registration();
         let me = self.config.node.id;
-        // Those that the seeds know are asked as well: addresses may have changed while this broker was away.
-        let looking = AbortOnDrop(tokio::spawn(book::look_around(
-            self.config.cluster.seeds.clone(),
-            self.peer_address.clone(),
-            network.book().clone(),
-            self.hello(network),
-            calls.identity(),
-        )));
+        let looking = self.look_around(network, calls);
         let contacts = || {
             let controller = control.and_then(|control| control.controller());
             let known = network.book().all().into_iter().map(|(broker, _)| broker);

@@ -143,6 +143,17 @@ impl Calls {
         }
         self.found(&control).await?;
         recovery::adopt(&control).await?;
+        // Whoever is taken in answers the controller at the address that the metadata has: that of an earlier start leads
+        // nowhere, and what it then waits for never comes.
+        let own = self.identity().incarnation;
+        if from.broker != control.me
+            && !control.table.with(|table| table.broker(control.me).is_some_and(|broker| broker.incarnation == own))
+        {
+            return Err(Error::new(
+                ErrorCode::LeaderNotReady,
+                "the controller has not registered its own start yet; try again in a moment",
+            ));
+        }
         not_a_copy(&control, &from, &request)?;
         let registration = Registration {
             id: from.broker,
