@@ -150,10 +150,12 @@ pub(crate) fn catch_up(cli: &Cli, programs: &Programs, folder: &Folder) -> Resul
         waiting.join().map_err(|_| Failure::from("waiting for the cluster panicked"))?
     })?;
     let behind = megabytes + 3 * part / 1_000;
+    let pulled = cluster.metric(away, "flowstone_pulled_bytes_total")? / 1e6;
     cluster.stop()?;
     Ok(vec![
         format!("behind by {behind} MB, some {written} MB written meanwhile, caught up after {seconds:.1} s"),
-        format!("catching up, MB/s: {:.0}", behind as f64 / seconds),
+        format!("pulled from others: {pulled:.0} MB, MB/s: {:.0}", pulled / seconds),
+        format!("less behind, what is written meanwhile taken off, MB/s: {:.0}", behind as f64 / seconds),
         format!("producing with two brokers as fast as it goes, MB/s: {without:.0}"),
         meanwhile.line("producing while the third catches up, MB/s"),
         calm.line("p99 before it came back, ms"),
