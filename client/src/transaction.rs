@@ -200,6 +200,10 @@ impl TransactionalProducer {
     /// another producer took the transactional id, or an operator aborted the transaction; `MESSAGE_TOO_LARGE` and its like
     /// for a record that no attempt would store. `TIMED_OUT` where the coordinator did not answer whether the transaction is
     /// committed: it is, as a whole, or it is not, and whoever reads on from what the group has committed finds out.
+    ///
+    /// After an error the batches that it consumed are not consumed. To go on with the next ones would leave them out, but
+    /// for `NOT_ASSIGNED`, where another member reads them: run the transaction again, seek back to where they began, or
+    /// end, and begin anew where the group is.
     pub async fn transaction<T>(&mut self, mut body: impl AsyncFnMut(&Transaction<'_>) -> Result<T>) -> Result<T> {
         let deadline = Instant::now() + self.retry_for;
         let mut backoff = Backoff::new(BackoffPolicy::REQUEST);
