@@ -165,13 +165,15 @@ impl World {
             let running = self.brokers[place.broker].running.as_ref()?;
             let local = running.replicas.get(&it.tp).filter(|local| local.replica == place.replica)?;
             let status = local.handle.as_ref()?.status();
+            let end = status.end_offset.get() as u64;
             match status.health {
-                Health::Ok => {
-                    let has_log = matches!(status.role, Role::Follower | Role::Candidate);
-                    has_log.then_some(((true, status.end_offset.get() as u64), place.replica))
+                Health::Ok if matches!(status.role, Role::Follower | Role::Candidate) => {
+                    Some(((2, end), place.replica))
                 }
+                // What it had before a copy was begun in its place is there still.
+                Health::Ok if status.role == Role::Pulling && end > 0 => Some(((1, end), place.replica)),
                 // Nothing but what was in memory: where all did, one of them has to go on.
-                Health::Lost { lost_memory: true, last_index, .. } => Some(((false, last_index.get()), place.replica)),
+                Health::Lost { lost_memory: true, last_index, .. } => Some(((0, last_index.get()), place.replica)),
                 _ => None,
             }
         });

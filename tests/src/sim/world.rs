@@ -803,7 +803,7 @@ impl World {
         self.note("pulled", &[broker as u64, ok], || match &answer {
             Ok(PullAnswer::Checkpoint { first_index, .. }) => format!("a checkpoint, files from {first_index}"),
             Ok(PullAnswer::Batches { next, bytes, .. }) => format!("{} bytes, next {next}", bytes.len()),
-            Ok(PullAnswer::Offsets { next, bytes }) => format!("{} bytes, next offset {next}", bytes.len()),
+            Ok(PullAnswer::Offsets { next, bytes, .. }) => format!("{} bytes, next offset {next}", bytes.len()),
             Err(error) => error.to_string(),
         });
         reply.send(answer);
