@@ -181,7 +181,7 @@ async fn commits_by_position_are_checked() {
 }
 
 #[tokio::test]
-async fn a_thousand_commits_at_once_are_few_requests() {
+async fn commits_that_nobody_waits_for_keep_their_order() {
     let (broker, client) = start(1).await;
     produce(&client, 0, 0..5).await;
     let mut group = member(&client).commit_manually().join().await.unwrap();
@@ -314,13 +314,6 @@ async fn a_restarted_broker_and_a_cut_stream_are_resumed() {
     }
     assert_eq!(group.member_id(), id, "the same member all along");
     assert!(events.next().now_or_never().is_none(), "nothing was lost or given anew");
-    // A coordinator that takes everything and says nothing is noticed too.
-    proxy.go_silent();
-    let commit = group.commit_async();
-    tokio::time::sleep(Duration::from_millis(50)).await;
-    proxy.heal();
-    proxy.cut();
-    within("the commit", commit).await.unwrap();
     group.close(Duration::from_secs(30)).await.unwrap();
     broker.stop().await;
 }
