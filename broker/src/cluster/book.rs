@@ -113,10 +113,11 @@ pub(crate) async fn follow(
             // Only who was taken out is forgotten: others may be on their way to register, for the first time or since a
             // metadata that went on with a loss does not know them.
             for (broker, entry) in book.all() {
-                if !entries.contains_key(&broker) && table.with(|table| was_removed(table, broker, &entry)) {
-                    if let Some(network) = network.upgrade() {
-                        network.forget(broker);
-                    }
+                if !entries.contains_key(&broker)
+                    && table.with(|table| was_removed(table, broker, &entry))
+                    && let Some(network) = network.upgrade()
+                {
+                    network.forget(broker);
                 }
             }
             said = entries;
