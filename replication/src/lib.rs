@@ -35,7 +35,7 @@ mod transport;
 mod workers;
 
 pub use effects::{Answer, Effects, Ended, Event};
-pub use flowstone_storage::{LogConfig, ReadBytes, RetentionConfig};
+pub use flowstone_storage::{Cleanness, LogConfig, ReadBytes, RetentionConfig};
 pub use handle::ReplicaHandle;
 pub use machine::{Admission, Commanded, Machine, MachineBody, MachineEntry};
 pub use membership::{Membership, MembershipChange, MembershipError};

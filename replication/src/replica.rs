@@ -573,16 +573,40 @@ impl<M: Machine> Replica<M> {
         self.raft.log_mut().begin_compaction(settled, limits)
     }
 
+    /// Another replica waits until this one's log is clean up to `offset`: the active segment is closed where that lies in
+    /// it, as only closed ones are cleaned.
+    pub fn want_clean_to(&mut self, offset: Offset) {
+        let log = self.log();
+        let is_due = log.config().compaction.is_some() && offset > log.cleanness().clean_to;
+        drop(log);
+        if is_due {
+            self.raft.log_mut().want_clean_to(offset);
+            if let Err(error) = self.seal_at(offset.plus(-1)) {
+                tracing::debug!(tp = %self.config.tp, %error, "a segment is not closed: the log takes no writes");
+            }
+        }
+    }
+
     /// Reads from the new file of a cleaned segment from now on.
     pub fn segment_copied(&mut self, copy: &mut SegmentCopy) {
+        let before = self.log().sealed_records();
         self.raft.log_mut().segment_copied(copy);
+        self.count_from(before);
+    }
+
+    /// The sealed segments had so many records before some of them were replaced.
+    fn count_from(&mut self, before: u64) {
+        let after = self.log().sealed_records();
+        self.records = (self.records + after).saturating_sub(before);
     }
 
     /// Takes in what a piece of a compaction did; `false` where it was not begun by this life of the replica.
     pub fn compacted(&mut self, compaction: &mut Compaction) -> bool {
         let is_own = self.log().has_begun(compaction);
         if is_own {
+            let before = self.log().sealed_records();
             self.raft.log_mut().compacted(compaction);
+            self.count_from(before);
         }
         is_own
     }

@@ -3,7 +3,8 @@
 use std::fmt::Debug;
 
 use bytes::Bytes;
-use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, RaftIndex, ReplicaId, Timestamp, TopicPartition};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, RaftIndex, ReplicaId, TopicPartition};
+use flowstone_storage::Cleanness;
 
 use crate::peer::PeerMessage;
 use crate::reply::Reply;
@@ -62,9 +63,9 @@ pub enum PullWhat {
         to: Offset,
         /// Bytes of them, at most; a single longer batch is given whole.
         max_bytes: u32,
-        /// When the asking one began with what it has, by the clock of its first source: with what has gone since then
-        /// because of its age it must begin again (`OFFSET_OUT_OF_RANGE`).
-        since: Timestamp,
+        /// How far what the asking one holds of the log is cleaned: with what does not go with that it must begin again
+        /// (`OFFSET_OUT_OF_RANGE`).
+        held: Cleanness,
     },
 }
 
@@ -82,8 +83,6 @@ pub enum PullAnswer {
         /// The first offset in its files, and the entry that was there: where it lies before `first_offset`, what is
         /// between them is compacted, and there by offset alone.
         local_start: (Offset, RaftIndex),
-        /// The answering broker's clock.
-        clock: Timestamp,
     },
     /// Batches, back to back, as they are stored.
     Batches {
@@ -100,6 +99,8 @@ pub enum PullAnswer {
         bytes: Bytes,
         /// One past the last offset among them.
         next: Offset,
+        /// How far their log is cleaned.
+        cleanness: Cleanness,
     },
 }
 

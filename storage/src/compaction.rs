@@ -24,6 +24,7 @@ mod writer;
 use std::collections::HashSet;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -32,7 +33,7 @@ use flowstone_protocol::record::records;
 use flowstone_protocol::{BatchError, BatchHeader, ControlType, LeaderEpoch, Offset, ProducerId, RaftIndex, Timestamp};
 
 pub use self::manifest::COMPACTED_FORMAT_VERSION;
-pub(crate) use self::manifest::{CleanedSegment, Cleaning};
+pub(crate) use self::manifest::{COMPACTED_NAME, CleanedSegment, Cleaning};
 use self::offset_map::OffsetMap;
 use self::writer::{Writer, Written, remove_files};
 use crate::checkpoint::Checkpoint;
@@ -135,14 +136,39 @@ pub(crate) struct LogCompaction {
     pub(crate) cleaned_segments: usize,
     pub(crate) cleaning: Cleaning,
     /// Another one has it while a pass, or a repair of a cleaned segment, is under way.
-    busy: Arc<()>,
+    busy: Arc<Busy>,
+    /// Another replica waits for a pass up to here.
+    wanted_to: Offset,
     /// Files that were replaced, and may still be read.
     replaced: Vec<Arc<SealedFiles>>,
 }
 
 impl LogCompaction {
     pub(crate) fn opened(cleaning: Cleaning, cleaned_segments: usize) -> Self {
-        Self { cleaned_segments, cleaning, busy: Arc::new(()), replaced: Vec::new() }
+        let busy = Arc::new(Busy::default());
+        Self { cleaned_segments, cleaning, busy, wanted_to: Offset::ZERO, replaced: Vec::new() }
+    }
+}
+
+/// Who changes the cleaned part of a log holds it.
+#[derive(Debug, Default)]
+pub(crate) struct Busy {
+    /// Whether the file `compacted` was to be replaced, and that failed: it says what it said, or the new.
+    is_unsure: AtomicBool,
+}
+
+impl Busy {
+    /// Replaces the file `compacted`.
+    fn write(&self, cleaning: &Cleaning, disk: &Arc<dyn Disk>, dir: &Path) -> Result<(), StorageError> {
+        self.is_unsure.store(true, Ordering::Relaxed);
+        cleaning.write(disk, dir)?;
+        self.is_unsure.store(false, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Makes sure that the file `compacted` says what is known: else a file that it may name already would be written anew.
+    fn be_sure(&self, known: &Cleaning, disk: &Arc<dyn Disk>, dir: &Path) -> Result<(), StorageError> {
+        if self.is_unsure.load(Ordering::Relaxed) { self.write(known, disk, dir) } else { Ok(()) }
     }
 }
 
@@ -210,11 +236,12 @@ pub struct Compaction {
     output: Option<Output>,
     /// Producers with records that stayed, of a transaction whose marker is to come.
     with_data: HashSet<ProducerId>,
-    dropped_by_age: bool,
+    /// What this pass, or one before it, let go because of its age lies below.
+    dropped_to: Offset,
     horizon: Timestamp,
     swap: Option<Swap>,
     totals: CompactionTotals,
-    busy: Arc<()>,
+    busy: Arc<Busy>,
 }
 
 #[derive(Debug)]
@@ -273,7 +300,9 @@ impl Log {
         let is_much = dirty > 0 && dirty * 1_000 >= total * u64::from(config.dirty_per_mille_min.min(1_000));
         let are_tombstones_due =
             !inputs.is_empty() && cleaning.horizon != Timestamp::NONE && cleaning.horizon <= limits.now;
-        if !(is_overdue || is_much || are_tombstones_due) {
+        // Until then nobody can be given a part of it together with a part of another one.
+        let is_wanted = dirty > 0 && self.compaction.wanted_to.max(cleaning.dropped_to) > cleaning.clean_to;
+        if !(is_overdue || is_much || are_tombstones_due || is_wanted) {
             return None;
         }
         let keys = inputs.iter().filter(is_dirty).map(|input| input.records).sum();
@@ -296,7 +325,7 @@ impl Log {
             walker: None,
             output: None,
             with_data: HashSet::new(),
-            dropped_by_age: false,
+            dropped_to: self.compaction.cleaning.dropped_to,
             horizon: Timestamp::NONE,
             swap: None,
             totals: CompactionTotals::default(),
@@ -314,7 +343,7 @@ impl Log {
         Arc::ptr_eq(&self.compaction.busy, &compaction.busy)
     }
 
-    pub(crate) fn busy(&self) -> Arc<()> {
+    pub(crate) fn busy(&self) -> Arc<Busy> {
         Arc::clone(&self.compaction.busy)
     }
 
@@ -330,10 +359,9 @@ impl Log {
         self.compaction.cleaning.clean_to
     }
 
-    /// When a pass let something go because of its age the last time; -1 for never. Who copied a part of the log before
-    /// then may hold what that had deleted.
-    pub fn dropped_by_age_at(&self) -> Timestamp {
-        self.compaction.cleaning.dropped_at
+    /// Another replica waits until this one is clean up to `offset`: a pass is due, however little it has to look at.
+    pub fn want_clean_to(&mut self, offset: Offset) {
+        self.compaction.wanted_to = self.compaction.wanted_to.max(offset);
     }
 
     fn cleanable(&self, config: &CompactionConfig, last_stable: Offset, limits: &CompactionLimits) -> Vec<Input> {
@@ -492,8 +520,11 @@ impl Compaction {
             }
             Step::Bad { detail } => detail,
             Step::Clean => "batches are missing".to_owned(),
-            // It may be needed by whoever understands it.
-            Step::Newer { ctype } => format!("a control batch of type {ctype}, which a newer program wrote"),
+            // It may be needed by whoever understands it, and nothing is wrong with it.
+            Step::Newer { ctype } => {
+                let (dir, offset) = (self.dir.to_path_buf(), walker.offset);
+                return Err(StorageError::NewerBatch { path: dir, offset, ctype });
+            }
         };
         Err(self.corrupt(walker.position, walker.offset, detail))
     }
@@ -600,7 +631,7 @@ impl Compaction {
     /// | the log's own: a no-op / another | always: epochs are checked by it / never: the checkpoint has what it did |
     /// | a transaction's marker | while readers are told of it, while records of it stay, else until its horizon |
     /// | of an aborted transaction | never |
-    /// | a record with a key | unless the key comes again behind it; a tombstone only until its batch's horizon |
+    /// | a record with a key | unless the key comes again behind it; a tombstone only until its batch's horizon, and a pass before this one has ended that saw it |
     /// | a record without a key | always: nothing takes its place |
     /// ```
     /// Behind what was noted all stay as they are, but for records whose keys are known to come again.
@@ -611,7 +642,11 @@ impl Compaction {
         let now = self.limits.now;
         let noted_to = self.noted_to;
         let horizon = now.after(self.config.tombstones_kept);
-        let is_over = header.attributes.has_delete_horizon() && header.base_timestamp <= now;
+        let is_due = header.attributes.has_delete_horizon() && header.base_timestamp <= now;
+        // One that came from elsewhere may have its horizon from there: what it deletes goes with this pass at the earliest,
+        // and must be gone before it does.
+        let is_new = header.next_offset() > self.cleaning.clean_to;
+        let is_over = is_due && !is_new;
         let is_noted = header.next_offset() <= noted_to;
         let cleaned = if header.attributes.is_control() {
             let has_data = self.with_data.remove(&header.producer_id);
@@ -619,7 +654,7 @@ impl Compaction {
                 return Ok(Fate::Stays);
             }
             if is_over {
-                self.dropped_by_age = true;
+                self.dropped_to = self.dropped_to.max(header.next_offset());
                 return Ok(Fate::Goes);
             }
             clean(&Bytes::copy_from_slice(batch), DECOMPRESSED_BYTES_MAX, Horizon::Always(horizon), |_| true)?
@@ -630,15 +665,17 @@ impl Compaction {
             if is_noted && is_transactional && self.settled.is_aborted(header.producer_id, header.base_offset) {
                 return Ok(Fate::Goes);
             }
-            let (keys, dropped) = (&self.keys, &mut self.dropped_by_age);
+            let (keys, dropped_to) = (&self.keys, &mut self.dropped_to);
             let horizon = if is_noted { Horizon::OfTombstones(horizon) } else { Horizon::Untouched };
             let cleaned = clean(&Bytes::copy_from_slice(batch), DECOMPRESSED_BYTES_MAX, horizon, |record| {
                 let Some(key) = record.key else { return true };
                 if keys.newest(key).is_some_and(|newest| newest > record.offset) {
                     return false;
                 }
-                let goes = is_over && record.value.is_none() && record.offset < noted_to;
-                *dropped |= goes;
+                let goes = is_over && record.value.is_none();
+                if goes {
+                    *dropped_to = (*dropped_to).max(record.offset.next());
+                }
                 !goes
             })?;
             if is_transactional && cleaned != Cleaned::Nothing {
@@ -651,7 +688,9 @@ impl Compaction {
             Cleaned::Changed(batch) => Some(BatchHeader::parse(batch)?),
             Cleaned::Nothing => None,
         };
-        if let Some(stays) = stays.filter(|stays| stays.attributes.has_delete_horizon() && stays.base_timestamp > now) {
+        let is_to_go =
+            |stays: &BatchHeader| stays.attributes.has_delete_horizon() && (stays.base_timestamp > now || is_new);
+        if let Some(stays) = stays.filter(is_to_go) {
             self.horizon = self.horizon.max(stays.base_timestamp);
         }
         Ok(match cleaned {
@@ -670,6 +709,7 @@ impl Compaction {
             let path = self.dir.to_path_buf();
             return Err(StorageError::DiskFull { path, needed_bytes: needed, available_bytes: available });
         }
+        self.busy.be_sure(&self.cleaning, &self.disk, &self.dir)?;
         let name = SegmentName { cleaned: self.cleaning.next_number, ..input.name };
         let writer = Writer::begin(&self.disk, &self.dir, name, input.epoch_before)?;
         self.output = Some(Output { writer, from: self.at, is_changed: false });
@@ -726,10 +766,8 @@ impl Compaction {
         cleaning.segments.insert(at, segment);
         cleaning.next_number += 1;
         cleaning.horizon = cleaning.horizon.max(self.horizon);
-        if self.dropped_by_age {
-            cleaning.dropped_at = self.limits.now;
-        }
-        cleaning.write(&self.disk, &self.dir)?;
+        cleaning.dropped_to = self.dropped_to;
+        self.busy.write(&cleaning, &self.disk, &self.dir)?;
         self.cleaning = cleaning;
         self.totals.bytes_before += self.inputs[inputs.clone()].iter().map(|input| input.bytes).sum::<u64>();
         self.totals.bytes_after += segment.bytes;
@@ -744,7 +782,7 @@ impl Compaction {
         cleaning.clean_to = cleaning.clean_to.max(self.noted_to);
         cleaning.horizon = self.horizon;
         if cleaning != self.cleaning {
-            cleaning.write(&self.disk, &self.dir)?;
+            self.busy.write(&cleaning, &self.disk, &self.dir)?;
             self.cleaning = cleaning;
         }
         self.phase = Phase::Ended;

@@ -62,6 +62,19 @@ pub enum StorageError {
         /// Why.
         detail: String,
     },
+    /// A newer Flowstone wrote a batch that this one can not judge; it is as it was written.
+    #[error(
+        "the log in {} has a control batch of type {ctype} at offset {offset}, which a newer Flowstone wrote; start that one",
+        path.display()
+    )]
+    NewerBatch {
+        /// The replica's folder.
+        path: PathBuf,
+        /// Its offset.
+        offset: Offset,
+        /// The type that is not known.
+        ctype: i16,
+    },
     /// A replica cannot be made of what was pulled for it; nothing that was there before has changed.
     #[error("cannot install a replica in {}: {detail}; pull it from another replica", path.display())]
     NotInstallable {

@@ -23,7 +23,7 @@ use flowstone_protocol::{Offset, RaftIndex, Timestamp};
 
 use crate::checkpoint::{CREATION_INDEX, CREATION_TERM, Checkpoint, EpochStart, MANIFEST_NAME, ReplicaIdentity};
 use crate::compaction::Cleaning;
-use crate::compaction::copying::Copying;
+use crate::compaction::copying::{Cleanness, Copying};
 use crate::disk::{Disk, OpenMode};
 use crate::error::{OpenError, StorageError};
 use crate::log::{Log, LogConfig, LogEntry};
@@ -158,19 +158,18 @@ impl Install {
 
     /// The same from a source that is compacted: all up to the checkpoint is wanted by offset
     /// ([`Self::wanted_offsets`]), from `start` on, which begins with the entry beside it. None of it will be entries: the
-    /// log begins behind the checkpoint. `since` is the source's clock.
+    /// log begins behind the checkpoint.
     pub fn begin_by_offset(
         disk: &Arc<dyn Disk>,
         dir: &Path,
         identity: ReplicaIdentity,
         checkpoint: &Bytes,
         start: (Offset, RaftIndex),
-        since: Timestamp,
         config: LogConfig,
     ) -> Result<Self, StorageError> {
         let target = Checkpoint::decode(checkpoint).map_err(|detail| not_installable(dir, detail))?;
         let first = Place { index: target.applied.next(), offset: target.end_offset_at_applied };
-        Self::begin_at(disk, dir, identity, checkpoint, (target, first), Some((start, since)), config)
+        Self::begin_at(disk, dir, identity, checkpoint, (target, first), Some(start), config)
     }
 
     fn begin_at(
@@ -179,10 +178,10 @@ impl Install {
         identity: ReplicaIdentity,
         checkpoint: &Bytes,
         (target, first): (Checkpoint, Place),
-        copied: Option<((Offset, RaftIndex), Timestamp)>,
+        copied: Option<(Offset, RaftIndex)>,
         config: LogConfig,
     ) -> Result<Self, StorageError> {
-        let start = copied.map_or(first, |((offset, index), _)| Place { index, offset });
+        let start = copied.map_or(first, |(offset, index)| Place { index, offset });
         check_start(&target, start).map_err(|detail| not_installable(dir, detail))?;
         // One that is whole is not under way any more.
         swap_in(disk, dir)?;
@@ -202,9 +201,9 @@ impl Install {
         }
         let progress = Progress { identity, applied: target.applied, first, flushed_to: first };
         let copying = match copied {
-            Some((start, since)) => {
+            Some(start) => {
                 let end = (first.offset, first.index);
-                Some(Copying::begin(disk, &incoming, start, end, since, config.segment_bytes)?)
+                Some(Copying::begin(disk, &incoming, start, end, config.segment_bytes)?)
             }
             None => None,
         };
@@ -335,17 +334,18 @@ impl Install {
         self.copying.as_ref()?.wanted()
     }
 
-    /// Since when what it has was copied by offset, by the clock of the first source; see
-    /// [`Log::gives_since`](crate::log::Log::gives_since).
-    pub fn copied_since(&self) -> Option<Timestamp> {
-        self.copying.as_ref().map(Copying::since)
+    /// How far what was copied by offset is cleaned: to be told to those who give the rest, see
+    /// [`Log::goes_with`](crate::log::Log::goes_with).
+    pub fn held_offsets(&self) -> Option<Cleanness> {
+        self.copying.as_ref().map(Copying::held)
     }
 
-    /// Writes batches of the offsets from [`Self::wanted_offsets`] on. Fails as [`Self::append`] does.
+    /// Writes batches of the offsets from [`Self::wanted_offsets`] on, of a log that is so clean. Fails as [`Self::append`]
+    /// does.
     ///
     /// # Panics
     /// Where no offsets are wanted.
-    pub fn append_offsets(&mut self, batches: Bytes) -> Result<(), StorageError> {
+    pub fn append_offsets(&mut self, batches: Bytes, cleanness: Cleanness) -> Result<(), StorageError> {
         let needed_bytes = (batches.len() as u64).saturating_add(self.log.config().room_kept_on(&*self.disk));
         let available = self.disk.available_bytes(&self.incoming);
         let available_bytes = available.map_err(StorageError::io("ask for room in", &self.incoming))?;
@@ -353,7 +353,7 @@ impl Install {
             return Err(StorageError::DiskFull { path: self.incoming.clone(), needed_bytes, available_bytes });
         }
         let copying = self.copying.as_mut().filter(|copying| copying.wanted().is_some());
-        copying.expect("offsets are wanted").append(batches)
+        copying.expect("offsets are wanted").append(batches, cleanness)
     }
 
     /// Bytes of the entries that are there.

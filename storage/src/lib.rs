@@ -50,7 +50,7 @@ mod small_file;
 mod walk;
 
 pub use checkpoint::{Checkpoint, CheckpointDone, CheckpointJob, EpochStart, ReplicaIdentity};
-pub use compaction::copying::{OffsetRange, OffsetRangeTicket, SegmentCopy};
+pub use compaction::copying::{Cleanness, OffsetRange, OffsetRangeTicket, SegmentCopy};
 pub use compaction::{
     AbortedTransaction, Compaction, CompactionConfig, CompactionLimits, CompactionStep, CompactionTotals, Settled,
 };
@@ -63,7 +63,9 @@ pub use install::Install;
 pub use kept::KeptLog;
 pub use log::{Appended, EntryBody, EntryMeta, FlushDone, FlushJob, Log, LogConfig, LogEntry};
 pub use range::{Range, RangeTicket};
-pub use read::{CountTicket, FoundRecord, Lookup, LookupTicket, Read, ReadBytes, ReadTicket, RecordCount};
+pub use read::{
+    CountTicket, DECOMPRESSED_BYTES_MAX, FoundRecord, Lookup, LookupTicket, Read, ReadBytes, ReadTicket, RecordCount,
+};
 pub use repair::{Repair, RepairDone};
 pub use retention::RetentionConfig;
 pub use scrub::{Rotten, ScrubJob, ScrubPosition, Scrubbed};

@@ -333,7 +333,8 @@ impl Log {
         Ok(offset.max(self.log_start))
     }
 
-    fn sealed_records(&self) -> u64 {
+    /// Records in sealed segments, whatever the log start is.
+    pub fn sealed_records(&self) -> u64 {
         self.sealed.iter().map(|segment| segment.records).sum()
     }
 

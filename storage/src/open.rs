@@ -16,7 +16,7 @@ use flowstone_protocol::{LeaderEpoch, Offset, RaftIndex, Timestamp};
 
 use crate::batch_index::{BLOCK_BYTES, BLOCK_SLOTS, Slot, blocks_of, decode_block, valid_prefix};
 use crate::checkpoint::{self, CREATION_INDEX, CREATION_TERM, Checkpoint, EpochStart, Found, ReplicaIdentity};
-use crate::compaction::{CleanedSegment, Cleaning, LogCompaction};
+use crate::compaction::{COMPACTED_NAME, CleanedSegment, Cleaning, LogCompaction};
 use crate::disk::{Disk, DiskFile, OpenMode};
 use crate::error::OpenError;
 use crate::install::{self, PROGRESS_NAME};
@@ -98,7 +98,7 @@ impl Log {
 
         // Decided; from here on files change. First the checkpoint itself: a life before this one may have been killed
         // between its renaming and the flush of the folder, and what it replaces must not go before it is there.
-        if !dropped.is_empty() {
+        if !dropped.is_empty() || !found.superseded.is_empty() {
             disk.sync_dir(dir).map_err(OpenError::io("flush", dir))?;
         }
         let orphans = found.index_files.iter().filter(|name| !found.segments.contains(name));
@@ -311,7 +311,16 @@ impl FoundFiles {
         checkpoint: &Checkpoint,
     ) -> Result<Vec<CleanedSegment>, OpenError> {
         let is_needed = |segment: &&CleanedSegment| segment.end_offset > checkpoint.log_start;
-        let needed: Vec<_> = self.cleaning.segments.iter().filter(is_needed).copied().collect();
+        let mut needed: Vec<_> = self.cleaning.segments.iter().filter(is_needed).copied().collect();
+        // Retention may have gone on from a newer checkpoint that is rotten now.
+        let is_older = self.checkpoints.first().is_some_and(|newest| *newest > checkpoint.applied);
+        while let Some(oldest) = needed.first().filter(|_| is_older) {
+            let path = oldest.name.log_path(dir);
+            if disk.exists(&path).map_err(OpenError::io("open", &path))? {
+                break;
+            }
+            needed.remove(0);
+        }
         for segment in &needed {
             let path = segment.name.log_path(dir);
             let missing = match disk.file_len(&path) {
@@ -326,7 +335,18 @@ impl FoundFiles {
         // Without a segment the log begins behind the checkpoint.
         let behind = SegmentName::of_raft(checkpoint.end_offset_at_applied, checkpoint.applied.next());
         let first = self.segments.first().copied().unwrap_or(behind);
-        if let Some(end) = needed.last()
+        if self.cleaning == Cleaning::nothing()
+            && first.base_offset > checkpoint.log_start
+            && self.superseded.iter().any(|segment| segment.is_cleaned())
+        {
+            let detail = format!(
+                "it has cleaned segments, its log begins at offset {}, and its file `{COMPACTED_NAME}` is missing",
+                first.base_offset
+            );
+            return Err(quarantine(dir, checkpoint.log_start, detail));
+        }
+        // Those that are gone led up to the Raft log, too.
+        if let Some(end) = self.cleaning.segments.last().filter(|end| end.end_offset > checkpoint.log_start)
             && (first.base_offset, first.first_index) != (end.end_offset, end.end_index)
         {
             let detail = format!(

@@ -218,8 +218,9 @@ pub(crate) fn read_now(source: Source, extent: Extent) -> Read {
     Read::Ticket(ReadTicket(Ticket::Bytes { source, extent }))
 }
 
-/// Most that one batch may decompress to when a timestamp is looked up in it.
-pub(crate) const DECOMPRESSED_BYTES_MAX: usize = 256 << 20;
+/// Most that one batch may decompress to when a timestamp is looked up in it, or it is compacted: one that comes to more counts
+/// as damaged.
+pub const DECOMPRESSED_BYTES_MAX: usize = 256 << 20;
 
 /// A lookup to run on a pool. It stays valid whatever becomes of the log; bytes deleted meanwhile are an error.
 #[derive(Debug)]

@@ -6,9 +6,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use flowstone_protocol::peer as pb;
 use flowstone_protocol::{
-    BrokerId, Error, ErrorCode, ErrorKind, Offset, PartitionId, RaftIndex, ReplicaId, Timestamp, TopicId, TopicPartition,
+    BrokerId, Error, ErrorCode, ErrorKind, Offset, PartitionId, RaftIndex, ReplicaId, TopicId, TopicPartition,
 };
-use flowstone_replication::{PullAnswer, PullRequest, PullWhat, Reply};
+use flowstone_replication::{Cleanness, PullAnswer, PullRequest, PullWhat, Reply};
 use parking_lot::Mutex;
 use pb::pull_request::What;
 use tokio::sync::{Semaphore, oneshot};
@@ -127,20 +127,21 @@ impl Serving {
         events.serve_pull(request, Reply::from(reply));
         let answer = answer.await.map_err(|_| not_ready())??;
         let response = match answer {
-            PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock } => pb::PullResponse {
+            PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start } => pb::PullResponse {
                 checksum: checksum(&bytes),
                 checkpoint: bytes,
                 first_index: first_index.get(),
                 first_offset: first_offset.get(),
                 local_offset: local_start.0.get(),
                 local_index: local_start.1.get(),
-                clock_ms: clock.get(),
                 ..Default::default()
             },
-            PullAnswer::Offsets { bytes, next } => pb::PullResponse {
+            PullAnswer::Offsets { bytes, next, cleanness } => pb::PullResponse {
                 checksum: checksum(&bytes),
                 batches: bytes,
                 next_offset: next.get(),
+                clean_to: cleanness.clean_to.get(),
+                dropped_to: cleanness.dropped_to.get(),
                 ..Default::default()
             },
             PullAnswer::Batches { bytes, next, commit } => pb::PullResponse {
@@ -212,11 +213,12 @@ fn to_pb(request: PullRequest) -> pb::PullRequest {
                 last_index: last.get(),
                 max_bytes: max_bytes.min(PULL_BYTES_MAX),
             }),
-            PullWhat::Offsets { from, to, max_bytes, since } => What::Offsets(pb::PullOffsets {
+            PullWhat::Offsets { from, to, max_bytes, held } => What::Offsets(pb::PullOffsets {
                 from_offset: from.get(),
                 to_offset: to.get(),
                 max_bytes: max_bytes.min(PULL_BYTES_MAX),
-                since_ms: since.get(),
+                held_clean_to: held.clean_to.get(),
+                held_dropped_to: held.dropped_to.get(),
             }),
         }),
     }
@@ -237,7 +239,10 @@ fn request_of(request: &pb::PullRequest) -> Result<PullRequest, Error> {
             from: Offset::new(offsets.from_offset),
             to: Offset::new(offsets.to_offset),
             max_bytes: offsets.max_bytes.min(PULL_BYTES_MAX),
-            since: Timestamp::new(offsets.since_ms),
+            held: Cleanness {
+                clean_to: Offset::new(offsets.held_clean_to),
+                dropped_to: Offset::new(offsets.held_dropped_to),
+            },
         },
         None => return Err(invalid("does not say what is wanted")),
     };
@@ -269,9 +274,15 @@ fn from_pb(from: BrokerId, request: PullRequest, response: pb::PullResponse) -> 
                 0 => (Offset::new(response.first_offset), RaftIndex::new(response.first_index)),
                 index => (Offset::new(response.local_offset), RaftIndex::new(index)),
             },
-            clock: Timestamp::new(response.clock_ms),
         },
-        PullWhat::Offsets { .. } => PullAnswer::Offsets { bytes, next: Offset::new(response.next_offset) },
+        PullWhat::Offsets { .. } => PullAnswer::Offsets {
+            bytes,
+            next: Offset::new(response.next_offset),
+            cleanness: Cleanness {
+                clean_to: Offset::new(response.clean_to),
+                dropped_to: Offset::new(response.dropped_to),
+            },
+        },
         PullWhat::Batches { .. } => PullAnswer::Batches {
             bytes,
             next: RaftIndex::new(response.next_index),

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex, ReplicaId, Term, Timestamp};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, RaftIndex, ReplicaId, Term};
 use flowstone_storage::{HardState, Install, KeptLog, LogEntry, ReplicaIdentity, StorageError, checkpoint};
 
 use super::{Message, Shard, SlotKey, State};
@@ -233,20 +233,28 @@ impl<M: Machine> Shard<M> {
             PullWhat::Checkpoint => {
                 let (disk, (_, path)) = (Arc::clone(&self.disk), log.newest_checkpoint_file());
                 let (first_index, first_offset) = (log.first_index(), log.first_offset());
-                let (local_start, clock) = (log.local_start(), (self.clock)());
+                let local_start = log.local_start();
                 Box::new(move || {
                     let bytes = checkpoint::read_file(&disk, &path)?;
-                    Ok(PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock })
+                    Ok(PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start })
                 })
             }
-            PullWhat::Offsets { since, .. } if !log.gives_since(since, (self.clock)()) => {
-                let message = "tombstones have gone since that was begun; begin again".to_owned();
+            PullWhat::Offsets { from, to, held, .. } if !log.goes_with(held, from, to) => {
+                let own = log.cleanness();
+                drop(log);
+                if let State::Running(replica) = &mut self.slots[index as usize].state {
+                    replica.want_clean_to(held.dropped_to);
+                }
+                let message = format!(
+                    "what was deleted could come back: this one is clean up to {} and has dropped tombstones up to {}, that one {} and {}; begin again, or ask another, or later",
+                    own.clean_to, own.dropped_to, held.clean_to, held.dropped_to
+                );
                 return reply.send(Err(refuse(ErrorCode::OffsetOutOfRange, message)));
             }
             PullWhat::Offsets { from, to, max_bytes, .. } => match log.offset_range(from, to, max_bytes as usize) {
                 Ok(ticket) => Box::new(move || {
                     let range = ticket.run()?;
-                    Ok(PullAnswer::Offsets { bytes: range.bytes, next: range.next })
+                    Ok(PullAnswer::Offsets { bytes: range.bytes, next: range.next, cleanness: range.cleanness })
                 }),
                 Err(error) => {
                     let is_trimmed = from < log.local_start().0;
@@ -419,8 +427,8 @@ impl<M: Machine> Shard<M> {
                 // What is there are entries: they have no place among what was compacted.
                 *kept = None;
                 let Some((from, to)) = it.wanted_offsets() else { return };
-                let since = it.copied_since().unwrap_or(Timestamp::NONE);
-                PullWhat::Offsets { from, to, max_bytes: self.config.pull_bytes, since }
+                let Some(held) = it.held_offsets() else { return };
+                PullWhat::Offsets { from, to, max_bytes: self.config.pull_bytes, held }
             }
             (Goal::Install { install, at_least, kept, missing, misses, .. }, State::Pulling { .. }) => match install {
                 Some(it) if it.has_all() => {
@@ -563,8 +571,13 @@ impl<M: Machine> Shard<M> {
             }
             (
                 Goal::Install { install: taker @ Some(_), unflushed, .. },
-                PullAnswer::Batches { bytes, .. } | PullAnswer::Offsets { bytes, .. },
+                answer @ (PullAnswer::Batches { .. } | PullAnswer::Offsets { .. }),
             ) => {
+                let cleanness = match &answer {
+                    PullAnswer::Offsets { cleanness, .. } => Some(*cleanness),
+                    _ => None,
+                };
+                let bytes = answer.bytes().clone();
                 let Some(mut install) = taker.take() else { return };
                 *unflushed += bytes.len() as u64;
                 let flush = *unflushed >= INSTALL_FLUSH_BYTES;
@@ -574,9 +587,13 @@ impl<M: Machine> Shard<M> {
                 pull.step = Step::Job;
                 self.install_job(index, move || {
                     // Whether they are what was asked for is seen by what they are.
-                    let appended = match install.wanted_offsets() {
-                        Some(_) => install.append_offsets(bytes),
-                        None => install.append(bytes),
+                    let appended = match (install.wanted_offsets(), cleanness) {
+                        (Some(_), Some(cleanness)) => install.append_offsets(bytes, cleanness),
+                        (Some(_), None) => {
+                            let (index, detail) = (install.next_index(), "it is wanted by offset".to_owned());
+                            Err(StorageError::Refused { index, detail })
+                        }
+                        (None, _) => install.append(bytes),
                     };
                     let appended = appended.and_then(|()| if flush { install.flush() } else { Ok(()) });
                     match appended {
@@ -590,7 +607,7 @@ impl<M: Machine> Shard<M> {
             }
             (
                 Goal::Install { install: None, at_least, source, .. },
-                PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock },
+                PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start },
             ) => {
                 *source = pull.asked;
                 if let Some(at_least) = *at_least
@@ -609,7 +626,7 @@ impl<M: Machine> Shard<M> {
                 };
                 self.install_job(index, move || {
                     if local_start.0 < first_offset {
-                        return match Install::begin_by_offset(&disk, &dir, identity, &bytes, local_start, clock, log) {
+                        return match Install::begin_by_offset(&disk, &dir, identity, &bytes, local_start, log) {
                             Ok(install) => Installed::Begun(Box::new(install), None),
                             Err(error) => Installed::Broken(error),
                         };

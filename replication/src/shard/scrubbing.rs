@@ -308,7 +308,7 @@ impl<M: Machine> Shard<M> {
         let what = match (&repairing.repair, &repairing.copy) {
             (_, Some(copy)) => {
                 let Some((from, to)) = copy.wanted() else { return };
-                PullWhat::Offsets { from, to, max_bytes: self.config.pull_bytes, since: copy.since() }
+                PullWhat::Offsets { from, to, max_bytes: self.config.pull_bytes, held: copy.held() }
             }
             (Some(repair), None) => PullWhat::Batches {
                 first: repair.next_index(),
@@ -373,12 +373,12 @@ impl<M: Machine> Shard<M> {
                     Err(error) => Repaired::Goes(repair, Some(error)),
                 });
             }
-            Repaired::Answered { answer: Ok(PullAnswer::Offsets { bytes, .. }), .. } => {
+            Repaired::Answered { answer: Ok(PullAnswer::Offsets { bytes, cleanness, .. }), .. } => {
                 self.port.counters.pulled_bytes.fetch_add(bytes.len() as u64, Ordering::Relaxed);
                 let Some(mut copy) = repairing.copy.take() else { return };
                 repairing.step = Step::Job;
                 self.repair_job(index, move || {
-                    let error = copy.append(bytes).err();
+                    let error = copy.append(bytes, cleanness).err();
                     Repaired::Copied(copy, error)
                 });
             }

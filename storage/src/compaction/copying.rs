@@ -9,20 +9,19 @@
 //!   the source:    | batch | nothing is left of all of it      | batch |
 //!                                            ^ from here: cut to what is still wanted
 //! ```
-//! One thing must not be mixed: a part of before a tombstone did its work, and a part of after it went. See
-//! [`Log::gives_since`].
+//! One thing must not be mixed: a part of before a tombstone did its work, and a part of after it went. Each replica cleans by
+//! its own clock, so that is told by offsets: see [`Cleanness`].
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use flowstone_protocol::batch::split_batches;
 use flowstone_protocol::{BatchError, LeaderEpoch, Offset, RaftIndex, Timestamp};
 
-use super::Swap;
 use super::manifest::{CleanedSegment, Cleaning};
 use super::writer::{Writer, within};
+use super::{Busy, Swap};
 use crate::disk::Disk;
 use crate::error::{ReadError, StorageError};
 use crate::log::Log;
@@ -31,6 +30,26 @@ use crate::read::ReadTicket;
 use crate::segment::SegmentName;
 use crate::walk::{check_placed, is_own_control};
 
+/// How far a log, or a part of one, is cleaned.
+///
+/// Where two parts of different logs are put together, a record that was deleted comes back if one of them has it still, and
+/// the other one its tombstone no longer. So nothing may have gone because of its age from the one (`dropped_to`) above where
+/// the other is clean (`clean_to`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cleanness {
+    /// No record is there that one below here takes the place of, or deletes.
+    pub clean_to: Offset,
+    /// All tombstones and markers of transactions that went because of their age were below here.
+    pub dropped_to: Offset,
+}
+
+impl Cleanness {
+    /// Of both together, of which the other one ends at `end`.
+    fn and(self, other: Self, end: Offset) -> Self {
+        Self { clean_to: self.clean_to.min(other.clean_to), dropped_to: self.dropped_to.max(other.dropped_to.min(end)) }
+    }
+}
+
 /// Batches of an offset range, CRCs checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OffsetRange {
@@ -38,6 +57,8 @@ pub struct OffsetRange {
     pub bytes: Bytes,
     /// The offset behind the last of them: where to go on.
     pub next: Offset,
+    /// Of the log that they are of.
+    pub cleanness: Cleanness,
 }
 
 /// An offset range to read on a pool. It stays valid whatever becomes of the log.
@@ -46,6 +67,7 @@ pub struct OffsetRangeTicket {
     read: ReadTicket,
     from: Offset,
     to: Offset,
+    cleanness: Cleanness,
 }
 
 impl Log {
@@ -71,30 +93,34 @@ impl Log {
                 ReadTicket::extent(self.source_of(which), extent.map_err(StorageError::from)?)
             }
         };
-        Ok(OffsetRangeTicket { read, from, to })
+        Ok(OffsetRangeTicket { read, from, to, cleanness: self.cleanness() })
     }
 
-    /// Whether one who began to copy this log at `since` may be given more of it at `now`: not where something went because
-    /// of its age since then that may have done its work after that.
-    ///
-    /// A tombstone goes at least `tombstones_kept` after all that it deletes has gone. Who has copied such a record has done
-    /// that before; so the tombstone is still there for so long.
-    pub fn gives_since(&self, since: Timestamp, now: Timestamp) -> bool {
-        let kept = self.config.compaction.map_or(Duration::MAX, |config| config.tombstones_kept);
-        self.dropped_by_age_at() <= since || since.after(kept) > now
+    /// Of all that lies below what is committed here.
+    pub fn cleanness(&self) -> Cleanness {
+        self.compaction.cleaning.cleanness()
+    }
+
+    /// Whether the offsets from `from` up to `to` may be put together with what another one holds of this log below `from`,
+    /// and perhaps above `to`: nothing comes back that was deleted.
+    pub fn goes_with(&self, held: Cleanness, from: Offset, to: Offset) -> bool {
+        let own = self.cleanness();
+        // What went from here before `from` is of no matter: that was copied as it is there.
+        let is_held_clean = own.dropped_to <= from || own.dropped_to.min(to) <= held.clean_to;
+        is_held_clean && held.dropped_to <= own.clean_to
     }
 }
 
 impl OffsetRangeTicket {
     /// Reads, waiting for the disk, and checks all of it.
     pub fn run(self) -> Result<OffsetRange, ReadError> {
-        let Self { read, from, to } = self;
+        let Self { read, from, to, cleanness } = self;
         let read = read.run()?;
         read.verify()?;
         let next = read.next.min(to);
         let out_of_range = || ReadError::OutOfRange { offset: from, log_start: read.first, high_watermark: read.next };
         if read.first >= from && read.next <= to {
-            return Ok(OffsetRange { bytes: read.chunks.concat().into(), next });
+            return Ok(OffsetRange { bytes: read.chunks.concat().into(), next, cleanness });
         }
         let mut bytes = BytesMut::with_capacity(read.len());
         for split in read.chunks.iter().flat_map(|chunk| split_batches(chunk.clone())) {
@@ -103,7 +129,7 @@ impl OffsetRangeTicket {
             let batch = within(&header, &batch, from, to).ok_or_else(out_of_range)?;
             bytes.extend_from_slice(&batch);
         }
-        Ok(OffsetRange { bytes: bytes.freeze(), next })
+        Ok(OffsetRange { bytes: bytes.freeze(), next, cleanness })
     }
 }
 
@@ -128,16 +154,16 @@ pub(crate) struct Copying {
 impl Copying {
     /// Begins to copy into a folder, from an offset and the entry that was there.
     ///
-    /// `since` is when that was begun, by the source's clock: all that has gone there because of its age may be missing.
     pub(crate) fn begin(
         disk: &Arc<dyn Disk>,
         dir: &Path,
         start: (Offset, RaftIndex),
         end: (Offset, RaftIndex),
-        since: Timestamp,
         segment_bytes: u64,
     ) -> Result<Self, StorageError> {
-        let cleaning = Cleaning { next_number: 2, clean_to: start.0, dropped_at: since, ..Cleaning::nothing() };
+        // What is not there yet is as clean as can be. When its tombstones may go is seen by the first pass, which is due.
+        let horizon = Timestamp::new(0);
+        let cleaning = Cleaning { next_number: 2, clean_to: end.0, horizon, ..Cleaning::nothing() };
         cleaning.write(disk, dir)?;
         Ok(Self::goes_on(disk, dir, cleaning, start, end, segment_bytes))
     }
@@ -177,15 +203,15 @@ impl Copying {
         (self.next < self.end).then_some((self.next, self.end))
     }
 
-    /// When it was begun, by the clock of the first source.
-    pub(crate) fn since(&self) -> Timestamp {
-        self.cleaning.dropped_at
+    /// How far what is there is cleaned.
+    pub(crate) fn held(&self) -> Cleanness {
+        self.cleaning.cleanness()
     }
 
-    /// Writes what was given of the range from [`Self::wanted`] on.
+    /// Writes what was given of the range from [`Self::wanted`] on, of a log that is so clean.
     ///
     /// Fails with [`StorageError::Refused`], having written nothing, where that is not what belongs there.
-    pub(crate) fn append(&mut self, bytes: Bytes) -> Result<(), StorageError> {
+    pub(crate) fn append(&mut self, bytes: Bytes, cleanness: Cleanness) -> Result<(), StorageError> {
         let mut batches = Vec::new();
         let (mut next, mut epoch) = (self.next, self.epoch);
         for split in split_batches(bytes) {
@@ -199,6 +225,8 @@ impl Copying {
             }
             batches.push((header, batch));
         }
+        let Cleanness { clean_to, dropped_to } = self.held().and(cleanness, next);
+        (self.cleaning.clean_to, self.cleaning.dropped_to) = (clean_to, dropped_to);
         for (header, batch) in batches {
             let is_full = self.writer.as_ref().is_some_and(|writer| {
                 writer.bytes() + batch.len() as u64 > self.segment_bytes
@@ -264,9 +292,10 @@ pub struct SegmentCopy {
     writer: Option<Writer>,
     next: Offset,
     epoch: Option<LeaderEpoch>,
-    since: Timestamp,
+    /// Of what was copied and the rest of the log together.
+    held: Cleanness,
     swap: Option<Swap>,
-    busy: Arc<()>,
+    busy: Arc<Busy>,
 }
 
 impl Log {
@@ -287,9 +316,7 @@ impl Log {
             writer: None,
             next: segment.base_offset,
             epoch: found.files.epoch_before(),
-            // What a tombstone in it deletes is gone here, if a pass has looked at it: then it does not matter whether the
-            // other one has it still.
-            since: if found.end_offset <= cleaning.clean_to { Timestamp::new(i64::MAX) } else { cleaning.dropped_at },
+            held: cleaning.cleanness(),
             cleaning,
             swap: None,
             busy: self.busy(),
@@ -320,16 +347,17 @@ impl SegmentCopy {
         self.name
     }
 
-    /// What to tell those who give it: see [`Log::gives_since`].
-    pub fn since(&self) -> Timestamp {
-        self.since
+    /// What to tell those who give it: see [`Log::goes_with`].
+    pub fn held(&self) -> Cleanness {
+        self.held
     }
 
-    /// Writes what was given from [`Self::wanted`] on; with the last of it the new file is in place, durably.
+    /// Writes what was given from [`Self::wanted`] on, of a log that is so clean; with the last of it the new file is in
+    /// place, durably.
     ///
     /// Fails with [`StorageError::Refused`], having written nothing, where that is not what belongs there: ask another
     /// replica. After any other failure: drop it.
-    pub fn append(&mut self, bytes: Bytes) -> Result<(), StorageError> {
+    pub fn append(&mut self, bytes: Bytes, cleanness: Cleanness) -> Result<(), StorageError> {
         let mut batches = Vec::new();
         let (mut next, mut epoch) = (self.next, self.epoch);
         for split in split_batches(bytes) {
@@ -346,6 +374,7 @@ impl SegmentCopy {
         let writer = match &mut self.writer {
             Some(writer) => writer,
             none => {
+                self.busy.be_sure(&self.cleaning, &self.disk, &self.dir)?;
                 let name = SegmentName { cleaned: self.cleaning.next_number, ..self.name };
                 none.insert(Writer::begin(&self.disk, &self.dir, name, self.epoch)?)
             }
@@ -358,6 +387,7 @@ impl SegmentCopy {
             writer.put(&header, control, &batch)?;
         }
         (self.next, self.epoch) = (next, epoch);
+        self.held = self.held.and(cleanness, next);
         if self.next == self.end { self.finish() } else { Ok(()) }
     }
 
@@ -371,9 +401,10 @@ impl SegmentCopy {
         let Some(at) = cleaning.segments.iter().position(|other| other.name == self.name) else { return Ok(()) };
         cleaning.segments[at] = segment;
         cleaning.next_number += 1;
-        // What another one still has may be superseded here.
-        cleaning.clean_to = cleaning.clean_to.min(self.name.base_offset);
-        cleaning.write(&self.disk, &self.dir)?;
+        // What another one still has may be superseded here, and its tombstones may be due at another time.
+        (cleaning.clean_to, cleaning.dropped_to) = (self.held.clean_to, self.held.dropped_to);
+        cleaning.horizon = Timestamp::new(0);
+        self.busy.write(&cleaning, &self.disk, &self.dir)?;
         self.cleaning = cleaning;
         self.swap = Some(Swap { replaced: vec![self.name], segment });
         Ok(())

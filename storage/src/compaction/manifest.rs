@@ -10,6 +10,7 @@ use std::sync::Arc;
 use bytes::{BufMut, Bytes, BytesMut};
 use flowstone_protocol::{LeaderEpoch, Offset, RaftIndex, Timestamp};
 
+use super::copying::Cleanness;
 use crate::disk::Disk;
 use crate::error::{OpenError, StorageError};
 use crate::segment::SegmentName;
@@ -48,8 +49,8 @@ pub(crate) struct Cleaning {
     pub(crate) next_number: u64,
     /// Below here no key is there twice.
     pub(crate) clean_to: Offset,
-    /// When the last pass that let something go because of its age did that.
-    pub(crate) dropped_at: Timestamp,
+    /// All that was ever let go because of its age lies below here; not above `clean_to`, but after a crash in a pass.
+    pub(crate) dropped_to: Offset,
     /// From when on all tombstones and markers that stayed so far may go; -1 where there are none.
     pub(crate) horizon: Timestamp,
     /// Oldest first, each where the one before it ends.
@@ -62,11 +63,15 @@ impl Cleaning {
         self.segments.last().map(|last| (last.end_offset, last.end_index))
     }
 
+    pub(crate) fn cleanness(&self) -> Cleanness {
+        Cleanness { clean_to: self.clean_to, dropped_to: self.dropped_to }
+    }
+
     fn encode(&self) -> Bytes {
         let mut body = BytesMut::with_capacity(36 + self.segments.len() * ENTRY_BYTES);
         body.put_u64_le(self.next_number);
         body.put_i64_le(self.clean_to.get());
-        body.put_i64_le(self.dropped_at.get());
+        body.put_i64_le(self.dropped_to.get());
         body.put_i64_le(self.horizon.get());
         body.put_u32_le(u32::try_from(self.segments.len()).expect("files are counted by far less"));
         for segment in &self.segments {
@@ -88,7 +93,7 @@ impl Cleaning {
         let mut fields = Fields(small_file::unframe(COMPACTED_MAGIC, COMPACTED_FORMAT_VERSION, file)?);
         let next_number = fields.u64()?;
         let clean_to = Offset::new(fields.i64()?);
-        let (dropped_at, horizon) = (Timestamp::new(fields.i64()?), Timestamp::new(fields.i64()?));
+        let (dropped_to, horizon) = (Offset::new(fields.i64()?), Timestamp::new(fields.i64()?));
         let count = fields.u32()? as usize;
         // What is left bounds what is reserved.
         if fields.0.len() != count * ENTRY_BYTES {
@@ -127,7 +132,7 @@ impl Cleaning {
             segments.push(segment);
         }
         fields.end()?;
-        Ok(Self { next_number, clean_to, dropped_at, horizon, segments })
+        Ok(Self { next_number, clean_to, dropped_to, horizon, segments })
     }
 
     /// What is known of the log in `dir`: nothing was cleaned where there is no file.
@@ -156,7 +161,7 @@ impl Cleaning {
     }
 
     pub(crate) fn nothing() -> Self {
-        Self { next_number: 1, dropped_at: Timestamp::NONE, horizon: Timestamp::NONE, ..Self::default() }
+        Self { next_number: 1, horizon: Timestamp::NONE, ..Self::default() }
     }
 
     /// Makes it what is known of the log in `dir`; durable when this returns, with all that was done in the folder before.

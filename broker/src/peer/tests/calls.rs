@@ -1,8 +1,8 @@
 //! Calls and ranges.
 
-use flowstone_protocol::{Offset, Timestamp};
+use flowstone_protocol::Offset;
 use flowstone_protocol::pb as client_pb;
-use flowstone_replication::PullWhat;
+use flowstone_replication::{Cleanness, PullWhat};
 use tokio::sync::oneshot;
 use tonic::body::Body;
 use tonic::codegen::Service;
@@ -88,11 +88,11 @@ fn range(request: PullRequest) -> Result<PullAnswer, Error> {
             first_index: RaftIndex::new(3),
             first_offset: Offset::new(5),
             local_start: (Offset::new(1), RaftIndex::new(2)),
-            clock: Timestamp::new(77),
         },
-        PullWhat::Offsets { from, to, max_bytes, since } => PullAnswer::Offsets {
+        PullWhat::Offsets { from, to, max_bytes, held } => PullAnswer::Offsets {
             bytes: Bytes::from(vec![from.get() as u8; max_bytes as usize]),
-            next: to.plus(since.get()),
+            next: to.plus(3),
+            cleanness: Cleanness { clean_to: held.dropped_to, dropped_to: held.clean_to },
         },
         PullWhat::Batches { first, last, max_bytes } => PullAnswer::Batches {
             bytes: Bytes::from(vec![first.get() as u8; max_bytes as usize]),
@@ -119,15 +119,17 @@ async fn ranges_are_pulled() {
     assert!(refused.is_retriable(), "{refused}");
     source.knows(&asker);
     let answer = pull(&asker, id(2), PullWhat::Checkpoint).await.expect("a checkpoint");
-    let PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start, clock } = answer else {
+    let PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start } = answer else {
         panic!("{answer:?}")
     };
-    assert_eq!((local_start, clock), ((Offset::new(1), RaftIndex::new(2)), Timestamp::new(77)));
+    assert_eq!(local_start, (Offset::new(1), RaftIndex::new(2)));
     assert_eq!((&bytes[..], first_index, first_offset), (&b"a checkpoint"[..], RaftIndex::new(3), Offset::new(5)));
-    let (from, to, since) = (Offset::new(5), Offset::new(9), Timestamp::new(3));
-    let answer = pull(&asker, id(2), PullWhat::Offsets { from, to, max_bytes: 100, since }).await.expect("batches");
-    let PullAnswer::Offsets { bytes, next } = answer else { panic!("{answer:?}") };
+    let (from, to) = (Offset::new(5), Offset::new(9));
+    let held = Cleanness { clean_to: Offset::new(21), dropped_to: Offset::new(20) };
+    let answer = pull(&asker, id(2), PullWhat::Offsets { from, to, max_bytes: 100, held }).await.expect("batches");
+    let PullAnswer::Offsets { bytes, next, cleanness } = answer else { panic!("{answer:?}") };
     assert_eq!((bytes, next), (vec![5; 100].into(), Offset::new(12)));
+    assert_eq!(cleanness, Cleanness { clean_to: Offset::new(20), dropped_to: Offset::new(21) });
     let what = PullWhat::Batches { first: RaftIndex::new(7), last: RaftIndex::new(9), max_bytes: 3 << 20 };
     let answer = pull(&asker, id(2), what).await.expect("batches");
     let PullAnswer::Batches { bytes, next, commit } = answer else { panic!("{answer:?}") };
