@@ -29,9 +29,10 @@ const RUNNING_FILE: &str = "running";
 /// Names the file in a replica's folder that says that it may answer for what is only in memory, and in which start of the
 /// machine: it is there, durably, before that may be so, and goes once all is flushed and nothing is answered unflushed.
 const RELAXED_FILE: &str = "relaxed";
-/// A recovered log goes on with a term that its lost majority is not likely to have reached: what readers saw of that is
-/// then known to be of another history.
-const RECOVERED_TERMS: u64 = 10;
+/// A recovered log goes on with a term that its lost majority can not have reached: an election takes a second, and this is a
+/// fortnight of them, without a single one that was heard of here. So what readers saw of that majority, and what is found of it
+/// on a disk that comes back, is known to be of another history. There is room for some two thousand recoveries.
+const RECOVERED_TERMS: u64 = 1 << 20;
 
 /// How an opening ended.
 #[derive(Debug)]
