@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use config::{FileFormat, Source, ValueKind};
 use flowstone_protocol::BrokerId;
+use flowstone_storage::DECOMPRESSED_BYTES_MAX;
 
 use crate::topic_config::{self, TOPIC_KEYS, TopicConfig, TopicOverrides};
 use crate::units::{did_you_mean, parse_bytes, parse_duration, show_bytes, show_duration};
@@ -571,9 +572,9 @@ pub const KEYS: &[Key] = &[
         "limits.decompressed_bytes",
         "64 MiB",
         limits.decompressed_bytes,
-        size,
+        decompressed_size,
         size_usize,
-        "Bytes that one batch may decompress to."
+        "Bytes that one batch may decompress to: at most 256 MiB."
     ),
     key!("limits.records_per_batch", "1000000", limits.records_per_batch, positive32, shown, "Records of one batch."),
     key!("limits.topics", "10000", limits.topics, positive, shown, "Topics of the cluster."),
@@ -1186,6 +1187,14 @@ fn size(text: &str) -> Result<usize, String> {
     if bytes > u64::from(u32::MAX) { Err("at most 4 GiB".to_owned()) } else { Ok(bytes as usize) }
 }
 
+/// What is taken must be read again by whoever compacts the log, or looks something up in it.
+fn decompressed_size(text: &str) -> Result<usize, String> {
+    match size(text)? {
+        bytes if bytes > DECOMPRESSED_BYTES_MAX => Err(format!("at most {}", size_usize(&DECOMPRESSED_BYTES_MAX))),
+        bytes => Ok(bytes),
+    }
+}
+
 fn size32(text: &str) -> Result<u32, String> {
     u32::try_from(size64(text)?).map_err(|_| "too large".to_owned())
 }
@@ -1267,6 +1276,15 @@ mod tests {
         let env = env.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
         let sets: Vec<String> = sets.iter().map(|text| (*text).to_owned()).collect();
         Config::load(Some(&path), env, &sets)
+    }
+
+    #[test]
+    fn no_batch_may_come_to_more_than_can_be_compacted() {
+        let load = |set: &str| load(EXAMPLE, &[], &["limits.decompressed_bytes=256MiB", set]);
+        let config = load("limits.topics=5").expect("as much as can be");
+        assert_eq!(config.limits.decompressed_bytes, DECOMPRESSED_BYTES_MAX);
+        let error = load("limits.decompressed_bytes=257MiB").expect_err("more").to_string();
+        assert!(error.contains("limits.decompressed_bytes") && error.contains("256 MiB"), "{error}");
     }
 
     const EXAMPLE: &str = r#"
