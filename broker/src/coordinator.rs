@@ -28,6 +28,14 @@ use tokio::sync::watch;
 /// what a damaged log can cost.
 const BATCH_BYTES_MAX: usize = 64 << 20;
 
+/// The largest change that one command may make, as the bytes of its batch. Far below what any broker takes of another in
+/// one message: a batch above that would be in the leader's log, and never on any other's.
+const COMMAND_BYTES_MAX: usize = 16 << 20;
+/// A machine whose change may grow without bound makes it in pieces of about so many bytes, one command each.
+pub(crate) const PIECE_BYTES: usize = 4 << 20;
+
+const _: () = assert!(PIECE_BYTES <= COMMAND_BYTES_MAX / 2 && COMMAND_BYTES_MAX <= BATCH_BYTES_MAX / 2);
+
 /// What a coordinator appends: one record of its log. One with a key is the newest word about that key, and without a value
 /// it removes the key, so that the topic can be compacted.
 pub(crate) trait LoggedRecord: Sized {
@@ -231,15 +239,11 @@ impl<S: StateMachine> Coordinator<S> {
         if records.is_empty() || reply.is_err() {
             return Commanded { batch: None, reply };
         }
-        let mut batch = RecordBatchBuilder::new(Compression::None);
-        for record in &records {
-            let (key, value) = record.to_log();
-            if let Err(error) = batch.append(now, key.as_deref(), value.as_deref(), []) {
-                let error = Error::new(ErrorCode::InvalidRequest, format!("the change is too large: {error}"));
-                return Commanded { batch: None, reply: Err(error) };
-            }
+        // Nothing is applied before it is appended: to refuse it here changes nothing.
+        match to_batch(&records, now) {
+            Ok(batch) => Commanded { batch: Some(batch), reply },
+            Err(error) => Commanded { batch: None, reply: Err(error) },
         }
-        Commanded { batch: Some(batch.build()), reply }
     }
 
     pub(crate) fn lead(&mut self, _term: Term) {
@@ -276,6 +280,26 @@ impl<S: StateMachine> Coordinator<S> {
         }
         Ok(())
     }
+}
+
+/// # Errors
+/// `INVALID_REQUEST` where they are more than one command may change.
+fn to_batch<R: LoggedRecord>(records: &[R], now: Timestamp) -> Result<Bytes, Error> {
+    let too_large = |how: String| {
+        let what = format!("the change is too large for one step, {how}; ask for less at a time");
+        Error::new(ErrorCode::InvalidRequest, what)
+    };
+    let mut batch = RecordBatchBuilder::new(Compression::None);
+    let mut bytes = 0;
+    for record in records {
+        let (key, value) = record.to_log();
+        bytes += key.as_ref().map_or(0, Bytes::len) + value.as_ref().map_or(0, Bytes::len);
+        if bytes > COMMAND_BYTES_MAX {
+            return Err(too_large(format!("above {COMMAND_BYTES_MAX} bytes")));
+        }
+        batch.append(now, key.as_deref(), value.as_deref(), []).map_err(|error| too_large(error.to_string()))?;
+    }
+    Ok(batch.build())
 }
 
 /// How far a state has come: what is further goes before what is less.
@@ -421,5 +445,61 @@ mod tests {
             commit(&mut stale, at, at as i32, 0);
         }
         assert_eq!(seen(&view), (30, 9, 4));
+    }
+
+    /// Writes as many bytes as it is told to.
+    #[derive(Clone, Debug, Default)]
+    struct Large(i64);
+
+    struct OfBytes(Bytes);
+
+    impl LoggedRecord for OfBytes {
+        fn to_log(&self) -> (Option<Bytes>, Option<Bytes>) {
+            (Some(Bytes::from_static(b"key")), Some(self.0.clone()))
+        }
+
+        fn from_log(_key: Option<Bytes>, value: Option<Bytes>) -> Result<Self, prost::DecodeError> {
+            Ok(Self(value.unwrap_or_default()))
+        }
+    }
+
+    impl StateMachine for Large {
+        type Command = usize;
+        type Reply = ();
+        type Record = OfBytes;
+
+        fn decide(&self, bytes: usize, _now: Timestamp) -> (Vec<OfBytes>, Result<(), Error>) {
+            let pieces = bytes.div_ceil(1 << 20);
+            ((0..pieces).map(|_| OfBytes(vec![0; bytes / pieces].into())).collect(), Ok(()))
+        }
+
+        fn apply(&mut self, _record: OfBytes, at: Offset) -> Result<(), Error> {
+            self.0 = at.get();
+            Ok(())
+        }
+
+        fn applied(&self) -> Offset {
+            Offset::new(self.0)
+        }
+
+        fn checkpoint(&self) -> Bytes {
+            Bytes::new()
+        }
+
+        fn restore(&mut self, _bytes: &[u8]) -> Result<(), Error> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_change_that_no_replica_would_be_sent_is_refused_before_it_is_appended() {
+        let (mut coordinator, _) = Coordinator::new(Large::default());
+        coordinator.lead(Term::new(1));
+        for (bytes, is_taken) in [(1 << 10, true), (15 << 20, true), (17 << 20, false), (70 << 20, false), (9, true)] {
+            let Commanded { batch, reply } = coordinator.command(bytes, Timestamp::new(1));
+            assert_eq!(batch.is_some(), is_taken, "{bytes}");
+            assert_eq!(reply.map_err(|error| error.code).err(), (!is_taken).then_some(ErrorCode::InvalidRequest));
+            assert!(batch.is_none_or(|batch| batch.len() <= COMMAND_BYTES_MAX + (1 << 20)));
+        }
     }
 }

@@ -1,11 +1,13 @@
 //! What may be asked of a coordinator of transactions, and what it decides.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use flowstone_protocol::{Error, ErrorCode, ProducerEpoch, ProducerId, Timestamp, TopicPartition};
 
 use super::state::{Cut, Decision, Stage, Transaction, TransactionTable};
+use crate::coordinator::PIECE_BYTES;
 
 /// Partitions of one transaction.
 const PARTITIONS_MAX: usize = 10_000;
@@ -13,6 +15,8 @@ const PARTITIONS_MAX: usize = 10_000;
 const GROUPS_MAX: usize = 1_000;
 /// Bytes of a transactional id.
 const ID_BYTES_MAX: usize = 249;
+/// Of one partition in a transaction's record, at the most.
+const PARTITION_BYTES: usize = 32;
 
 /// What is asked. Producer ids are random, given with the command where one may be needed.
 #[derive(Clone, Debug)]
@@ -252,33 +256,59 @@ fn timed_out(id: &str, transaction: &Transaction) -> Error {
     )
 }
 
+/// A transaction grows in place: it is copied once, whatever is added to it in one command.
 fn add(table: &TransactionTable, additions: Vec<Addition>, now: Timestamp) -> Decided {
     let mut changed: Vec<(Arc<str>, Transaction)> = Vec::new();
+    let mut places: HashMap<Arc<str>, usize> = HashMap::new();
     let mut results = Vec::with_capacity(additions.len());
+    let mut bytes = 0;
     for addition in additions {
-        let at = changed.iter().position(|(id, _)| *id == addition.id);
-        let known = match at {
-            Some(at) => Some(&changed[at].1),
+        let place = places.get(&addition.id).copied();
+        let known = match place {
+            Some(place) => Some(&changed[place].1),
             None => table.get(&addition.id).map(|it| &**it),
         };
-        match known.ok_or_else(|| unknown(&addition.id)).and_then(|known| added(known, &addition, now)) {
-            Ok(None) => results.push(Ok(())),
-            Ok(Some(transaction)) => {
-                match at {
-                    Some(at) => changed[at].1 = transaction,
-                    None => changed.push((addition.id, transaction)),
-                }
-                results.push(Ok(()));
+        let grows = match known.ok_or_else(|| unknown(&addition.id)).and_then(|known| grows(known, &addition)) {
+            Ok(grows) => grows,
+            Err(error) => {
+                results.push(Err(error));
+                continue;
             }
-            Err(error) => results.push(Err(error)),
+        };
+        if grows {
+            let place = match (place, known) {
+                (None, Some(known)) if bytes < PIECE_BYTES => {
+                    bytes += bytes_of(known);
+                    changed.push((Arc::clone(&addition.id), known.clone()));
+                    places.insert(Arc::clone(&addition.id), changed.len() - 1);
+                    changed.len() - 1
+                }
+                (Some(place), _) => place,
+                _ => {
+                    let what = "very large transactions are changed at once; try again in a moment";
+                    results.push(Err(Error::new(ErrorCode::Overloaded, what)));
+                    continue;
+                }
+            };
+            grow(&mut changed[place].1, addition, now);
         }
+        results.push(Ok(()));
     }
     let changed = changed.into_iter().map(|(id, transaction)| (id, Some(transaction))).collect();
     (changed, TransactionReply::Added(results))
 }
 
-/// The transaction with the addition; `None` where it has it already.
-fn added(known: &Transaction, addition: &Addition, now: Timestamp) -> Result<Option<Transaction>, Error> {
+/// About as large as its record is.
+fn bytes_of(transaction: &Transaction) -> usize {
+    let groups: usize = transaction.groups.iter().map(|group| group.len() + 4).sum();
+    ID_BYTES_MAX + transaction.partitions.len() * PARTITION_BYTES + groups
+}
+
+/// Whether the transaction is another one with the addition: it may have it already.
+///
+/// # Errors
+/// Why it is not taken.
+fn grows(known: &Transaction, addition: &Addition) -> Result<bool, Error> {
     let (id, from) = (&addition.id, (addition.producer, addition.epoch));
     match whose(known, from) {
         Whose::Current => {}
@@ -293,24 +323,24 @@ fn added(known: &Transaction, addition: &Addition, now: Timestamp) -> Result<Opt
     }
     let has_partition = addition.partition.is_none_or(|tp| known.partitions.contains(&tp));
     let has_group = addition.group.as_ref().is_none_or(|group| known.groups.contains(group));
-    let is_open = known.stage == Stage::Ongoing;
-    if is_open && has_partition && has_group {
-        return Ok(None);
-    }
-    let mut next = known.clone();
-    if !is_open {
-        next.stage = Stage::Ongoing;
-        next.started_at = now;
-    }
-    next.partitions.extend(addition.partition);
-    next.groups.extend(addition.group.clone());
-    if next.partitions.len() > PARTITIONS_MAX || next.groups.len() > GROUPS_MAX {
+    let is_full = (!has_partition && known.partitions.len() >= PARTITIONS_MAX)
+        || (!has_group && known.groups.len() >= GROUPS_MAX);
+    if is_full {
         return Err(Error::new(
             ErrorCode::InvalidRequest,
             format!("a transaction has at most {PARTITIONS_MAX} partitions and {GROUPS_MAX} groups; make smaller ones"),
         ));
     }
-    Ok(Some(next))
+    Ok(known.stage != Stage::Ongoing || !has_partition || !has_group)
+}
+
+fn grow(transaction: &mut Transaction, addition: Addition, now: Timestamp) {
+    if transaction.stage != Stage::Ongoing {
+        transaction.stage = Stage::Ongoing;
+        transaction.started_at = now;
+    }
+    transaction.partitions.extend(addition.partition);
+    transaction.groups.extend(addition.group);
 }
 
 fn end(

@@ -10,7 +10,7 @@ use flowstone_protocol::{ErrorCode, PartitionId, ProducerEpoch, ProducerId, Time
 use super::commands::{Addition, TransactionCommand, TransactionReply, check_id};
 use super::records::{self, TransactionRecord};
 use super::state::{Cut, Decision, Stage, Transaction, TransactionRules, TransactionTable};
-use crate::coordinator::{LoggedRecord, StateMachine};
+use crate::coordinator::{LoggedRecord, PIECE_BYTES, StateMachine};
 
 /// Between two looks; timeouts are a hundred of it.
 const TICK: Duration = Duration::from_millis(1_000);
@@ -317,6 +317,54 @@ fn many_additions_are_one_record_of_each_id() {
     apply(&mut table, records);
     let it = table.get("t").expect("known");
     assert_eq!((it.partitions.len(), it.groups.len()), (200, 1));
+}
+
+#[test]
+fn what_is_added_at_once_stays_within_one_step() {
+    // As large as a transaction may be, and as many of them as one call may speak of.
+    let large = Transaction {
+        partitions: (0..9_999).map(tp).collect(),
+        ..Transaction::clone(at(Stage::Ongoing, Cut::None).get("t").expect("known"))
+    };
+    let mut table = TransactionTable::new(Arc::new(TransactionRules::default()));
+    let ids: Vec<Arc<str>> = (0..1_000).map(|number| format!("{number:0>249}").into()).collect();
+    let record = |id: &Arc<str>| TransactionRecord { id: Arc::clone(id), value: Some(records::to_value(&large)) };
+    for (at, id) in ids.iter().enumerate() {
+        table.apply(record(id), flowstone_protocol::Offset::new(at as i64)).expect("follows");
+    }
+    let one = |id: &Arc<str>| Addition {
+        id: Arc::clone(id),
+        producer: ProducerId::new(7),
+        epoch: ProducerEpoch::new(5),
+        partition: Some(tp(9_999)),
+        group: None,
+    };
+    let mut left: Vec<Addition> = ids.iter().map(one).collect();
+    let mut steps = 0;
+    while !left.is_empty() {
+        let (records, reply) = table.decide(TransactionCommand::Add(left.clone()), now());
+        let bytes: usize = records
+            .iter()
+            .map(|record| record.to_log())
+            .map(|(key, value)| key.map_or(0, |key| key.len()) + value.map_or(0, |value| value.len()))
+            .sum();
+        assert!(bytes <= 2 * PIECE_BYTES, "{bytes}");
+        apply(&mut table, records);
+        let Ok(TransactionReply::Added(results)) = reply else { panic!("{reply:?}") };
+        let before = left.len();
+        let mut results = results.into_iter();
+        left.retain(|_| match results.next().expect("one each") {
+            Ok(()) => false,
+            Err(error) => {
+                assert_eq!(error.code, ErrorCode::Overloaded);
+                true
+            }
+        });
+        assert!(left.len() < before, "nothing is taken");
+        steps += 1;
+    }
+    assert!(steps > 10, "{steps}");
+    assert!(ids.iter().all(|id| table.get(id).is_some_and(|it| it.partitions.len() == 10_000)));
 }
 
 #[test]
