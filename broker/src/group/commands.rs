@@ -144,6 +144,8 @@ pub(crate) enum GroupReply {
     },
     /// Those that were not taken; all others were.
     Offsets(Vec<(TopicPartition, Error)>),
+    /// A piece of it is done; the same command again does the next one.
+    More,
     /// Whether there is more to be done.
     Expired { more: bool },
 }
@@ -216,10 +218,10 @@ fn join(table: &GroupTable, wanted: Join, now: Timestamp) -> Result<Decided, Err
     let place = base.filter(|_| !wanted.instance.is_empty()).and_then(|group| group.instance(&wanted.instance));
     let Some(group) = base else {
         check_room(table)?;
-        return Ok(begin(Draft::new(&wanted.group, None, &table.rules().assignor, now), wanted));
+        return begin(Draft::new(&wanted.group, None, &table.rules().assignor, now), wanted);
     };
     if let Some(place) = place {
-        return Ok(take_over(Draft::of(&wanted.group, group, now), &Arc::clone(place), wanted));
+        return take_over(Draft::of(&wanted.group, group, now), &Arc::clone(place), wanted);
     }
     let members_max = table.rules().members_max;
     if group.members.len() >= members_max {
@@ -229,11 +231,11 @@ fn join(table: &GroupTable, wanted: Join, now: Timestamp) -> Result<Decided, Err
         );
         return Err(Error::new(ErrorCode::GroupFull, what));
     }
-    Ok(begin(Draft::of(&wanted.group, group, now), wanted))
+    begin(Draft::of(&wanted.group, group, now), wanted)
 }
 
 /// The first epoch of a member is that of the group, which has just grown.
-fn begin(mut draft: Draft<'_>, wanted: Join) -> Decided {
+fn begin(mut draft: Draft<'_>, wanted: Join) -> Result<Decided, Error> {
     draft.grow();
     let epoch = draft.epoch();
     let member = Member {
@@ -255,15 +257,17 @@ fn begin(mut draft: Draft<'_>, wanted: Join) -> Decided {
         changed_at: Offset::new(-1),
     };
     draft.put(&wanted.member, Some(member));
+    draft.check_words()?;
     draft.elect();
     let reply = GroupReply::Joined { epoch, session_timeout_ms: wanted.session_timeout_ms, displaced: None };
-    (draft.into_records(), reply)
+    Ok((draft.into_records(), reply))
 }
 
 /// A newcomer under a known instance id: it gets what its predecessor had, who is nobody from now on.
-fn take_over(mut draft: Draft<'_>, place: &Arc<str>, wanted: Join) -> Decided {
+fn take_over(mut draft: Draft<'_>, place: &Arc<str>, wanted: Join) -> Result<Decided, Error> {
     let Some(before) = draft.member(place).cloned() else { return begin(draft, wanted) };
     draft.put(place, None);
+    draft.grow_past(before.epoch);
     let is_another = before.topics != wanted.subscription.topics
         || before.pattern != wanted.subscription.pattern
         || before.rack != wanted.rack
@@ -290,12 +294,13 @@ fn take_over(mut draft: Draft<'_>, place: &Arc<str>, wanted: Join) -> Decided {
         ..before
     };
     draft.put(&wanted.member, Some(member));
+    draft.check_words()?;
     draft.elect();
     draft.give();
     let epoch = draft.member(&wanted.member).map_or(epoch, |member| member.epoch);
     let displaced = Some(Arc::clone(place));
     let reply = GroupReply::Joined { epoch, session_timeout_ms: wanted.session_timeout_ms, displaced };
-    (draft.into_records(), reply)
+    Ok((draft.into_records(), reply))
 }
 
 /// A member that is known joins: over another stream, or after it lost its memory.
@@ -322,7 +327,11 @@ fn go_on(table: &GroupTable, wanted: &Join, known: &Member, now: Timestamp) -> R
         assignor: wanted.assignor.clone(),
         session_timeout_ms: wanted.session_timeout_ms,
         rebalance_timeout_ms: wanted.rebalance_timeout_ms,
-        revoking: both(&known.revoking, &wanted.owned),
+        // Who speaks under an older epoch does not know what it was given since, and may work on by now: it is asked again.
+        revoking: match wanted.epoch == known.epoch || wanted.epoch == 0 {
+            true => both(&known.revoking, &wanted.owned),
+            false => known.revoking.clone(),
+        },
         away: false,
         ..known.clone()
     };
@@ -339,6 +348,7 @@ fn go_on(table: &GroupTable, wanted: &Join, known: &Member, now: Timestamp) -> R
     }
     if member != *known {
         draft.put(&wanted.member, Some(member));
+        draft.check_words()?;
         draft.elect();
         draft.give();
     }
@@ -373,6 +383,7 @@ fn report(table: &GroupTable, report: Report, now: Timestamp) -> Result<Decided,
     }
     if member != *known {
         draft.put(&report.member, Some(member));
+        draft.check_words()?;
         draft.give();
     }
     Ok((draft.into_records(), GroupReply::Done))
@@ -392,6 +403,7 @@ fn leave(
         draft.put(member, Some(Member { away: true, revoking: Vec::new(), ..known.clone() }));
     } else {
         draft.put(member, None);
+        draft.grow_past(known.epoch);
         draft.grow();
         draft.elect();
     }

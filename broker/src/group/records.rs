@@ -19,6 +19,13 @@ use crate::coordinator::LoggedRecord;
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct GroupLogRecord(pub(crate) GroupRecord);
 
+impl GroupLogRecord {
+    /// Of its key and value in the log.
+    pub(super) fn bytes(&self) -> usize {
+        self.0.key.as_ref().map_or(0, Message::encoded_len) + self.0.value.as_ref().map_or(0, Message::encoded_len)
+    }
+}
+
 impl LoggedRecord for GroupLogRecord {
     fn to_log(&self) -> (Option<Bytes>, Option<Bytes>) {
         let key = self.0.key.as_ref().map(|key| key.encode_to_vec().into());

@@ -96,6 +96,12 @@ impl Member {
         self.revoking.is_empty() && self.owned == self.target
     }
 
+    /// Bytes of what it says of itself: they are in every record about it.
+    pub(crate) fn word_bytes(&self) -> usize {
+        let words = [&self.instance, &self.client_id, &self.host, &self.rack, &self.pattern, &self.assignor];
+        words.into_iter().chain(&self.topics).map(|word| word.len() + 4).sum()
+    }
+
     fn held(&self) -> impl Iterator<Item = TopicPartition> {
         self.owned.iter().chain(&self.revoking).copied()
     }
@@ -141,6 +147,10 @@ pub(crate) struct Group {
     targets: HashMap<TopicPartition, Arc<str>>,
     /// By instance id.
     instances: HashMap<String, Arc<str>>,
+    /// In how many transactions an offset of a partition is pending.
+    pending_counts: HashMap<TopicPartition, usize>,
+    /// Bytes of the members' words.
+    word_bytes: usize,
 }
 
 impl Group {
@@ -157,6 +167,8 @@ impl Group {
             holders: HashMap::new(),
             targets: HashMap::new(),
             instances: HashMap::new(),
+            pending_counts: HashMap::new(),
+            word_bytes: 0,
         }
     }
 
@@ -187,11 +199,24 @@ impl Group {
 
     /// Whether some transaction has an offset of this partition pending.
     pub(crate) fn is_pending(&self, tp: TopicPartition) -> bool {
-        self.pending.values().any(|offsets| offsets.contains_key(&tp))
+        self.pending_counts.contains_key(&tp)
+    }
+
+    /// Producers in whose transactions an offset of this partition is pending.
+    pub(crate) fn pending_of(&self, tp: TopicPartition) -> impl Iterator<Item = ProducerId> + '_ {
+        let all =
+            self.is_pending(tp).then(|| self.pending.iter().filter(move |(_, offsets)| offsets.contains_key(&tp)));
+        all.into_iter().flatten().map(|(producer, _)| *producer)
+    }
+
+    /// Bytes of all that members say of themselves.
+    pub(crate) fn word_bytes(&self) -> usize {
+        self.word_bytes
     }
 
     fn take_out(&mut self, id: &str) -> Option<Arc<Member>> {
         let member = self.members.remove(id)?;
+        self.word_bytes -= member.word_bytes();
         for tp in member.held() {
             if self.holders.get(&tp).is_some_and(|holder| **holder == *id) {
                 self.holders.remove(&tp);
@@ -209,6 +234,7 @@ impl Group {
     }
 
     fn put_in(&mut self, id: &Arc<str>, member: Member) {
+        self.word_bytes += member.word_bytes();
         self.holders.extend(member.held().map(|tp| (tp, Arc::clone(id))));
         self.targets.extend(member.target.iter().map(|tp| (*tp, Arc::clone(id))));
         if !member.instance.is_empty() {
@@ -371,7 +397,10 @@ impl GroupTable {
                         let epoch = records::parse_epoch(value.producer_epoch, at)?;
                         let offset = records::parse_offset(value.offset.ok_or_else(|| malformed(at, "offset"))?);
                         let group = self.group_mut(&key.group);
-                        group.pending.entry(producer).or_default().insert(tp, PendingOffset { offset, epoch });
+                        let before = group.pending.entry(producer).or_default();
+                        if before.insert(tp, PendingOffset { offset, epoch }).is_none() {
+                            *group.pending_counts.entry(tp).or_default() += 1;
+                        }
                         let groups = self.in_transactions.entry(producer).or_default();
                         if !groups.iter().any(|group| **group == *key.group) {
                             groups.push(key.group.into());
@@ -396,7 +425,13 @@ impl GroupTable {
         let Some(group) = self.groups.get_mut(name) else { return };
         let group = Arc::make_mut(group);
         let Some(offsets) = group.pending.get_mut(&producer) else { return };
-        offsets.remove(&tp);
+        if offsets.remove(&tp).is_some() {
+            let count = group.pending_counts.entry(tp).or_insert(1);
+            *count -= 1;
+            if *count == 0 {
+                group.pending_counts.remove(&tp);
+            }
+        }
         if offsets.is_empty() {
             group.pending.remove(&producer);
             self.forget_pending(producer, name);

@@ -15,7 +15,7 @@ use super::plan::Wanting;
 use super::records::GroupLogRecord;
 use super::state::{Group, GroupRules, GroupTable, Member};
 use crate::controller::placement::Draws;
-use crate::coordinator::{LoggedRecord, StateMachine};
+use crate::coordinator::{LoggedRecord, PIECE_BYTES, StateMachine};
 
 const GROUP: &str = "readers";
 const SESSION_MS: i32 = 10_000;
@@ -809,4 +809,216 @@ fn a_thousand_members_that_come_and_go_write_and_compute_no_square() {
     assert!(world.group().is_stable());
     assert!(world.group().members.values().all(|member| member.owned.len() == 1));
     assert!(written < 20_000, "{written} records");
+}
+
+#[test]
+fn an_epoch_of_a_member_is_never_given_to_its_next_life() {
+    let mut world = World::new(&[(1, 8)]);
+    world.join("a");
+    world.settle();
+    world.join("m");
+    world.assign();
+    // Gifts come one by one: its epoch runs ahead of the group's.
+    let (epoch, mut owned) = (world.member("a").epoch, world.member("a").owned.clone());
+    owned.extend(world.member("a").revoking.clone());
+    for given in world.member("a").revoking.clone() {
+        owned.retain(|tp| *tp != given);
+        world.report("a", epoch, &owned).expect("taken");
+    }
+    let highest = world.member("m").epoch;
+    assert!(highest > world.group().epoch + 1, "{highest} {}", world.group().epoch);
+    let held = world.member("m").owned[0];
+    assert_eq!(world.commit(Some(("m", highest)), &[(held, 100)]), Ok(Vec::new()));
+    world.run(GroupCommand::Remove { group: GROUP.into(), member: "m".into() }).expect("removed");
+    let again = world.join("m");
+    assert!(again > highest, "{again} after {highest}");
+    world.settle();
+    let now = world.member("m").epoch;
+    let (tps, epoch) = (world.member("m").owned.clone(), world.member("m").epoch);
+    assert_eq!(world.commit(Some(("m", epoch)), &[(tps[0], 500)]), Ok(Vec::new()));
+    // What hung on its way since the first life.
+    for old in 0..=highest {
+        let late = world.commit(Some(("m", old)), &[(tps[0], 1)]);
+        assert_eq!(late.map_err(|error| error.code), Err(ErrorCode::StaleMemberEpoch), "under {old} of {now}");
+    }
+    assert_eq!(world.committed(tps[0]), Some(500));
+}
+
+#[test]
+fn a_late_join_gives_nothing_up() {
+    let mut world = World::new(&[(1, 2)]);
+    world.join("m");
+    world.join("b");
+    world.settle();
+    let before = world.member("m").epoch;
+    // Over another stream it is given the other partition, and works on it; then it is asked for that one.
+    world.leave("b");
+    world.assign();
+    assert_eq!(world.member("m").owned.len(), 2);
+    world.join("c");
+    world.assign();
+    let asked = world.member("m").revoking.clone();
+    assert_eq!(asked.len(), 1);
+    let epoch = world.member("m").epoch;
+    assert!(before < epoch);
+    // Sent while it had the other one alone.
+    let late = Join { epoch: before, owned: world.member("m").owned.clone(), ..world.joining("m") };
+    assert!(!late.owned.contains(&asked[0]));
+    world.join_as(late).expect("it is a member");
+    assert_eq!(world.member("m").revoking, asked, "it may work on it");
+    assert!(world.member("c").owned.is_empty());
+    // Under its epoch it says so.
+    let join = Join { epoch, owned: world.member("m").owned.clone(), ..world.joining("m") };
+    world.join_as(join).expect("it is a member");
+    assert_eq!(world.member("c").owned, asked);
+}
+
+#[test]
+fn the_end_of_a_transaction_takes_no_newer_commit_back() {
+    for (commit, from_checkpoint) in [(true, false), (true, true), (false, false)] {
+        let mut world = World::new(&[(1, 3)]);
+        world.commit(None, &[(tp(1, 0), 1)]).expect("taken");
+        world.commit_in(None, &[(tp(1, 0), 10), (tp(1, 1), 11)], Some((7, 3))).expect("pending");
+        world.commit(None, &[(tp(1, 0), 20)]).expect("taken");
+        // And the other way round: what is pending is the newest word.
+        world.commit(None, &[(tp(1, 2), 30)]).expect("taken");
+        world.commit_in(None, &[(tp(1, 2), 12)], Some((7, 3))).expect("pending");
+        assert!(!world.group().is_pending(tp(1, 0)) && world.group().is_pending(tp(1, 2)));
+        world.fail_over(from_checkpoint);
+        world.end(7, 4, commit);
+        let wanted = if commit { (Some(20), Some(11), Some(12)) } else { (Some(20), None, Some(30)) };
+        assert_eq!((world.committed(tp(1, 0)), world.committed(tp(1, 1)), world.committed(tp(1, 2))), wanted);
+        assert!((0..3).all(|partition| !world.group().is_pending(tp(1, partition))));
+        world.fail_over(from_checkpoint);
+    }
+}
+
+/// A command as often as there is more of it; the most bytes that one step writes.
+fn in_pieces(world: &mut World, command: &GroupCommand) -> (usize, usize) {
+    let (mut steps, mut bytes_max) = (0, 0);
+    loop {
+        let before = world.log.len();
+        let reply = world.run(command.clone()).expect("done");
+        let bytes = |record: &GroupLogRecord| {
+            let (key, value) = record.to_log();
+            key.map_or(0, |key| key.len()) + value.map_or(0, |value| value.len())
+        };
+        bytes_max = bytes_max.max(world.log[before..].iter().map(bytes).sum());
+        steps += 1;
+        if reply != GroupReply::More {
+            return (steps, bytes_max);
+        }
+        assert!(world.log.len() > before, "a step that does nothing");
+    }
+}
+
+#[test]
+fn what_is_too_much_for_one_step_is_done_in_many() {
+    const BYTES_MAX: usize = PIECE_BYTES + (1 << 20);
+    let groups: Vec<Arc<str>> = (0..10).map(|number| format!("{number:0>249}").into()).collect();
+    let mut world = World::new(&[]);
+    let mut small = World::new(&[]);
+    for (world, metadata_bytes) in [(&mut world, 4096), (&mut small, 1)] {
+        for group in &groups {
+            let offsets = (0..400).map(|partition| {
+                let new = NewOffset { metadata: "x".repeat(metadata_bytes), ..offset(i64::from(partition)) };
+                (tp(1 + u128::from(partition as u32 % 2), partition), new)
+            });
+            let commit = Commit {
+                group: Arc::clone(group),
+                member: None,
+                offsets: offsets.collect(),
+                transaction: Some((ProducerId::new(7), ProducerEpoch::new(3))),
+            };
+            world.run(GroupCommand::Commit(commit)).expect("taken");
+        }
+    }
+    let end = GroupCommand::EndPending { producer: ProducerId::new(7), epoch: ProducerEpoch::new(4), commit: true };
+    // Between two pieces nothing of the ended transaction comes in, and nothing of the next one either.
+    let reply = world.run(end.clone()).expect("begun");
+    assert_eq!(reply, GroupReply::More);
+    for (epoch, wanted) in [(3, ErrorCode::ProducerFenced), (4, ErrorCode::ConcurrentTransactions)] {
+        let late = world.commit_in(None, &[(tp(1, 0), 1)], Some((7, epoch)));
+        assert_eq!(late.map_err(|error| error.code), Err(wanted));
+    }
+    let (steps, bytes) = in_pieces(&mut world, &end);
+    assert!(steps >= 3 && bytes <= BYTES_MAX, "{steps} steps of {bytes} bytes");
+    assert_eq!(in_pieces(&mut small, &end).0, 1, "what is little is one step");
+    let offsets = |world: &World| -> Vec<(Arc<str>, BTreeMap<TopicPartition, i64>)> {
+        let of = |group: &Group| group.offsets.iter().map(|(tp, at)| (*tp, at.offset.get())).collect();
+        groups.iter().map(|name| (Arc::clone(name), of(world.table.group(name).expect("there")))).collect()
+    };
+    assert_eq!(offsets(&world), offsets(&small), "however many steps");
+    assert!(groups.iter().all(|name| world.table.group(name).is_some_and(|group| group.pending.is_empty())));
+    world.fail_over(false);
+
+    // A record that is removed has its key alone, and so more of them make a step.
+    let (_, bytes) = in_pieces(&mut world, &GroupCommand::ForgetTopics(vec![TopicId::new(1)]));
+    assert!(bytes <= BYTES_MAX, "{bytes} bytes");
+    assert!(groups.iter().all(|name| world.table.group(name).is_some_and(|group| group.offsets.len() == 200)));
+    for group in &groups {
+        let (_, bytes) = in_pieces(&mut world, &GroupCommand::Delete { group: Arc::clone(group) });
+        assert!(bytes <= BYTES_MAX && world.table.group(group).is_none());
+    }
+    world.fail_over(true);
+}
+
+#[test]
+fn a_very_large_group_goes_in_many_steps() {
+    let name: Arc<str> = "g".repeat(249).into();
+    let mut world = World::new(&[]);
+    for topic in 1..=40 {
+        let offsets = (0..1_000).map(|partition| (tp(topic, partition), offset(1))).collect();
+        let commit = Commit { group: Arc::clone(&name), member: None, offsets, transaction: None };
+        world.run(GroupCommand::Commit(commit)).expect("taken");
+    }
+    let delete = GroupCommand::Delete { group: Arc::clone(&name) };
+    let mut forgetting = World::new(&[]);
+    forgetting.table = world.table.clone();
+    forgetting.log = world.log.clone();
+    let (steps, bytes) = in_pieces(&mut world, &delete);
+    assert!(steps > 1 && bytes <= PIECE_BYTES + (1 << 20), "{steps} steps of {bytes} bytes");
+    assert!(world.table.group(&name).is_none());
+    let (steps, bytes) = in_pieces(&mut forgetting, &GroupCommand::ForgetTopics((1..=40).map(TopicId::new).collect()));
+    assert!(steps > 1 && bytes <= PIECE_BYTES + (1 << 20), "{steps} steps of {bytes} bytes");
+    assert!(forgetting.table.group(&name).is_some_and(|group| group.offsets.is_empty()));
+}
+
+#[test]
+fn what_members_say_of_themselves_is_bounded() {
+    let mut world = World::new(&[(1, 4)]);
+    let names = |count: usize| Subscription {
+        topics: (0..count).map(|number| format!("{number:0>240}")).collect(),
+        pattern: String::new(),
+    };
+    // Some 244 KB each: 34 of them are 8 MiB.
+    let mut taken = 0;
+    let refused = loop {
+        let join = Join { subscription: names(1_000), ..world.joining(&format!("m{taken}")) };
+        match world.join_as(join) {
+            Ok(_) => taken += 1,
+            Err(error) => break error,
+        }
+        assert!(taken < 100, "no bound");
+    };
+    assert_eq!((refused.code, taken), (ErrorCode::GroupFull, 34), "{refused}");
+    // Nor by another subscription; who says less, or the same, goes on.
+    world.join("small");
+    let epoch = world.member("small").epoch;
+    let report = |subscription| Report {
+        group: GROUP.into(),
+        member: "small".into(),
+        epoch,
+        owned: None,
+        subscription: Some(subscription),
+    };
+    let refused = world.run(GroupCommand::Report(report(names(1_000))));
+    assert_eq!(refused.map_err(|error| error.code), Err(ErrorCode::GroupFull));
+    world.run(GroupCommand::Report(report(names(1)))).expect("taken");
+    world.fail_over(true);
+    let words: usize = world.group().members.values().map(|member| member.word_bytes()).sum();
+    assert_eq!(world.group().word_bytes(), words);
+    world.leave("m0");
+    let join = Join { subscription: names(1_000), ..world.joining("another") };
+    world.join_as(join).expect("there is room again");
 }

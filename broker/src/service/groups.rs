@@ -407,7 +407,8 @@ fn show_partitions(node: &Node, partitions: impl Iterator<Item = TopicPartition>
 async fn delete_group(node: &Arc<Node>, request: pb::DeleteGroupRequest) -> Result<pb::DeleteGroupResponse, Error> {
     let group = well_named(&request.group)?;
     let partition = led(node, &group)?;
-    decided(node, &partition, GroupCommand::Delete { group }).await?;
+    // Piece by piece, where there is very much of it.
+    while decided(node, &partition, GroupCommand::Delete { group: Arc::clone(&group) }).await? == GroupReply::More {}
     Ok(pb::DeleteGroupResponse {})
 }
 

@@ -4,11 +4,15 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use flowstone_protocol::{Timestamp, TopicPartition};
+use flowstone_protocol::{Error, ErrorCode, Timestamp, TopicPartition};
 
 use super::super::records::{GroupLogRecord, show_group, show_member};
 use super::super::state::{Group, Member};
 use super::elected;
+
+/// Bytes of all that a group's members say of themselves, topic names above all. A change may be about every member, and
+/// what it writes has to fit into one command.
+const WORD_BYTES_MAX: usize = 8 << 20;
 
 pub(super) struct Draft<'a> {
     name: Arc<str>,
@@ -24,6 +28,8 @@ pub(super) struct Draft<'a> {
     /// Partitions that somebody may be given now.
     loose: Vec<TopicPartition>,
     count: usize,
+    /// Bytes of the members' words.
+    word_bytes: usize,
     now: Timestamp,
 }
 
@@ -47,6 +53,7 @@ impl<'a> Draft<'a> {
             targets: HashMap::new(),
             loose: Vec::new(),
             count: base.map_or(0, |base| base.members.len()),
+            word_bytes: base.map_or(0, Group::word_bytes),
             now,
         }
     }
@@ -58,6 +65,26 @@ impl<'a> Draft<'a> {
     /// Members, or what they want, are others.
     pub(super) fn grow(&mut self) {
         self.group.epoch += 1;
+    }
+
+    /// A member that was at `epoch` is gone: where it comes again under its old name, it is given none that it had.
+    pub(super) fn grow_past(&mut self, epoch: i32) {
+        self.group.epoch = self.group.epoch.max(epoch);
+    }
+
+    /// # Errors
+    /// `GROUP_FULL` where the members now say more of themselves than they may together.
+    pub(super) fn check_words(&self) -> Result<(), Error> {
+        let before = self.base.map_or(0, Group::word_bytes);
+        if self.word_bytes <= WORD_BYTES_MAX || self.word_bytes <= before {
+            return Ok(());
+        }
+        let what = format!(
+            "the names that the members of group `{}` subscribe to, and their own, are more than {WORD_BYTES_MAX} bytes \
+             together, the limit; subscribe by a pattern, or run fewer consumers",
+            self.name
+        );
+        Err(Error::new(ErrorCode::GroupFull, what))
     }
 
     /// The targets are those of the group as it is.
@@ -111,6 +138,8 @@ impl<'a> Draft<'a> {
                 self.loose.push(*tp);
             }
         }
+        self.word_bytes += after.as_ref().map_or(0, Member::word_bytes);
+        self.word_bytes -= before.as_ref().map_or(0, Member::word_bytes);
         self.count = self.count + usize::from(after.is_some()) - usize::from(before.is_some());
         self.group.empty_since = match (self.count, self.group.empty_since) {
             (0, None) => Some(self.now),

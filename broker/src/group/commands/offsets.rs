@@ -9,11 +9,39 @@ use flowstone_protocol::{Error, ErrorCode, ProducerEpoch, ProducerId, Timestamp,
 use super::super::records::{GroupLogRecord, show_ended, show_group, show_member, show_offset, show_pending};
 use super::super::state::{CommittedOffset, Group, GroupTable, PendingOffset};
 use super::{Commit, Decided, GroupReply, METADATA_BYTES_MAX, NewOffset, check_room, find, stale, unknown_group};
+use crate::coordinator::PIECE_BYTES;
 
 /// How long the end of a producer's transaction is remembered: far longer than any transaction may be under way.
 const ENDED_KEPT: Duration = Duration::from_secs(86_400);
 /// How long a group stays that has neither members nor offsets: its members may be about to start again.
 const EMPTY_KEPT: Duration = Duration::from_secs(600);
+
+/// A part of a change that may be of any size: see [`PIECE_BYTES`].
+#[derive(Default)]
+struct Piece {
+    records: Vec<GroupLogRecord>,
+    bytes: usize,
+}
+
+impl Piece {
+    /// What is left is for the next one.
+    fn is_full(&self) -> bool {
+        self.bytes >= PIECE_BYTES
+    }
+
+    fn push(&mut self, record: GroupLogRecord) {
+        self.bytes += record.bytes();
+        self.records.push(record);
+    }
+
+    fn done(self) -> Decided {
+        (self.records, GroupReply::Done)
+    }
+
+    fn more(self) -> Decided {
+        (self.records, GroupReply::More)
+    }
+}
 
 pub(super) fn commit(table: &GroupTable, commit: Commit, now: Timestamp) -> Result<Decided, Error> {
     let group = table.group(&commit.group);
@@ -72,6 +100,11 @@ pub(super) fn commit(table: &GroupTable, commit: Commit, now: Timestamp) -> Resu
             }
             None => show_offset(&commit.group, tp, Some(&offset)),
         });
+        if let (None, Some(group)) = (commit.transaction, group) {
+            // It is the newest word: what a transaction said before does not count any more, however that ends.
+            let older = group.pending_of(tp).map(|producer| show_pending(producer, &commit.group, tp, None));
+            records.extend(older);
+        }
     }
     if records.len() == empty {
         // Nothing was taken: no group comes into being by that.
@@ -121,15 +154,15 @@ fn check_transaction(table: &GroupTable, producer: ProducerId, epoch: ProducerEp
         return Err(fenced());
     }
     for name in table.in_transaction(producer) {
-        let pending = table.group(name).and_then(|group| group.pending.get(&producer));
-        for pending in pending.into_iter().flat_map(|pending| pending.values()) {
-            if pending.epoch > epoch {
-                return Err(fenced());
-            }
-            if pending.epoch < epoch {
-                let what = "the producer's last transaction has not ended here yet; try again in a moment";
-                return Err(Error::new(ErrorCode::ConcurrentTransactions, what));
-            }
+        // All that a producer has pending is of one epoch: another one is refused here.
+        let pending = table.group(name).and_then(|group| group.pending.get(&producer)?.values().next());
+        let Some(pending) = pending else { continue };
+        if pending.epoch > epoch {
+            return Err(fenced());
+        }
+        if pending.epoch < epoch {
+            let what = "the producer's last transaction has not ended here yet; try again in a moment";
+            return Err(Error::new(ErrorCode::ConcurrentTransactions, what));
         }
     }
     Ok(())
@@ -142,22 +175,25 @@ pub(super) fn end_pending(
     commit: bool,
     now: Timestamp,
 ) -> Decided {
-    if table.ended(producer).is_some_and(|ended| ended >= epoch) {
-        return (Vec::new(), GroupReply::Done);
+    let mut piece = Piece::default();
+    // In the first piece: nothing late comes in between two of them.
+    if table.ended(producer).is_none_or(|ended| ended < epoch) {
+        piece.push(show_ended(producer, Some((epoch, now))));
     }
-    let mut records = Vec::new();
     for name in table.in_transaction(producer) {
         let Some(group) = table.group(name) else { continue };
         let pending = group.pending.get(&producer).into_iter().flatten();
         for (tp, pending) in pending.filter(|(_, pending)| pending.epoch < epoch) {
-            if commit {
-                records.push(show_offset(name, *tp, Some(&pending.offset)));
+            if piece.is_full() {
+                return piece.more();
             }
-            records.push(show_pending(producer, name, *tp, None));
+            if commit {
+                piece.push(show_offset(name, *tp, Some(&pending.offset)));
+            }
+            piece.push(show_pending(producer, name, *tp, None));
         }
     }
-    records.push(show_ended(producer, Some((epoch, now))));
-    (records, GroupReply::Done)
+    piece.done()
 }
 
 fn check_empty(name: &str, group: &Group, what: &str) -> Result<(), Error> {
@@ -221,29 +257,40 @@ pub(super) fn delete(table: &GroupTable, name: &Arc<str>) -> Result<Decided, Err
         let what = format!("a transaction has offsets of group `{name}` pending; try again once it has ended");
         return Err(Error::new(ErrorCode::ConcurrentTransactions, what));
     }
-    Ok((gone(name, group), GroupReply::Done))
+    let mut piece = Piece::default();
+    Ok(if gone(&mut piece, name, group) { piece.done() } else { piece.more() })
 }
 
-/// Everything of a group, itself last.
-fn gone(name: &str, group: &Group) -> Vec<GroupLogRecord> {
+/// Everything of a group, itself last; whether there was room for that.
+fn gone(piece: &mut Piece, name: &str, group: &Group) -> bool {
     let mut partitions: Vec<TopicPartition> = group.offsets.keys().copied().collect();
     partitions.sort_unstable();
-    let mut records: Vec<_> = partitions.into_iter().map(|tp| show_offset(name, tp, None)).collect();
-    records.extend(group.members.keys().map(|id| show_member(name, id, None)));
-    records.push(show_group(name, None));
-    records
+    let offsets = partitions.into_iter().map(|tp| show_offset(name, tp, None));
+    let members = group.members.keys().map(|id| show_member(name, id, None));
+    for record in offsets.chain(members).chain([show_group(name, None)]) {
+        if piece.is_full() {
+            return false;
+        }
+        piece.push(record);
+    }
+    true
 }
 
 pub(super) fn forget_topics(table: &GroupTable, topics: &[TopicId]) -> Decided {
     let topics: HashSet<TopicId> = topics.iter().copied().collect();
-    let mut records = Vec::new();
+    let mut piece = Piece::default();
     for (name, group) in table.groups() {
         let mut gone: Vec<TopicPartition> =
             group.offsets.keys().filter(|tp| topics.contains(&tp.topic)).copied().collect();
         gone.sort_unstable();
-        records.extend(gone.into_iter().map(|tp| show_offset(name, tp, None)));
+        for tp in gone {
+            if piece.is_full() {
+                return piece.more();
+            }
+            piece.push(show_offset(name, tp, None));
+        }
     }
-    (records, GroupReply::Done)
+    piece.done()
 }
 
 /// Whether [`expire`] would find anything.
@@ -255,30 +302,38 @@ pub(crate) fn is_due(table: &GroupTable, now: Timestamp) -> bool {
 /// ends of transactions of long ago.
 pub(super) fn expire(table: &GroupTable, records_max: usize, now: Timestamp) -> Decided {
     let before = now.before(table.rules().offsets_retention);
-    let mut records = Vec::new();
+    let mut piece = Piece::default();
+    let more = |piece: Piece| (piece.records, GroupReply::Expired { more: true });
     let expired = |group: &Group| {
         let until = if group.offset_count() == 0 { now.before(EMPTY_KEPT) } else { before };
         group.empty_since.is_some_and(|since| since < until)
     };
     for (name, group) in table.groups().filter(|(_, group)| expired(group)) {
-        if records.len() >= records_max {
-            return (records, GroupReply::Expired { more: true });
+        if piece.records.len() >= records_max {
+            return more(piece);
         }
         let is_old = |(tp, offset): &(&TopicPartition, &CommittedOffset)| offset.at < before && !group.is_pending(**tp);
         let old: Vec<TopicPartition> = group.offsets.iter().filter(is_old).map(|(tp, _)| *tp).collect();
         if old.len() == group.offsets.len() && group.pending.is_empty() {
-            records.extend(gone(name, group));
+            gone(&mut piece, name, group);
         } else {
-            records.extend(old.into_iter().map(|tp| show_offset(name, tp, None)));
+            for tp in old {
+                if !piece.is_full() {
+                    piece.push(show_offset(name, tp, None));
+                }
+            }
+        }
+        if piece.is_full() {
+            return more(piece);
         }
     }
-    let room = records_max.saturating_sub(records.len());
+    let room = records_max.saturating_sub(piece.records.len());
     let forgotten: Vec<ProducerId> = table
         .ended_before(now.before(ENDED_KEPT))
         .filter(|producer| table.in_transaction(*producer).is_empty())
         .take(room)
         .collect();
-    let more = forgotten.len() == room;
-    records.extend(forgotten.into_iter().map(|producer| show_ended(producer, None)));
-    (records, GroupReply::Expired { more })
+    let is_cut = forgotten.len() == room;
+    forgotten.into_iter().for_each(|producer| piece.push(show_ended(producer, None)));
+    (piece.records, GroupReply::Expired { more: is_cut })
 }
