@@ -4,16 +4,17 @@
 //! One task runs per partition of `__consumer_offsets` that is led here. What it keeps in memory (who was heard when, open
 //! streams) ends with the leadership; the next coordinator gives every member a whole session.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use flowstone_protocol::{Error, ErrorCode, Offset, PartitionId, Term, TopicId, TopicPartition};
-use parking_lot::{Mutex, RwLock};
+use parking_lot::{Mutex, MutexGuard, RwLock};
 use tokio::sync::Notify;
 use tokio::task::{AbortHandle, JoinSet};
 
-use super::commands::{GroupCommand, Install, offsets, unknown_member};
+use super::commands::{GroupCommand, GroupReply, Install, offsets, unknown_member};
 use super::pattern::Patterns;
 use super::plan::{Wanting, concerns, wanted_topic};
 use super::state::GroupTable;
@@ -67,13 +68,68 @@ impl Door {
 struct Presence {
     heard: Instant,
     door: Option<Arc<Door>>,
-    /// Since when it has partitions to give up.
-    revoking_since: Option<Instant>,
+    /// What it has to give up, and since when: each partition has a rebalance timeout of its own.
+    revoking: BTreeMap<TopicPartition, Instant>,
 }
 
 impl Presence {
     fn new(now: Instant) -> Self {
-        Self { heard: now, door: None, revoking_since: None }
+        Self { heard: now, door: None, revoking: BTreeMap::new() }
+    }
+
+    /// This is what it has to give up now.
+    fn asked(&mut self, revoking: &[TopicPartition], now: Instant) {
+        self.revoking.retain(|tp, _| revoking.binary_search(tp).is_ok());
+        for tp in revoking {
+            self.revoking.entry(*tp).or_insert(now);
+        }
+    }
+
+    /// Whether it keeps something for longer than `timeout`.
+    fn keeps(&self, timeout: Duration, now: Instant) -> bool {
+        self.revoking.values().any(|since| now.saturating_duration_since(*since) > timeout)
+    }
+}
+
+/// Who is there, as long as one leadership goes on.
+#[derive(Debug, Default)]
+struct Present {
+    /// Held for a look or a change; nothing waits inside.
+    members: Mutex<HashMap<Who, Presence>>,
+    /// The leadership is over: nobody enters any more. Changed and read while `members` is held.
+    is_over: AtomicBool,
+}
+
+impl Present {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Who, Presence>> {
+        self.members.lock()
+    }
+
+    fn enter(&self, group: &Arc<str>, member: &Arc<str>) -> Result<Arc<Door>, Error> {
+        let door = Arc::new(Door::default());
+        let mut members = self.lock();
+        if self.is_over.load(Ordering::Relaxed) {
+            return Err(not_coordinator());
+        }
+        let now = Instant::now();
+        let presence = members.entry((Arc::clone(group), Arc::clone(member))).or_insert_with(|| Presence::new(now));
+        presence.heard = now;
+        if let Some(earlier) = presence.door.replace(Arc::clone(&door)) {
+            let why = "another stream goes on with this membership; only one may";
+            earlier.end(Error::new(ErrorCode::StaleMemberEpoch, why));
+        }
+        Ok(door)
+    }
+
+    /// The leadership is over: all sessions end, and no other one begins.
+    fn close(&self) {
+        let members = self.lock();
+        self.is_over.store(true, Ordering::Relaxed);
+        for presence in members.values() {
+            if let Some(door) = &presence.door {
+                door.end(not_coordinator());
+            }
+        }
     }
 }
 
@@ -82,23 +138,16 @@ impl Presence {
 pub(crate) struct LedGroups {
     pub(crate) partition: Arc<OpenPartition>,
     pub(crate) view: Published<GroupTable>,
-    /// Held for a look or a change; nothing waits inside.
-    present: Mutex<HashMap<Who, Presence>>,
+    present: Present,
 }
 
 impl LedGroups {
     /// A member's session begins; one that it had ends.
-    pub(crate) fn enter(&self, group: &Arc<str>, member: &Arc<str>) -> Arc<Door> {
-        let door = Arc::new(Door::default());
-        let mut present = self.present.lock();
-        let now = Instant::now();
-        let presence = present.entry((Arc::clone(group), Arc::clone(member))).or_insert_with(|| Presence::new(now));
-        presence.heard = now;
-        if let Some(earlier) = presence.door.replace(Arc::clone(&door)) {
-            let why = "another stream goes on with this membership; only one may";
-            earlier.end(Error::new(ErrorCode::StaleMemberEpoch, why));
-        }
-        door
+    ///
+    /// # Errors
+    /// `NOT_COORDINATOR` where the leadership has ended meanwhile.
+    pub(crate) fn enter(&self, group: &Arc<str>, member: &Arc<str>) -> Result<Arc<Door>, Error> {
+        self.present.enter(group, member)
     }
 
     /// The member said something.
@@ -129,6 +178,11 @@ impl LedGroups {
     fn counts(&self) -> (usize, usize) {
         self.view.with(|table| (table.group_count(), table.member_count()))
     }
+}
+
+fn not_coordinator() -> Error {
+    let what = "this broker does not coordinate the group any more; look for the coordinator and go on there";
+    Error::new(ErrorCode::NotCoordinator, what)
 }
 
 /// All partitions of `__consumer_offsets` that are led here.
@@ -185,7 +239,7 @@ pub(crate) async fn run(node: Arc<Node>) {
                 let led = Arc::new(LedGroups {
                     partition: Arc::clone(&partition),
                     view: view.clone(),
-                    present: Mutex::default(),
+                    present: Present::default(),
                 });
                 let task = tasks.spawn(Driver::new(Arc::clone(&node), led).run());
                 Following { term, partition: Arc::clone(&partition), task }
@@ -224,6 +278,8 @@ struct Driver {
     /// Groups whose targets were computed a moment ago.
     rested: HashMap<Arc<str>, Instant>,
     patterns: Patterns,
+    /// Topics that are gone, of which offsets may be left.
+    gone: HashSet<TopicId>,
     /// Groups' changes up to here are seen.
     seen: Offset,
     /// Topics' changes up to here are seen.
@@ -239,12 +295,7 @@ impl Drop for Driver {
             led.remove(&tp);
         }
         drop(led);
-        let what = "this broker does not coordinate the group any more; look for the coordinator and go on there";
-        for presence in self.led.present.lock().values() {
-            if let Some(door) = &presence.door {
-                door.end(Error::new(ErrorCode::NotCoordinator, what));
-            }
-        }
+        self.led.present.close();
     }
 }
 
@@ -256,6 +307,7 @@ impl Driver {
             dirty: HashMap::new(),
             rested: HashMap::new(),
             patterns: Patterns::default(),
+            gone: HashSet::new(),
             seen: Offset::new(-1),
             topics_seen: Offset::new(-1),
         }
@@ -274,8 +326,8 @@ impl Driver {
         }
         topics.borrow_and_update();
         self.topics_seen = self.node.table.with(MetadataTable::applied);
-        let unknown = self.unknown_topics();
-        self.forget(unknown).await;
+        self.gone = self.unknown_topics().into_iter().collect();
+        self.forget_gone().await;
         let (mut swept, mut looked) = (Instant::now(), Instant::now());
         loop {
             self.look();
@@ -300,7 +352,7 @@ impl Driver {
                 tracing::warn!("this process stood still; all members of groups are given a new session");
                 for presence in self.led.present.lock().values_mut() {
                     presence.heard = now;
-                    presence.revoking_since = presence.revoking_since.map(|_| now);
+                    presence.revoking.values_mut().for_each(|since| *since = now);
                 }
             }
             if now >= looked + TICK {
@@ -308,6 +360,7 @@ impl Driver {
                 looked = Instant::now();
             }
             if now >= swept + SWEEP_EVERY {
+                self.forget_gone().await;
                 self.sweep().await;
                 swept = Instant::now();
             }
@@ -323,7 +376,7 @@ impl Driver {
                 self.dirty.insert(Arc::clone(name), now);
                 for (id, member) in &group.members {
                     let mut presence = Presence::new(now);
-                    presence.revoking_since = (!member.revoking.is_empty()).then_some(now);
+                    presence.asked(&member.revoking, now);
                     present.insert((Arc::clone(name), Arc::clone(id)), presence);
                 }
             }
@@ -346,7 +399,7 @@ impl Driver {
                 let Some((id, member)) = member.and_then(|id| Some((id, group.members.get(id)?))) else { continue };
                 let who = (Arc::clone(name), Arc::clone(id));
                 let presence = present.entry(who).or_insert_with(|| Presence::new(now));
-                presence.revoking_since = (!member.revoking.is_empty()).then(|| presence.revoking_since.unwrap_or(now));
+                presence.asked(&member.revoking, now);
                 if let Some(door) = &presence.door {
                     door.wake.notify_one();
                 }
@@ -398,9 +451,17 @@ impl Driver {
             let install = wanting.plan(&topics, &mut patterns);
             (install, patterns)
         });
-        let (install, patterns) = planned.await.ok()?;
-        self.patterns = patterns;
-        Some((install, members))
+        match planned.await {
+            Ok((install, patterns)) => {
+                self.patterns = patterns;
+                Some((install, members))
+            }
+            Err(error) => {
+                tracing::error!(%error, group = &**name, "a group's targets could not be computed; it is tried again");
+                self.dirty.insert(Arc::clone(name), Instant::now() + AGAIN);
+                None
+            }
+        }
     }
 
     fn submit(&self, command: GroupCommand) -> impl Future<Output = Result<PartitionReply, Error>> + use<'_> {
@@ -421,9 +482,7 @@ impl Driver {
                         continue;
                     };
                     let is_silent = now.saturating_duration_since(presence.heard) > member.session_timeout();
-                    let keeps = presence
-                        .revoking_since
-                        .is_some_and(|since| now.saturating_duration_since(since) > member.rebalance_timeout());
+                    let keeps = presence.keeps(member.rebalance_timeout(), now);
                     if is_silent || keeps {
                         silent.push((Arc::clone(name), Arc::clone(id), is_silent));
                     }
@@ -485,7 +544,8 @@ impl Driver {
                 }
             }
         });
-        self.forget(deleted.into_iter().collect()).await;
+        self.gone.extend(deleted);
+        self.forget_gone().await;
     }
 
     /// Topics of committed offsets that are gone. What was committed is older than the metadata that is looked at.
@@ -497,22 +557,28 @@ impl Driver {
         self.node.table.with(|table| committed.into_iter().filter(|topic| table.topic(*topic).is_none()).collect())
     }
 
-    async fn forget(&self, topics: Vec<TopicId>) {
-        let is_known = |table: &GroupTable| {
-            table.groups().any(|(_, group)| group.offsets.keys().any(|tp| topics.contains(&tp.topic)))
+    /// Offsets of topics that are gone go with them, piece by piece; those that could not are tried again with the sweep.
+    async fn forget_gone(&mut self) {
+        let is_left = |table: &GroupTable| {
+            table.groups().any(|(_, group)| group.offsets.keys().any(|tp| self.gone.contains(&tp.topic)))
         };
-        if topics.is_empty() || !self.led.view.with(is_known) {
-            return;
+        while !self.gone.is_empty() && self.led.view.with(is_left) {
+            match self.submit(GroupCommand::ForgetTopics(self.gone.iter().copied().collect())).await {
+                Ok(PartitionReply::Groups(GroupReply::More)) => {}
+                Ok(_) => break,
+                Err(error) => {
+                    tracing::debug!(%error, "offsets of topics that are gone stay for a while");
+                    return;
+                }
+            }
         }
-        if let Err(error) = self.submit(GroupCommand::ForgetTopics(topics)).await {
-            tracing::debug!(%error, "offsets of topics that are gone stay until the next start");
-        }
+        self.gone.clear();
     }
 
     async fn sweep(&self) {
         while self.led.view.with(|table| offsets::is_due(table, now())) {
             match self.submit(GroupCommand::Expire { records_max: SWEEP_RECORDS_MAX }).await {
-                Ok(PartitionReply::Groups(super::commands::GroupReply::Expired { more: true })) => {}
+                Ok(PartitionReply::Groups(GroupReply::Expired { more: true })) => {}
                 Ok(_) => return,
                 Err(error) => {
                     tracing::debug!(%error, "what is too old stays until the next sweep");
@@ -520,5 +586,49 @@ impl Driver {
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tp(partition: i32) -> TopicPartition {
+        TopicPartition { topic: TopicId::new(1), partition: PartitionId::new(partition) }
+    }
+
+    #[test]
+    fn whoever_gives_up_what_it_is_asked_for_is_not_removed_in_a_long_series_of_rebalances() {
+        let (start, timeout) = (Instant::now(), Duration::from_secs(60));
+        let mut presence = Presence::new(start);
+        // Every 20 s it is asked for another one, in the same moment in which it gives the last one up.
+        for round in 0..30 {
+            let now = start + Duration::from_secs(20) * round;
+            presence.asked(&[tp(round as i32)], now);
+            assert!(!presence.keeps(timeout, now), "round {round}");
+        }
+        // One that it keeps counts, whatever else it gives up.
+        let asked = start + Duration::from_secs(600);
+        for round in 0..5 {
+            let now = asked + Duration::from_secs(20) * round;
+            presence.asked(&[tp(100), tp(200 + round as i32)], now);
+            assert_eq!(presence.keeps(timeout, now), round > 3, "round {round}");
+        }
+        presence.asked(&[], asked);
+        assert!(!presence.keeps(timeout, asked + timeout * 10));
+    }
+
+    #[test]
+    fn nobody_enters_once_the_leadership_is_over() {
+        let present = Present::default();
+        let (group, member): (Arc<str>, Arc<str>) = ("g".into(), "m".into());
+        let first = present.enter(&group, &member).expect("it leads");
+        let second = present.enter(&group, &member).expect("it leads");
+        assert_eq!(first.ended().map(|error| error.code), Some(ErrorCode::StaleMemberEpoch));
+        assert!(second.ended().is_none());
+        present.close();
+        assert_eq!(second.ended().map(|error| error.code), Some(ErrorCode::NotCoordinator));
+        let late = present.enter(&group, &member).map_err(|error| error.code);
+        assert_eq!(late.err(), Some(ErrorCode::NotCoordinator), "nobody would ever wake it");
     }
 }

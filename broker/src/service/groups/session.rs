@@ -124,7 +124,7 @@ async fn run(
         let what = "another consumer has joined under the same instance id, and has the place of this one";
         led.end(&group, &displaced, Error::new(ErrorCode::FencedInstance, what));
     }
-    let door = led.enter(&group, &member);
+    let door = led.enter(&group, &member)?;
     let mut session =
         Session { node, led, group, member, door, answers, told: None, seen: None, commits: FuturesUnordered::new() };
     let session_timeout = Duration::from_millis(u64::try_from(session_timeout_ms).unwrap_or_default());
