@@ -21,13 +21,14 @@ use tokio::task::JoinSet;
 
 use super::adder::{TransactionAdder, detail, result};
 use super::commands::TransactionCommand;
+use super::endings::{Ending, Endings, Turn};
 use super::state::{Decision, TransactionTable};
 use crate::cluster::calls;
 use crate::coordinator::Published;
-use crate::group::commands::GroupCommand;
+use crate::group::commands::{GroupCommand, GroupReply};
 use crate::internal_topics::InternalTopic;
 use crate::node::Node;
-use crate::partition::{MachineView, OpenPartition, PartitionCommand, Slot};
+use crate::partition::{MachineView, OpenPartition, PartitionCommand, PartitionReply, Slot};
 use crate::service::{find, now, submit};
 
 /// Looked at this often where nothing wakes it: a timeout is late by so much at the most.
@@ -38,9 +39,6 @@ const FORGET_EVERY: Duration = Duration::from_secs(60);
 const AT_ONCE: usize = 1_000;
 /// Transactions whose markers are written side by side; the next ones wait their turn.
 const ENDING_MAX: usize = 1_000;
-/// Between two tries of what a partition did not take; doubles.
-const RETRY_MIN: Duration = Duration::from_millis(10);
-const RETRY_MAX: Duration = Duration::from_secs(1);
 /// A call takes at most this long.
 const CALL_MAX: Duration = Duration::from_secs(5);
 
@@ -84,72 +82,96 @@ pub(crate) fn coordinated(node: &Node) -> Vec<(Arc<OpenPartition>, Published<Tra
     open.collect()
 }
 
-/// One decision that is being carried out.
-type Ending = (TopicPartition, LeaderEpoch, Arc<str>, Decision);
-
 /// What a task was for.
 #[derive(Debug)]
 enum Done {
     Ended(Ending),
+    /// Something of it could not be done.
+    Left(Turn),
     Looked(TopicPartition),
 }
 
 /// Acts for the coordinators that this broker is, until aborted.
 pub(crate) async fn run(node: Arc<Node>) {
-    let mut ending: HashSet<Ending> = HashSet::new();
+    let mut endings = Endings::new(ENDING_MAX);
     // Of one that cannot commit at the moment, the others know nothing.
     let mut looking: HashSet<TopicPartition> = HashSet::new();
     let mut tasks: JoinSet<Done> = JoinSet::new();
     let mut forgot = Instant::now();
+    let mut look_at = Instant::now() + LOOK_EVERY;
+    // More was decided than there were places.
+    let mut is_short = false;
     loop {
-        tokio::select! {
-            () = node.transactions.decided.notified() => {}
-            () = tokio::time::sleep(LOOK_EVERY) => {}
-            Some(done) = tasks.join_next() => match done {
-                Ok(Done::Ended(ended)) => {
-                    ending.remove(&ended);
+        let wake_at = endings.next_due().map_or(look_at, |due| due.min(look_at));
+        let looks = tokio::select! {
+            () = node.transactions.decided.notified() => true,
+            () = tokio::time::sleep_until(wake_at.into()) => Instant::now() >= look_at,
+            Some(done) = tasks.join_next() => {
+                match done {
+                    Ok(Done::Ended(ended)) => {
+                        node.transactions.pending.lock().remove(&ended.2);
+                        endings.ended(&ended);
+                    }
+                    Ok(Done::Left(turn)) => endings.again(turn, Instant::now()),
+                    Ok(Done::Looked(tp)) => {
+                        looking.remove(&tp);
+                        look_at = Instant::now();
+                    }
+                    // Which it was is not known. What is begun a second time does no harm: markers repeat.
+                    Err(error) => {
+                        tracing::error!(%error, "the end of a transaction was cut off; it is begun anew");
+                        endings.clear();
+                        looking.clear();
+                    }
                 }
-                Ok(Done::Looked(tp)) => {
-                    looking.remove(&tp);
-                }
-                // Which it was is not known. What is begun a second time does no harm: markers repeat.
-                Err(error) => {
-                    tracing::error!(%error, "the end of a transaction was cut off; it is begun anew");
-                    ending.clear();
-                    looking.clear();
-                }
-            },
-        }
-        let forgets = forgot.elapsed() >= FORGET_EVERY;
-        if forgets {
-            forgot = Instant::now();
-        }
-        for (partition, view) in coordinated(&node) {
-            let epoch = partition.replica.status().leader_epoch();
-            let commands = due(&view, now(), forgets);
-            if !commands.is_empty() && looking.insert(partition.tp) {
-                let (node, partition) = (Arc::clone(&node), Arc::clone(&partition));
-                tasks.spawn(async move {
-                    // All at once: they share a flush.
-                    join_all(commands.into_iter().map(|command| act(&node, &partition, command))).await;
-                    Done::Looked(partition.tp)
-                });
+                // What was decided meanwhile has woken this by itself.
+                is_short
             }
-            let decided: Vec<(Ending, BTreeSet<TopicPartition>)> = view.with(|table| {
-                let preparing = table.preparing().filter_map(|(id, transaction)| {
-                    let key = (partition.tp, epoch, Arc::clone(id), transaction.decision()?);
-                    (!ending.contains(&key)).then(|| (key, transaction.partitions.clone()))
-                });
-                preparing.take(ENDING_MAX.saturating_sub(ending.len())).collect()
-            });
-            for (key, partitions) in decided {
-                ending.insert(key.clone());
-                let (node, partition) = (Arc::clone(&node), Arc::clone(&partition));
-                tasks.spawn(async move {
-                    end(&node, &partition, &key, partitions).await;
-                    Done::Ended(key)
-                });
+        };
+        let led = coordinated(&node);
+        let mut turns = Vec::new();
+        while let Some(turn) = endings.begin_due(Instant::now()) {
+            turns.push(turn);
+        }
+        if looks {
+            let forgets = forgot.elapsed() >= FORGET_EVERY;
+            if forgets {
+                forgot = Instant::now();
             }
+            (look_at, is_short) = (Instant::now() + LOOK_EVERY, false);
+            for (partition, view) in &led {
+                let epoch = partition.replica.status().leader_epoch();
+                let commands = due(view, now(), forgets);
+                if !commands.is_empty() && looking.insert(partition.tp) {
+                    let (node, partition) = (Arc::clone(&node), Arc::clone(partition));
+                    tasks.spawn(async move {
+                        // All at once: they share a flush.
+                        join_all(commands.into_iter().map(|command| act(&node, &partition, command))).await;
+                        Done::Looked(partition.tp)
+                    });
+                }
+                let room = endings.room();
+                let decided: Vec<(Ending, BTreeSet<TopicPartition>)> = view.with(|table| {
+                    let preparing = table.preparing().filter_map(|(id, transaction)| {
+                        let key = (partition.tp, epoch, Arc::clone(id), transaction.decision()?);
+                        (!endings.is_known(&key)).then(|| (key, transaction.partitions.clone()))
+                    });
+                    preparing.take(room + 1).collect()
+                });
+                is_short |= decided.len() > room;
+                turns.extend(decided.into_iter().filter_map(|(key, partitions)| endings.begin(key, partitions)));
+            }
+        }
+        for turn in turns {
+            let (tp, _, id, _) = &turn.ending;
+            let Some((partition, _)) = led.iter().find(|(partition, _)| partition.tp == *tp) else {
+                // Whoever coordinates it now goes on.
+                node.transactions.pending.lock().remove(id);
+                endings.ended(&turn.ending);
+                continue;
+            };
+            let (node, partition) = (Arc::clone(&node), Arc::clone(partition));
+            tasks.spawn(async move { end(&node, &partition, turn).await });
         }
     }
 }
@@ -188,19 +210,21 @@ pub(crate) fn fresh_producer() -> ProducerId {
     ProducerId::new((rand::random::<u64>() >> 1) as i64)
 }
 
-/// Writes the markers of one decision until every partition has its own, or this broker is not the coordinator any more.
-async fn end(node: &Arc<Node>, partition: &OpenPartition, ending: &Ending, mut partitions: BTreeSet<TopicPartition>) {
-    let (_, epoch, id, decision) = ending;
+/// Tries to write the markers of one decision that are left, each once; where none is left, the coordinator notes it.
+async fn end(node: &Arc<Node>, partition: &OpenPartition, mut turn: Turn) -> Done {
+    let (_, epoch, id, decision) = &turn.ending;
     let is_coordinator = || {
         let status = partition.replica.status();
         status.is_ready() && status.leader_epoch() == *epoch
     };
-    let mut pause = RETRY_MIN;
-    while !partitions.is_empty() && is_coordinator() {
-        node.transactions.pending.lock().insert(Arc::clone(id), partitions.clone());
+    if !is_coordinator() {
+        return Done::Ended(turn.ending);
+    }
+    if !turn.left.is_empty() {
+        node.transactions.pending.lock().insert(Arc::clone(id), turn.left.clone());
         let mut by_broker: HashMap<BrokerId, Vec<TopicPartition>> = HashMap::new();
         let mut unknown = Vec::new();
-        for tp in &partitions {
+        for tp in &turn.left {
             if node.table.with(|table| table.partition(*tp).is_none()) {
                 unknown.push(*tp);
             } else if let Some(leader) = node.leader(*tp).by {
@@ -208,38 +232,63 @@ async fn end(node: &Arc<Node>, partition: &OpenPartition, ending: &Ending, mut p
             }
         }
         for tp in gone(node, unknown).await {
-            partitions.remove(&tp);
+            turn.left.remove(&tp);
         }
         let calls = by_broker.into_iter().map(|(broker, tps)| write(node, broker, tps, *decision, *epoch));
         for (tp, written) in join_all(calls).await.into_iter().flatten() {
-            match written {
-                Ok(()) => drop(partitions.remove(&tp)),
-                // A later transaction began there: this one is over.
-                Err(error) if error.code == ErrorCode::ProducerFenced => drop(partitions.remove(&tp)),
+            let Err(error) = written else {
+                turn.left.remove(&tp);
+                continue;
+            };
+            match after(&error) {
+                After::Over => {
+                    if error.code == ErrorCode::InvalidTransactionState {
+                        tracing::error!(
+                            transactional_id = %id, %tp, %error,
+                            "a transaction is ended in a partition otherwise than it was decided: it is not whole"
+                        );
+                    }
+                    turn.left.remove(&tp);
+                }
                 // Whoever replaced this coordinator goes on.
-                Err(error) if error.code == ErrorCode::NotCoordinator && !is_coordinator() => {}
-                Err(error) if error.is_retriable() => {
+                After::Again if error.code == ErrorCode::NotCoordinator && !is_coordinator() => {}
+                After::Again if error.is_retriable() => {
                     tracing::debug!(transactional_id = %id, %tp, %error, "a marker could not be written; it is tried again");
                 }
-                Err(error) => {
+                After::Again => {
                     tracing::warn!(transactional_id = %id, %tp, %error, "a marker was refused; it is tried again");
                 }
             }
         }
-        if !partitions.is_empty() {
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(RETRY_MAX);
-        }
     }
-    while is_coordinator() {
+    if turn.left.is_empty() {
         let written = TransactionCommand::Written { id: Arc::clone(id), decision: *decision };
         if act(node, partition, written).await {
-            break;
+            return Done::Ended(turn.ending);
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(RETRY_MAX);
+    } else {
+        node.transactions.pending.lock().insert(Arc::clone(id), turn.left.clone());
     }
-    node.transactions.pending.lock().remove(id);
+    Done::Left(turn)
+}
+
+/// What a marker's refusal means for its partition.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum After {
+    /// The transaction has come to its end there.
+    Over,
+    Again,
+}
+
+const fn after(refusal: &Error) -> After {
+    match refusal.code {
+        // A later transaction began there: this one is over.
+        ErrorCode::ProducerFenced => After::Over,
+        // It has an end there, and no second one is ever taken: after a recovery of the coordinator's log with a loss, what
+        // was decided may have been decided anew.
+        ErrorCode::InvalidTransactionState => After::Over,
+        _ => After::Again,
+    }
 }
 
 /// Those that are deleted for certain: one that is not known here may be newer than what this broker has heard.
@@ -287,8 +336,12 @@ async fn mark(node: &Arc<Node>, tp: TopicPartition, decision: Decision, coordina
     let partition = find(node, tp)?;
     if InternalTopic::named(&partition.topic) == Some(InternalTopic::Groups) {
         let Decision { producer, epoch, commit } = decision;
-        let command = PartitionCommand::Groups(GroupCommand::EndPending { producer, epoch, commit });
-        return submit(node, InternalTopic::Groups, &partition, command).await.map(|_| ());
+        let command = GroupCommand::EndPending { producer, epoch, commit };
+        // Piece by piece, where there is very much of it.
+        while let PartitionReply::Groups(GroupReply::More) =
+            submit(node, InternalTopic::Groups, &partition, PartitionCommand::Groups(command.clone())).await?
+        {}
+        return Ok(());
     }
     let marker = Marker {
         producer_id: decision.producer,
@@ -312,4 +365,25 @@ pub(crate) async fn answer_markers(node: &Arc<Node>, request: WriteMarkersReques
         mark(node, tp, decision, LeaderEpoch::new(marker.coordinator_epoch)).await
     });
     WriteMarkersResponse { results: join_all(marks).await.into_iter().map(detail).collect() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refusal_that_stays_so_is_not_tried_again() {
+        for (code, wanted) in [
+            (ErrorCode::ProducerFenced, After::Over),
+            (ErrorCode::InvalidTransactionState, After::Over),
+            (ErrorCode::NotCoordinator, After::Again),
+            (ErrorCode::NotLeader, After::Again),
+            (ErrorCode::NoLeader, After::Again),
+            (ErrorCode::TimedOut, After::Again),
+            (ErrorCode::Overloaded, After::Again),
+            (ErrorCode::Internal, After::Again),
+        ] {
+            assert_eq!(after(&Error::new(code, "")), wanted, "{code}");
+        }
+    }
 }

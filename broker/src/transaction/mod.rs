@@ -3,6 +3,7 @@
 pub(crate) mod adder;
 pub(crate) mod commands;
 pub(crate) mod driver;
+mod endings;
 pub(crate) mod records;
 pub(crate) mod state;
 
