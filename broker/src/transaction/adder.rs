@@ -1,7 +1,8 @@
 //! From the broker that takes a transactional write to the coordinator: the partition is in the transaction from now on.
 //!
 //! Who asks while a call to the same broker is under way goes with the next one, all in one message, as entries share a
-//! flush: however many partitions begin to be written at once, a coordinator is asked twice at the most.
+//! flush: however many partitions begin to be written at once, a coordinator is asked twice at the most. It answers at once,
+//! whatever it says, since others wait for the same answer: an addition that has to wait for something asks again.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -18,17 +19,15 @@ use super::commands::{Addition, TransactionCommand, TransactionReply};
 use crate::cluster::calls;
 use crate::internal_topics::InternalTopic;
 use crate::node::Node;
-use crate::partition::{MachineView, OpenPartition, PartitionCommand, PartitionReply};
+use crate::partition::{OpenPartition, PartitionCommand, PartitionReply};
 use crate::service::{confirmed, coordinator, coordinator_broker, submit};
 
 /// An addition is tried for this long: about two elections of a coordinator.
 const ADD_MAX: Duration = Duration::from_secs(10);
-/// A coordinator waits so long for the transaction before to be ended everywhere, and says then to ask again.
-const WAIT_MAX: Duration = Duration::from_secs(3);
 /// A call takes at most this long.
 const CALL_MAX: Duration = Duration::from_secs(5);
-/// Between two tries where nobody could be asked; doubles.
-const RETRY_MIN: Duration = Duration::from_millis(5);
+/// Between two tries where nobody could be asked, or the transaction before is still being ended; doubles.
+const RETRY_MIN: Duration = Duration::from_millis(2);
 const RETRY_MAX: Duration = Duration::from_millis(200);
 /// Additions of one call.
 const CALL_ADDITIONS_MAX: usize = 1_000;
@@ -65,6 +64,8 @@ impl TransactionAdder {
         let began = Instant::now();
         let mut pause = RETRY_MIN;
         let mut hint = None;
+        // Two that each take the other for the coordinator are not followed to and fro without a pause.
+        let mut was_hinted = false;
         loop {
             let added = match hint
                 .take()
@@ -83,10 +84,11 @@ impl TransactionAdder {
                 added => return added,
             };
             hint = error.leader_hint.as_ref().map(|(broker, _)| *broker);
-            if hint.is_none() {
+            if hint.is_none() || was_hinted {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(RETRY_MAX);
             }
+            was_hinted = hint.is_some();
         }
     }
 
@@ -224,47 +226,24 @@ async fn add_here(node: &Arc<Node>, additions: Vec<Addition>) -> Vec<Result<(), 
     results
 }
 
-/// Has one coordinator add; waits a while for transactions before to be ended.
-async fn add_at(node: &Arc<Node>, partition: Arc<OpenPartition>, mut of: Numbered) -> Vec<(usize, Result<(), Error>)> {
-    let MachineView::Transactions(view) = &partition.view else {
-        let odd = || Error::new(ErrorCode::Internal, "no coordinator of transactions runs behind this partition");
-        return of.into_iter().map(|(at, _)| (at, Err(odd()))).collect();
+/// Has one coordinator add.
+async fn add_at(node: &Arc<Node>, partition: Arc<OpenPartition>, of: Numbered) -> Vec<(usize, Result<(), Error>)> {
+    let additions = of.iter().map(|(_, addition)| addition.clone()).collect();
+    let command = PartitionCommand::Transactions(TransactionCommand::Add(additions));
+    let results = match submit(node, InternalTopic::Transactions, &partition, command).await {
+        Ok(PartitionReply::Transactions(TransactionReply::Added(results))) => results,
+        Ok(_) => vec![Err(Error::new(ErrorCode::Internal, "the coordinator answered something else")); of.len()],
+        Err(error) => vec![Err(error); of.len()],
     };
-    let mut changes = view.changes();
-    let until = tokio::time::Instant::now() + WAIT_MAX;
-    let mut done = Vec::new();
-    loop {
-        changes.mark_unchanged();
-        let additions = of.iter().map(|(_, addition)| addition.clone()).collect();
-        let command = PartitionCommand::Transactions(TransactionCommand::Add(additions));
-        let results = match submit(node, InternalTopic::Transactions, &partition, command).await {
-            Ok(PartitionReply::Transactions(TransactionReply::Added(results))) => results,
-            Ok(_) => vec![Err(Error::new(ErrorCode::Internal, "the coordinator answered something else")); of.len()],
+    // What is refused writes nothing, so that nobody has confirmed it: it may be of one who was replaced, and does not know
+    // of a newer epoch.
+    let is_final = |result: &Result<(), Error>| result.as_ref().is_err_and(|error| !error.is_retriable());
+    let results = match results.iter().any(is_final) {
+        true => match confirmed(node, InternalTopic::Transactions, &partition).await {
+            Ok(_) => results,
             Err(error) => vec![Err(error); of.len()],
-        };
-        // What is refused writes nothing, so that nobody has confirmed it: it may be of one who was replaced, and does not
-        // know of a newer epoch.
-        let is_final = |result: &Result<(), Error>| result.as_ref().is_err_and(|error| !error.is_retriable());
-        let results = match results.iter().any(is_final) {
-            true => match confirmed(node, InternalTopic::Transactions, &partition).await {
-                Ok(_) => results,
-                Err(error) => vec![Err(error); of.len()],
-            },
-            false => results,
-        };
-        let is_late = tokio::time::Instant::now() >= until;
-        let mut again = Vec::new();
-        for ((at, addition), result) in of.into_iter().zip(results) {
-            match result {
-                Err(error) if error.code == ErrorCode::ConcurrentTransactions && !is_late => again.push((at, addition)),
-                result => done.push((at, result)),
-            }
-        }
-        if again.is_empty() {
-            return done;
-        }
-        of = again;
-        // Past that, it is asked once more, and told what it hears.
-        drop(tokio::time::timeout_at(until, changes.changed()).await);
-    }
+        },
+        false => results,
+    };
+    of.into_iter().map(|(at, _)| at).zip(results).collect()
 }
