@@ -41,6 +41,9 @@ use transactions::Transactions;
 
 /// Producers that one partition remembers, and transactions that may be open in it.
 const PRODUCERS_MAX: usize = 10_000;
+/// Aborted transactions that one partition remembers; all of them are in each checkpoint, which must stay one that can be
+/// pulled: some 25 bytes each.
+const ABORTED_MAX: usize = 1 << 20;
 /// Producers that one entry of the log lets go.
 const EXPIRED_AT_ONCE_MAX: usize = 1_000;
 
@@ -232,6 +235,15 @@ impl Producers {
             return refuse(
                 ErrorCode::Overloaded,
                 format!("{PRODUCERS_MAX} transactions are open in this partition; try again when some have ended"),
+            );
+        }
+        if transactional && self.committed.transactions.aborted_count() >= ABORTED_MAX {
+            return refuse(
+                ErrorCode::Overloaded,
+                format!(
+                    "{ABORTED_MAX} transactions were aborted in this partition and are remembered until the log start passes \
+                     them; trim the partition, or give its topic a retention"
+                ),
             );
         }
         Admission::Append

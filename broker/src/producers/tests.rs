@@ -452,3 +452,20 @@ fn a_replay_equals_the_live_state() {
         assert!(ended > 0, "seed {seed} ended nothing");
     }
 }
+
+#[test]
+fn what_is_remembered_of_aborted_transactions_is_bounded() {
+    let mut partition = Partition::default();
+    let count = ABORTED_MAX as i64;
+    for at in 0..count {
+        let (first, last) = (Offset::new(2 * at), Offset::new(2 * at + 1));
+        let aborted = transactions::Aborted { producer: ProducerId::new(at), first, last, stable: last.next() };
+        partition.producers.committed.transactions.push_aborted(aborted);
+    }
+    (partition.end, partition.high_watermark) = (2 * count, 2 * count);
+    assert!(partition.producers.checkpoint().len() < 64 << 20);
+    assert_eq!(partition.write(7, 0, 0), refused(ErrorCode::Overloaded));
+    assert_eq!(partition.send(8, 0, 0, 1), Ok(2 * count), "what is written plainly is taken");
+    partition.producers.committed.transactions.prune(Offset::new(2));
+    assert_eq!(partition.write(7, 0, 0), Ok(2 * count + 1), "the log start has passed one");
+}

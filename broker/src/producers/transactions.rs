@@ -54,6 +54,11 @@ impl Transactions {
         self.open.len()
     }
 
+    /// How many aborted ones readers are told of.
+    pub(super) fn aborted_count(&self) -> usize {
+        self.aborted.len()
+    }
+
     /// Those aborted that have batches between two offsets.
     pub(super) fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
         let begin = self.aborted.partition_point(|aborted| aborted.last < from);
