@@ -266,8 +266,16 @@ fn figures_of_a_large_cluster() {
         ..Default::default()
     };
     let row = LeaderRow { topic_id: vec![1; 16].into(), partition: 99, leader_epoch: 9, replica_id: 1 };
-    let heartbeat =
-        HeartbeatRow { topic_high: 1, topic_low: 1, partition: 99, from: 1, to: 1, term: 9, commit: 1_000_000_000, lane: 0 };
+    let heartbeat = HeartbeatRow {
+        topic_high: 1,
+        topic_low: 1,
+        partition: 99,
+        from: 1,
+        to: 1,
+        term: 9,
+        commit: 1_000_000_000,
+        lane: 0,
+    };
     eprintln!(
         "bytes: a broker's heartbeat {}, each leader in it {}, a row of a group's heartbeat {}",
         idle.encoded_len(),
