@@ -63,8 +63,8 @@ pub(crate) struct Producers {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Known {
     producers: HashMap<ProducerId, Producer>,
-    /// By their last entry.
-    recent: BTreeMap<RaftIndex, ProducerId>,
+    /// Those without an open transaction, by their last entry.
+    idle: BTreeMap<RaftIndex, ProducerId>,
     transactions: Transactions,
     forgotten: Forgotten,
 }
@@ -72,9 +72,9 @@ struct Known {
 impl Known {
     /// From a checkpoint.
     fn insert(&mut self, id: ProducerId, producer: Producer) {
-        self.recent.insert(producer.last_index, id);
-        if let Some(first) = producer.open {
-            self.transactions.open(first, id);
+        match producer.open {
+            Some(first) => self.transactions.open(first, id),
+            None => drop(self.idle.insert(producer.last_index, id)),
         }
         self.producers.insert(id, producer);
     }
@@ -82,11 +82,13 @@ impl Known {
     fn take(&mut self, said: &Said) {
         let id = said.id();
         let producer = self.producers.entry(id).or_insert_with(Producer::unknown);
-        self.recent.remove(&producer.last_index);
+        self.idle.remove(&producer.last_index);
         self.forgotten.remove(id);
         let before = producer.open;
         producer.take(said);
-        self.recent.insert(producer.last_index, id);
+        if producer.open.is_none() {
+            self.idle.insert(producer.last_index, id);
+        }
         match (before, producer.open, said) {
             (None, Some(first), _) => self.transactions.open(first, id),
             (Some(first), None, Said::Ended { ended, .. }) => {
@@ -94,11 +96,27 @@ impl Known {
             }
             _ => {}
         }
-        if self.producers.len() > PRODUCERS_MAX {
-            let is_idle = |id: &&ProducerId| self.producers.get(id).is_some_and(|producer| producer.open.is_none());
-            let idle = self.recent.values().find(is_idle).copied();
-            if let Some(idle) = idle {
-                self.forget(idle);
+        if self.producers.len() > PRODUCERS_MAX
+            && let Some((_, idle)) = self.idle.first_key_value()
+        {
+            self.forget(*idle);
+        }
+    }
+
+    /// Nothing below `log_start` is read any more. A transaction of which nothing else is left holds nobody up: its marker may
+    /// be lost, where the log came back shorter than it was acknowledged. One that goes on is open again with its next batch.
+    fn trim(&mut self, log_start: Offset) {
+        self.transactions.prune(log_start);
+        let is_gone = |(_, id): &(Offset, ProducerId)| {
+            let last = self.producers.get(id).and_then(Producer::last);
+            last.is_none_or(|batch| batch.last_offset() < log_start)
+        };
+        let gone: Vec<(Offset, ProducerId)> = self.transactions.open_below(log_start).filter(is_gone).collect();
+        for (first, id) in gone {
+            self.transactions.let_go(first);
+            if let Some(producer) = self.producers.get_mut(&id) {
+                producer.open = None;
+                self.idle.insert(producer.last_index, id);
             }
         }
     }
@@ -107,7 +125,7 @@ impl Known {
     fn forget(&mut self, id: ProducerId) {
         let Some(producer) = self.producers.get(&id).filter(|producer| producer.open.is_none()) else { return };
         let rest = Rest { epoch: producer.epoch, is_unused: producer.batches.is_empty() };
-        self.recent.remove(&producer.last_index);
+        self.idle.remove(&producer.last_index);
         self.producers.remove(&id);
         self.forgotten.push(id, rest);
     }
@@ -327,7 +345,7 @@ impl Producers {
             match ctype {
                 ControlType::LogStart => {
                     if let Ok(log_start) = log_start_of(payload) {
-                        self.committed.transactions.prune(log_start);
+                        self.committed.trim(log_start);
                     }
                 }
                 ControlType::ProducerExpiry => self.forget(payload),

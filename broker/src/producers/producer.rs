@@ -19,6 +19,15 @@ pub(super) struct Batch {
     pub(super) timestamp: Timestamp,
 }
 
+impl Batch {
+    /// Of its last record.
+    pub(super) fn last_offset(&self) -> Offset {
+        // Sequences go round at 2^31.
+        let records_after = self.last.get().wrapping_sub(self.first.get()) & i32::MAX;
+        self.base_offset.plus(records_after.into())
+    }
+}
+
 /// How a producer's last transaction in this partition ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Ended {

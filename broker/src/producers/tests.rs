@@ -272,6 +272,36 @@ fn a_transaction_holds_readers_back_until_it_ends() {
 }
 
 #[test]
+fn a_transaction_of_which_nothing_is_left_holds_nobody_up() {
+    let mut partition = Partition::default();
+    assert_eq!(partition.write(7, 0, 0), Ok(0));
+    assert_eq!(partition.write(8, 0, 0), Ok(1));
+    assert_eq!(partition.write(7, 0, 1), Ok(2));
+    partition.commit_all();
+    // Its marker was lost with the power: nobody writes it again, and its producer has gone on.
+    assert_eq!(partition.write(7, 1, 0), refused(ErrorCode::ConcurrentTransactions));
+    let trim = |partition: &mut Partition, to: i64| {
+        partition.control(ControlType::LogStart, log_start_payload(Offset::new(to)));
+    };
+    trim(&mut partition, 2);
+    assert_eq!(partition.stable(), 0, "a record of it is left; of the other one none is");
+    assert_eq!(partition.write(8, 1, 0), Ok(4));
+    trim(&mut partition, 4);
+    assert_eq!(partition.stable(), 4, "only the one that began anew is open");
+    assert_eq!(partition.write(7, 1, 0), Ok(6));
+    partition.commit_all();
+    // One that was open all along and goes on is open again.
+    trim(&mut partition, 7);
+    let stable = partition.stable();
+    assert_eq!(partition.write(7, 1, 1), Ok(8));
+    partition.commit_all();
+    assert_eq!((stable, partition.stable()), (8, 8));
+    assert_eq!(partition.end(7, 2, false), Ok(9));
+    partition.commit_all();
+    assert_eq!((partition.stable(), partition.aborted(7, 10)), (10, vec![(7, 8)]));
+}
+
+#[test]
 fn what_comes_after_its_marker_is_refused_and_does_not_hang() {
     // Late on the leader that wrote the marker, and on one that learned of it from the log.
     for commit in [false, true] {

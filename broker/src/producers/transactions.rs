@@ -50,6 +50,16 @@ impl Transactions {
         self.open.first_key_value().map_or(end, |(first, _)| end.min(*first))
     }
 
+    /// Those that begin below `offset`.
+    pub(super) fn open_below(&self, offset: Offset) -> impl Iterator<Item = (Offset, ProducerId)> + '_ {
+        self.open.range(..offset).map(|(first, producer)| (*first, *producer))
+    }
+
+    /// Of the one that began at `first` nothing is left.
+    pub(super) fn let_go(&mut self, first: Offset) {
+        self.open.remove(&first);
+    }
+
     pub(super) fn open_count(&self) -> usize {
         self.open.len()
     }
