@@ -627,12 +627,9 @@ fn whatever_happens_a_transaction_is_there_whole_or_not_at_all() {
 
 #[test]
 fn what_is_wrong_is_found() {
-    for (fault, seeds) in [
-        (Fault::AnswersEarly, 20),
-        (Fault::AcknowledgesEarly, 20),
-        (Fault::AddsNothing, 20),
-        (Fault::MarksEarly, 20),
-    ] {
+    for (fault, seeds) in
+        [(Fault::AnswersEarly, 20), (Fault::AcknowledgesEarly, 20), (Fault::AddsNothing, 20), (Fault::MarksEarly, 20)]
+    {
         let found = (0..seeds).find(|seed| run(*seed, Some(fault)).is_none());
         assert!(found.is_some(), "{fault:?} is not found within {seeds} seeds");
     }
