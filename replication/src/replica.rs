@@ -568,8 +568,13 @@ impl<M: Machine> Replica<M> {
         let own = self.config.replica;
         let followers = self.raft.members().into_iter().filter(|member| member.replica != own && member.is_active);
         let up_to = followers.map(|member| member.matched).min().unwrap_or(RaftIndex::new(u64::MAX));
-        let settled = Settled::new(self.last_stable_offset(), self.machine.aborted_transactions());
         let limits = CompactionLimits { up_to, memory_bytes, seed, now };
+        let last_stable = self.last_stable_offset();
+        self.raft.log_mut().remove_replaced();
+        if !self.log().is_compaction_due(last_stable, &limits) {
+            return None;
+        }
+        let settled = Settled::new(last_stable, self.machine.aborted_transactions());
         self.raft.log_mut().begin_compaction(settled, limits)
     }
 

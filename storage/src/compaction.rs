@@ -285,27 +285,10 @@ impl Log {
     /// clean. Nothing above the newest checkpoint, the last stable offset or what is committed is cleaned, nor the
     /// active segment.
     pub fn begin_compaction(&mut self, settled: Settled, limits: CompactionLimits) -> Option<Compaction> {
-        let config = self.config.compaction?;
         self.remove_replaced();
-        if self.is_poisoned() || self.is_compacting() {
-            return None;
-        }
-        let inputs: Vec<Input> = self.cleanable(&config, settled.last_stable, &limits);
+        let (config, inputs) = self.due(settled.last_stable, &limits)?;
         let cleaning = &self.compaction.cleaning;
-        let is_dirty = |input: &&Input| input.end_offset > cleaning.clean_to;
-        let total: u64 = inputs.iter().map(|input| input.bytes).sum();
-        let dirty: u64 = inputs.iter().filter(is_dirty).map(|input| input.bytes).sum();
-        let oldest = inputs.iter().position(|input| is_dirty(&input)).map(|at| self.sealed[at].max_timestamp);
-        let is_overdue = config.lag_max.zip(oldest).is_some_and(|(lag, oldest)| oldest.after(lag) <= limits.now);
-        let is_much = dirty > 0 && dirty * 1_000 >= total * u64::from(config.dirty_per_mille_min.min(1_000));
-        let are_tombstones_due =
-            !inputs.is_empty() && cleaning.horizon != Timestamp::NONE && cleaning.horizon <= limits.now;
-        // Until then nobody can be given a part of it together with a part of another one.
-        let is_wanted = dirty > 0 && self.compaction.wanted_to.max(cleaning.dropped_to) > cleaning.clean_to;
-        if !(is_overdue || is_much || are_tombstones_due || is_wanted) {
-            return None;
-        }
-        let keys = inputs.iter().filter(is_dirty).map(|input| input.records).sum();
+        let keys = inputs.iter().filter(|input| input.end_offset > cleaning.clean_to).map(|input| input.records).sum();
         Some(Compaction {
             disk: Arc::clone(&self.disk),
             dir: Arc::clone(&self.dir),
@@ -331,6 +314,33 @@ impl Log {
             totals: CompactionTotals::default(),
             busy: Arc::clone(&self.compaction.busy),
         })
+    }
+
+    /// Whether [`Self::begin_compaction`] would begin a pass where all below `last_stable` is settled: what was aborted may be
+    /// much to tell for a log that is not due.
+    pub fn is_compaction_due(&self, last_stable: Offset, limits: &CompactionLimits) -> bool {
+        self.due(last_stable, limits).is_some()
+    }
+
+    /// What a pass would read, if one is due.
+    fn due(&self, last_stable: Offset, limits: &CompactionLimits) -> Option<(CompactionConfig, Vec<Input>)> {
+        let config = self.config.compaction?;
+        if self.is_poisoned() || self.is_compacting() {
+            return None;
+        }
+        let inputs: Vec<Input> = self.cleanable(&config, last_stable, limits);
+        let cleaning = &self.compaction.cleaning;
+        let is_dirty = |input: &&Input| input.end_offset > cleaning.clean_to;
+        let total: u64 = inputs.iter().map(|input| input.bytes).sum();
+        let dirty: u64 = inputs.iter().filter(is_dirty).map(|input| input.bytes).sum();
+        let oldest = inputs.iter().position(|input| is_dirty(&input)).map(|at| self.sealed[at].max_timestamp);
+        let is_overdue = config.lag_max.zip(oldest).is_some_and(|(lag, oldest)| oldest.after(lag) <= limits.now);
+        let is_much = dirty > 0 && dirty * 1_000 >= total * u64::from(config.dirty_per_mille_min.min(1_000));
+        let are_tombstones_due =
+            !inputs.is_empty() && cleaning.horizon != Timestamp::NONE && cleaning.horizon <= limits.now;
+        // Until then nobody can be given a part of it together with a part of another one.
+        let is_wanted = dirty > 0 && self.compaction.wanted_to.max(cleaning.dropped_to) > cleaning.clean_to;
+        (is_overdue || is_much || are_tombstones_due || is_wanted).then_some((config, inputs))
     }
 
     /// Whether a pass, or a repair of a cleaned segment, is under way.
@@ -424,7 +434,7 @@ impl Log {
     }
 
     /// Removes files that were replaced and that nobody reads any more.
-    pub(crate) fn remove_replaced(&mut self) {
+    pub fn remove_replaced(&mut self) {
         let Self { disk, dir, compaction, .. } = self;
         compaction.replaced.retain(|files| {
             if Arc::strong_count(files) > 1 {
