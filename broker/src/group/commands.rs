@@ -236,6 +236,7 @@ fn join(table: &GroupTable, wanted: Join, now: Timestamp) -> Result<Decided, Err
 
 /// The first epoch of a member is that of the group, which has just grown.
 fn begin(mut draft: Draft<'_>, wanted: Join) -> Result<Decided, Error> {
+    draft.grow_past_displaced();
     draft.grow();
     let epoch = draft.epoch();
     let member = Member {
@@ -267,7 +268,6 @@ fn begin(mut draft: Draft<'_>, wanted: Join) -> Result<Decided, Error> {
 fn take_over(mut draft: Draft<'_>, place: &Arc<str>, wanted: Join) -> Result<Decided, Error> {
     let Some(before) = draft.member(place).cloned() else { return begin(draft, wanted) };
     draft.put(place, None);
-    draft.grow_past(before.epoch);
     let is_another = before.topics != wanted.subscription.topics
         || before.pattern != wanted.subscription.pattern
         || before.rack != wanted.rack

@@ -845,6 +845,26 @@ fn an_epoch_of_a_member_is_never_given_to_its_next_life() {
 }
 
 #[test]
+fn who_lost_its_place_gets_no_epoch_again_that_it_had() {
+    let mut world = World::new(&[(1, 4)]);
+    let with_place = |world: &World, member: &str| Join { instance: "place".to_owned(), ..world.joining(member) };
+    let (mut highest, mut before) = (0, None);
+    for round in 0..4 {
+        let name = format!("m{round}");
+        let join = with_place(&world, &name);
+        let (_, displaced) = world.join_as(join).expect("the place is taken over");
+        assert_eq!(displaced.as_deref(), before.as_deref());
+        world.settle();
+        highest = world.member(&name).epoch;
+        before = Some(name);
+    }
+    assert!(highest > world.group().epoch + 1, "{highest} {}", world.group().epoch);
+    // The one before the last, without a place of its own: it was at an epoch below that of the last one.
+    let again = world.join("m2");
+    assert!(again > highest, "{again} after {highest}");
+}
+
+#[test]
 fn a_late_join_gives_nothing_up() {
     let mut world = World::new(&[(1, 2)]);
     world.join("m");

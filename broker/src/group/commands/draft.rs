@@ -72,6 +72,14 @@ impl<'a> Draft<'a> {
         self.group.epoch = self.group.epoch.max(epoch);
     }
 
+    /// Whoever lost its place to another one under its instance id was at a lower epoch than that one is. The group does not
+    /// grow when that happens, since nobody else is concerned: it does when one comes who may be the one that lost it.
+    pub(super) fn grow_past_displaced(&mut self) {
+        let members = self.base.into_iter().flat_map(|base| base.members.values());
+        let highest = members.filter(|member| !member.instance.is_empty()).map(|member| member.epoch).max();
+        self.grow_past(highest.unwrap_or_default());
+    }
+
     /// # Errors
     /// `GROUP_FULL` where the members now say more of themselves than they may together.
     pub(super) fn check_words(&self) -> Result<(), Error> {
