@@ -105,8 +105,9 @@ pub(crate) async fn run(node: Arc<Node>) {
         let wake_at = endings.next_due().map_or(look_at, |due| due.min(look_at));
         let looks = tokio::select! {
             () = node.transactions.decided.notified() => true,
-            () = tokio::time::sleep_until(wake_at.into()) => Instant::now() >= look_at,
+            () = tokio::time::sleep_until(wake_at.into()) => false,
             Some(done) = tasks.join_next() => {
+                let mut looks = is_short;
                 match done {
                     Ok(Done::Ended(ended)) => {
                         node.transactions.pending.lock().remove(&ended.2);
@@ -115,7 +116,7 @@ pub(crate) async fn run(node: Arc<Node>) {
                     Ok(Done::Left(turn)) => endings.again(turn, Instant::now()),
                     Ok(Done::Looked(tp)) => {
                         looking.remove(&tp);
-                        look_at = Instant::now();
+                        looks = true;
                     }
                     // Which it was is not known. What is begun a second time does no harm: markers repeat.
                     Err(error) => {
@@ -125,23 +126,27 @@ pub(crate) async fn run(node: Arc<Node>) {
                     }
                 }
                 // What was decided meanwhile has woken this by itself.
-                is_short
+                looks
             }
         };
+        let is_time = Instant::now() >= look_at;
         let led = coordinated(&node);
         let mut turns = Vec::new();
         while let Some(turn) = endings.begin_due(Instant::now()) {
             turns.push(turn);
         }
-        if looks {
-            let forgets = forgot.elapsed() >= FORGET_EVERY;
+        if looks || is_time {
+            let forgets = is_time && forgot.elapsed() >= FORGET_EVERY;
             if forgets {
                 forgot = Instant::now();
             }
-            (look_at, is_short) = (Instant::now() + LOOK_EVERY, false);
+            if is_time {
+                look_at = Instant::now() + LOOK_EVERY;
+            }
+            is_short = false;
             for (partition, view) in &led {
                 let epoch = partition.replica.status().leader_epoch();
-                let commands = due(view, now(), forgets);
+                let commands = if is_time { due(view, now(), forgets) } else { Vec::new() };
                 if !commands.is_empty() && looking.insert(partition.tp) {
                     let (node, partition) = (Arc::clone(&node), Arc::clone(partition));
                     tasks.spawn(async move {
