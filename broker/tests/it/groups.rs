@@ -616,8 +616,11 @@ async fn a_member_that_does_not_read_is_not_read_from_and_goes() {
     world.stop().await;
 }
 
+/// What each member owns, by its name.
+type Owned = BTreeMap<String, BTreeSet<(Bytes, i32)>>;
+
 /// One of many members: takes in what it is told, for as long as its stream lives.
-async fn follow(mut member: Member, owned: Arc<Mutex<BTreeMap<String, BTreeSet<(Bytes, i32)>>>>) {
+async fn follow(mut member: Member, owned: Arc<Mutex<Owned>>) {
     loop {
         let beat = tokio::time::sleep(Duration::from_millis(member.joined.heartbeat_interval_ms as u64));
         tokio::select! {
