@@ -493,14 +493,14 @@ impl World {
             self.check(|invariant| invariant.replica(&sight));
             let status = replica.status();
             let group = self.group_of(who.tp);
-            if matches!(status.role, Role::Elected | Role::Leader) {
-                if self.elected.insert((group, status.term.get()), who.replica).is_none() {
-                    self.counts.elections += 1;
-                    let term = status.term.get();
-                    self.trace.note(self.now, "elected", &[broker as u64, group as u64, term], || {
-                        format!("broker {} leads group {group} in term {term}", broker_id(broker))
-                    });
-                }
+            if matches!(status.role, Role::Elected | Role::Leader)
+                && self.elected.insert((group, status.term.get()), who.replica).is_none()
+            {
+                self.counts.elections += 1;
+                let term = status.term.get();
+                self.trace.note(self.now, "elected", &[broker as u64, group as u64, term], || {
+                    format!("broker {} leads group {group} in term {term}", broker_id(broker))
+                });
             }
             // What a leader's clock deleted is gone for readers everywhere.
             if who.tp != METADATA && status.log_start.get() > self.groups[group].trimmed_to {

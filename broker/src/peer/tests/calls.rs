@@ -119,9 +119,7 @@ async fn ranges_are_pulled() {
     assert!(refused.is_retriable(), "{refused}");
     source.knows(&asker);
     let answer = pull(&asker, id(2), PullWhat::Checkpoint).await.expect("a checkpoint");
-    let PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start } = answer else {
-        panic!("{answer:?}")
-    };
+    let PullAnswer::Checkpoint { bytes, first_index, first_offset, local_start } = answer else { panic!("{answer:?}") };
     assert_eq!(local_start, (Offset::new(1), RaftIndex::new(2)));
     assert_eq!((&bytes[..], first_index, first_offset), (&b"a checkpoint"[..], RaftIndex::new(3), Offset::new(5)));
     let (from, to) = (Offset::new(5), Offset::new(9));
