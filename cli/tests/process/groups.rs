@@ -237,6 +237,8 @@ fn a_hanging_transaction_is_seen_and_aborted() {
     assert_eq!(broker.run(&["txn", "list", "--hanging", "1h", "-o", "json"]).json(), json!([]));
     wait_for(&broker, &["txn", "list", "--hanging", "1ms"], |it| it.as_array().is_some_and(|all| all.len() == 1));
     broker.run(&["txn", "abort", "a"]).ok();
+    // Until its partitions are told, it is being aborted, and asking for that once more is no mistake.
+    wait_for(&broker, &["txn", "describe", "a"], |it| it["state"] == "complete_abort");
     broker.run(&["txn", "abort", "a"]).fails(1, &[]);
     // Its producer is cut off.
     open.end().fails(1, &["not committed"]);
