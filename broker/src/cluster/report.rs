@@ -10,6 +10,7 @@ use futures::{StreamExt, stream};
 
 use super::calls::partition;
 use super::drive::group;
+use crate::controller::change::Place;
 use crate::node::Node;
 use crate::partition::{OpenPartition, Slot};
 
@@ -17,6 +18,10 @@ use crate::partition::{OpenPartition, Slot};
 const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// A replica that does not tell of its group within this is reported without: one sick disk is not all of a broker.
 const GROUP_MAX: Duration = Duration::from_millis(200);
+/// Roles of replicas that take no part.
+const OPENING: &str = "opening";
+const PULLING: &str = "pulling";
+const FAILED: &str = "failed";
 /// Groups that are asked side by side.
 const AT_ONCE: usize = 64;
 
@@ -31,7 +36,7 @@ pub(crate) async fn of_this_broker(node: &Node, topics: &[TopicId]) -> ReportRes
                 Slot::Failed(error) | Slot::Refused(error) => Some(ReplicaReport {
                     topic_id: tp.topic.to_bytes().to_vec().into(),
                     partition: tp.partition.get(),
-                    role: "failed".to_owned(),
+                    role: FAILED.to_owned(),
                     error: Some(error.to_detail()),
                     ..ReplicaReport::default()
                 }),
@@ -87,13 +92,13 @@ async fn of_replica(partition: &OpenPartition) -> ReplicaReport {
 
 fn role(role: Role) -> &'static str {
     match role {
-        Role::Opening => "opening",
+        Role::Opening => OPENING,
         Role::Follower => "follower",
         Role::Candidate => "candidate",
         Role::Elected => "elected",
         Role::Leader => "leader",
         Role::Learner => "learner",
-        Role::Pulling => "pulling",
+        Role::Pulling => PULLING,
     }
 }
 
@@ -164,6 +169,12 @@ impl Reports {
         })
     }
 
+    /// What each replica says of itself, to be looked up: there are very many.
+    pub(crate) fn rows(&self) -> Rows<'_> {
+        let rows = self.replicas().map(|(broker, tp, row)| ((broker, tp, row.replica_id), row)).collect();
+        Rows { answered: &self.by_broker, rows }
+    }
+
     /// By partition what its leader says: of several that say they lead the one of the latest term.
     pub(crate) fn leaders(&self) -> HashMap<TopicPartition, (BrokerId, &ReplicaReport)> {
         let mut leaders: HashMap<TopicPartition, (BrokerId, &ReplicaReport)> = HashMap::new();
@@ -174,5 +185,63 @@ impl Reports {
             }
         }
         leaders
+    }
+}
+
+/// What replicas say of themselves; made by [`Reports::rows`].
+#[derive(Debug)]
+pub(crate) struct Rows<'a> {
+    answered: &'a HashMap<BrokerId, ReportResponse>,
+    rows: HashMap<(BrokerId, TopicPartition, u64), &'a ReplicaReport>,
+}
+
+impl Rows<'_> {
+    /// What the replica at this place says.
+    pub(crate) fn of(&self, tp: TopicPartition, place: &Place) -> Option<&ReplicaReport> {
+        self.rows.get(&(place.broker, tp, place.replica.get())).copied()
+    }
+
+    /// Whether the replica at this place takes no part, by its own broker's word: it is being opened or copied, or cannot
+    /// go on. Its leader may not have noticed yet that it is not what it was before its broker was started again. Of a
+    /// broker that did not answer nothing is known.
+    pub(crate) fn is_away(&self, tp: TopicPartition, place: &Place) -> bool {
+        let takes_part = |row: &ReplicaReport| !matches!(row.role.as_str(), OPENING | PULLING | FAILED);
+        self.answered.contains_key(&place.broker) && !self.of(tp, place).is_some_and(takes_part)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use flowstone_protocol::{DirectoryId, PartitionId, ReplicaId};
+
+    use super::*;
+
+    #[test]
+    fn a_replica_is_away_where_its_own_broker_says_so() {
+        let tp = TopicPartition { topic: TopicId::from_bytes([7; 16]), partition: PartitionId::new(0) };
+        let place = |broker: i32, replica: u64| Place {
+            broker: BrokerId::new(broker),
+            directory: DirectoryId::from_bytes([1; 16]),
+            replica: ReplicaId::new(replica),
+        };
+        let row = |replica_id: u64, role: Role| ReplicaReport {
+            topic_id: tp.topic.to_bytes().to_vec().into(),
+            replica_id,
+            role: self::role(role).to_owned(),
+            ..ReplicaReport::default()
+        };
+        let mut reports = Reports::default();
+        let answer = |replicas| ReportResponse { replicas, ..ReportResponse::default() };
+        reports.by_broker.insert(BrokerId::new(1), answer(vec![row(11, Role::Leader)]));
+        reports.by_broker.insert(BrokerId::new(2), answer(vec![row(12, Role::Opening)]));
+        reports.by_broker.insert(BrokerId::new(3), answer(vec![row(13, Role::Pulling)]));
+        reports.by_broker.insert(BrokerId::new(4), answer(vec![row(14, Role::Follower)]));
+        reports.silent.push(BrokerId::new(5));
+        let rows = reports.rows();
+        for (broker, replica, away) in
+            [(1, 11, false), (2, 12, true), (3, 13, true), (4, 14, false), (4, 99, true), (5, 15, false)]
+        {
+            assert_eq!(rows.is_away(tp, &place(broker, replica)), away, "replica {replica} of broker {broker}");
+        }
     }
 }

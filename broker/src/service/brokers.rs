@@ -10,7 +10,7 @@ use super::admin::{decided, decided_as, odd_answer};
 use super::metadata::{brokers, controller};
 use super::topics::in_sync;
 use crate::cluster::control::Again;
-use crate::cluster::report::Reports;
+use crate::cluster::report::{Reports, Rows};
 use crate::controller::change::PartitionEntry;
 use crate::controller::commands::{MetadataCommand, MetadataReply, PlannedMove, ReplaceBroker, can_replace};
 use crate::controller::table::{BrokerEntry, MetadataTable, Topic};
@@ -70,7 +70,7 @@ pub(super) async fn health_here(
         leaderless: 0,
         controller_id: node.id.get(),
     };
-    let rows: Rows<'_> = reports.replicas().map(|(broker, tp, row)| ((broker, tp, row.replica_id), row)).collect();
+    let rows = reports.rows();
     for (topic, tp, entry) in table.entries() {
         response.partitions_total += 1;
         let Some(unhealthy) = partition_health(&table, &rows, topic, tp, entry, leaders.get(&tp).copied()) else {
@@ -135,9 +135,6 @@ fn broker_health(
     }
 }
 
-/// What was reported, by broker, partition and replica: there are very many.
-type Rows<'a> = HashMap<(BrokerId, TopicPartition, u64), &'a flowstone_protocol::peer::ReplicaReport>;
-
 /// What a partition lacks; `None` for nothing.
 fn partition_health(
     table: &MetadataTable,
@@ -150,7 +147,7 @@ fn partition_health(
     let (problem, in_sync) = match leader {
         None => (pb::PartitionProblem::Leaderless, Vec::new()),
         Some((leader, report)) => {
-            let in_sync = in_sync(entry, leader, report);
+            let in_sync = in_sync((tp, entry), leader, report, rows);
             if in_sync.len() >= entry.replicas().len() {
                 return None;
             }
@@ -159,7 +156,7 @@ fn partition_health(
     };
     let lacking = entry.replicas().iter().filter(|place| !in_sync.contains(&place.broker.get())).map(|place| {
         let broker = place.broker;
-        let said = rows.get(&(broker, tp, place.replica.get()));
+        let said = rows.of(tp, place);
         match (table.broker(broker), said) {
             (None, _) => format!("broker {broker} is not part of the cluster any more"),
             (Some(known), _) if known.fenced => format!("broker {broker} is down"),

@@ -12,8 +12,8 @@ use super::admin::{decided, decided_as, handed_on, odd_answer, well_named};
 use super::find;
 use super::partitions::confirmed;
 use crate::cluster::control::Again;
-use crate::cluster::report::{Reports, sickness};
-use crate::controller::change::PartitionEntry;
+use crate::cluster::report::{Reports, Rows, sickness};
+use crate::controller::change::{PartitionEntry, Place};
 use crate::controller::commands::{
     AlterTopic, CreateTopic, MetadataCommand, MetadataReply, internal_topic, unknown_topic,
 };
@@ -222,7 +222,7 @@ pub(super) fn described(node: &Node, topic: &Topic, reports: &Reports) -> pb::To
         };
         pb::ConfigValue { key: key.name.to_owned(), value: value.to_owned(), source: source.into() }
     });
-    let leaders = reports.leaders();
+    let (leaders, rows) = (reports.leaders(), reports.rows());
     let partitions = topic.entries().map(|(tp, entry)| match leaders.get(&tp) {
         Some((leader, report)) => {
             let mut description =
@@ -239,7 +239,7 @@ pub(super) fn described(node: &Node, topic: &Topic, reports: &Reports) -> pb::To
                     ))
                 })
             });
-            description.in_sync = in_sync(entry, *leader, report);
+            description.in_sync = in_sync((tp, entry), *leader, report, &rows);
             description
         }
         None => partition_here(node, tp, entry),
@@ -259,22 +259,24 @@ fn epoch_of(term: u64) -> flowstone_protocol::LeaderEpoch {
         .unwrap_or(flowstone_protocol::LeaderEpoch::NONE)
 }
 
-/// Brokers whose wanted replica votes and has all that is committed, as the leader sees it.
+/// Brokers whose wanted replica votes and has all that is committed, as the leader sees it and unless that broker itself
+/// says otherwise.
 pub(super) fn in_sync(
-    entry: &PartitionEntry,
+    (tp, entry): (TopicPartition, &PartitionEntry),
     leader: BrokerId,
     report: &flowstone_protocol::peer::ReplicaReport,
+    rows: &Rows<'_>,
 ) -> Vec<i32> {
     let follows = |replica: ReplicaId| {
         let member = report.members.iter().find(|member| member.replica_id == replica.get());
         member.is_some_and(|member| member.in_sync && !member.is_learner)
     };
-    let places = entry.replicas().iter();
-    places.filter(|place| place.broker == leader || follows(place.replica)).map(|place| place.broker.get()).collect()
+    let is_in_sync = |place: &&Place| place.broker == leader || follows(place.replica) && !rows.is_away(tp, place);
+    entry.replicas().iter().filter(is_in_sync).map(|place| place.broker.get()).collect()
 }
 
 fn empty(tp: TopicPartition, entry: &PartitionEntry, led: Led) -> pb::PartitionDescription {
-    let brokers = |places: &[crate::controller::change::Place]| places.iter().map(|place| place.broker.get()).collect();
+    let brokers = |places: &[Place]| places.iter().map(|place| place.broker.get()).collect();
     pb::PartitionDescription {
         partition: tp.partition.get(),
         leader_id: led.by.map_or(-1, BrokerId::get),
