@@ -239,6 +239,42 @@ fn begin(mut draft: Draft<'_>, wanted: Join) -> Result<Decided, Error> {
     draft.grow_past_displaced();
     draft.grow();
     let epoch = draft.epoch();
+    let session_timeout_ms = wanted.session_timeout_ms;
+    let (name, member) = newcomer(wanted, epoch);
+    draft.put(&name, Some(member));
+    draft.check_words()?;
+    draft.elect();
+    let reply = GroupReply::Joined { epoch, session_timeout_ms, displaced: None };
+    Ok((draft.into_records(), reply))
+}
+
+/// A newcomer under a known instance id: it gets what its predecessor had, who is nobody from now on.
+fn take_over(mut draft: Draft<'_>, place: &Arc<str>, wanted: Join) -> Result<Decided, Error> {
+    let Some(before) = draft.member(place).cloned() else { return begin(draft, wanted) };
+    draft.put(place, None);
+    let is_another = before.topics != wanted.subscription.topics
+        || before.pattern != wanted.subscription.pattern
+        || before.rack != wanted.rack
+        || before.assignor != wanted.assignor;
+    if is_another {
+        draft.grow();
+    }
+    let epoch = (before.epoch + 1).max(draft.epoch());
+    let session_timeout_ms = wanted.session_timeout_ms;
+    let (name, member) = newcomer(wanted, epoch);
+    // What the other was asked to give up, it has lost with its place.
+    let member = Member { target: before.target, owned: before.owned, changed_at: before.changed_at, ..member };
+    draft.put(&name, Some(member));
+    draft.check_words()?;
+    draft.elect();
+    draft.give();
+    let epoch = draft.member(&name).map_or(epoch, |member| member.epoch);
+    let reply = GroupReply::Joined { epoch, session_timeout_ms, displaced: Some(Arc::clone(place)) };
+    Ok((draft.into_records(), reply))
+}
+
+/// Who joins, by name, with nothing yet.
+fn newcomer(wanted: Join, epoch: i32) -> (Arc<str>, Member) {
     let member = Member {
         instance: wanted.instance,
         client_id: wanted.client_id,
@@ -257,50 +293,7 @@ fn begin(mut draft: Draft<'_>, wanted: Join) -> Result<Decided, Error> {
         away: false,
         changed_at: Offset::new(-1),
     };
-    draft.put(&wanted.member, Some(member));
-    draft.check_words()?;
-    draft.elect();
-    let reply = GroupReply::Joined { epoch, session_timeout_ms: wanted.session_timeout_ms, displaced: None };
-    Ok((draft.into_records(), reply))
-}
-
-/// A newcomer under a known instance id: it gets what its predecessor had, who is nobody from now on.
-fn take_over(mut draft: Draft<'_>, place: &Arc<str>, wanted: Join) -> Result<Decided, Error> {
-    let Some(before) = draft.member(place).cloned() else { return begin(draft, wanted) };
-    draft.put(place, None);
-    let is_another = before.topics != wanted.subscription.topics
-        || before.pattern != wanted.subscription.pattern
-        || before.rack != wanted.rack
-        || before.assignor != wanted.assignor;
-    if is_another {
-        draft.grow();
-    }
-    let epoch = (before.epoch + 1).max(draft.epoch());
-    let member = Member {
-        instance: wanted.instance,
-        client_id: wanted.client_id,
-        host: wanted.host,
-        rack: wanted.rack,
-        topics: wanted.subscription.topics,
-        pattern: wanted.subscription.pattern,
-        assignor: wanted.assignor,
-        session_timeout_ms: wanted.session_timeout_ms,
-        rebalance_timeout_ms: wanted.rebalance_timeout_ms,
-        epoch,
-        previous_epoch: 0,
-        // What the other was asked to give up, it has lost with its place.
-        revoking: Vec::new(),
-        away: false,
-        ..before
-    };
-    draft.put(&wanted.member, Some(member));
-    draft.check_words()?;
-    draft.elect();
-    draft.give();
-    let epoch = draft.member(&wanted.member).map_or(epoch, |member| member.epoch);
-    let displaced = Some(Arc::clone(place));
-    let reply = GroupReply::Joined { epoch, session_timeout_ms: wanted.session_timeout_ms, displaced };
-    Ok((draft.into_records(), reply))
+    (wanted.member, member)
 }
 
 /// A member that is known joins: over another stream, or after it lost its memory.

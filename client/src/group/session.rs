@@ -125,22 +125,14 @@ impl Session {
         let mut client = GroupsClient::new(channel);
         let call = client.session(Outbound(requests));
         let timeout = self.coordinator.cluster().request_timeout();
-        let stream = match tokio::time::timeout(timeout, call).await {
-            Ok(Ok(response)) => response.into_inner(),
-            Ok(Err(status)) => {
-                let error = Error::from_status(&address, status);
-                self.coordinator.failed(&address, &error);
-                self.shared.state().membership.broken();
-                return Err(error);
-            }
-            Err(_) => {
-                let error = Error::unreachable(format!("the coordinator at {address} did not answer in {timeout:?}"));
-                self.coordinator.failed(&address, &error);
-                self.shared.state().membership.broken();
-                return Err(error);
-            }
+        let error = match tokio::time::timeout(timeout, call).await {
+            Ok(Ok(response)) => return Ok((address, response.into_inner(), outbound)),
+            Ok(Err(status)) => Error::from_status(&address, status),
+            Err(_) => Error::unreachable(format!("the coordinator at {address} did not answer in {timeout:?}")),
         };
-        Ok((address, stream, outbound))
+        self.coordinator.failed(&address, &error);
+        self.shared.state().membership.broken();
+        Err(error)
     }
 
     /// What goes on while there is no stream: time. Returns when the member may go.
@@ -256,7 +248,7 @@ impl Session {
         }
     }
 
-    /// Says good-bye, once every commit is answered.
+    /// Says good-bye: every commit is answered by now, or waited for long enough.
     async fn leave(
         &self,
         outbound: mpsc::UnboundedSender<pb::SessionRequest>,

@@ -12,12 +12,13 @@
 //! One thing must not be mixed: a part of before a tombstone did its work, and a part of after it went. Each replica cleans by
 //! its own clock, so that is told by offsets: see [`Cleanness`].
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use flowstone_protocol::batch::split_batches;
-use flowstone_protocol::{BatchError, LeaderEpoch, Offset, RaftIndex, Timestamp};
+use flowstone_protocol::{BatchError, BatchHeader, LeaderEpoch, Offset, RaftIndex, Timestamp};
 
 use super::manifest::{CleanedSegment, Cleaning};
 use super::writer::{Writer, within};
@@ -28,7 +29,35 @@ use crate::log::Log;
 use crate::lookup::Which;
 use crate::read::ReadTicket;
 use crate::segment::SegmentName;
-use crate::walk::{check_placed, is_own_control};
+use crate::walk::check_placed;
+
+/// A batch that was given, and checked.
+struct Given {
+    header: BatchHeader,
+    batch: Bytes,
+    /// Its type where it is one of the log's own that this program knows.
+    control: Option<i16>,
+}
+
+/// The batches of this run, each the one that belongs behind the one before, the first behind one of `epoch`.
+///
+/// # Errors
+/// What is wrong with the first that does not.
+fn given(bytes: Bytes, wanted: Range<Offset>, epoch: Option<LeaderEpoch>) -> Result<Vec<Given>, String> {
+    let mut all = Vec::new();
+    let (mut next, mut epoch) = (wanted.start, epoch);
+    for split in split_batches(bytes) {
+        let (header, batch) = split.map_err(|error| error.to_string())?;
+        let checked = check_placed(&batch, &header, next, None, epoch);
+        let control = checked.or_else(|wrong| wrong.unless_newer().map(|()| None))?;
+        (next, epoch) = (header.next_offset(), Some(header.leader_epoch));
+        if next > wanted.end {
+            return Err(format!("offsets up to {next}, wanted up to {}", wanted.end));
+        }
+        all.push(Given { header, batch, control });
+    }
+    Ok(all)
+}
 
 /// How far a log, or a part of one, is cleaned.
 ///
@@ -212,22 +241,12 @@ impl Copying {
     ///
     /// Fails with [`StorageError::Refused`], having written nothing, where that is not what belongs there.
     pub(crate) fn append(&mut self, bytes: Bytes, cleanness: Cleanness) -> Result<(), StorageError> {
-        let mut batches = Vec::new();
-        let (mut next, mut epoch) = (self.next, self.epoch);
-        for split in split_batches(bytes) {
-            let refused = |detail: String| StorageError::Refused { index: self.next_index, detail };
-            let (header, batch) = split.map_err(|error| refused(error.to_string()))?;
-            let checked = check_placed(&batch, &header, next, None, epoch).map(|_| ());
-            checked.or_else(|wrong| wrong.unless_newer()).map_err(refused)?;
-            (next, epoch) = (header.next_offset(), Some(header.leader_epoch));
-            if next > self.end {
-                return Err(refused(format!("offsets up to {next}, wanted up to {}", self.end)));
-            }
-            batches.push((header, batch));
-        }
+        let refused = |detail| StorageError::Refused { index: self.next_index, detail };
+        let given = given(bytes, self.next..self.end, self.epoch).map_err(refused)?;
+        let next = given.last().map_or(self.next, |given| given.header.next_offset());
         let Cleanness { clean_to, dropped_to } = self.held().and(cleanness, next);
         (self.cleaning.clean_to, self.cleaning.dropped_to) = (clean_to, dropped_to);
-        for (header, batch) in batches {
+        for Given { header, batch, control } in given {
             let is_full = self.writer.as_ref().is_some_and(|writer| {
                 writer.bytes() + batch.len() as u64 > self.segment_bytes
                     || header.next_offset().get() - writer.name().base_offset.get() > super::SEGMENT_OFFSETS_MAX
@@ -243,10 +262,6 @@ impl Copying {
                     none.insert(Writer::begin(&self.disk, &self.dir, name, self.epoch)?)
                 }
             };
-            let control = is_own_control(header.attributes)
-                .then(|| flowstone_protocol::control::decode_control(&batch).ok())
-                .flatten()
-                .map(|record| record.ctype.id());
             writer.put(&header, control, &batch)?;
             (self.next, self.epoch) = (header.next_offset(), Some(header.leader_epoch));
         }
@@ -358,19 +373,8 @@ impl SegmentCopy {
     /// Fails with [`StorageError::Refused`], having written nothing, where that is not what belongs there: ask another
     /// replica. After any other failure: drop it.
     pub fn append(&mut self, bytes: Bytes, cleanness: Cleanness) -> Result<(), StorageError> {
-        let mut batches = Vec::new();
-        let (mut next, mut epoch) = (self.next, self.epoch);
-        for split in split_batches(bytes) {
-            let refused = |detail: String| StorageError::Refused { index: self.name.first_index, detail };
-            let (header, batch) = split.map_err(|error| refused(error.to_string()))?;
-            let checked = check_placed(&batch, &header, next, None, epoch).map(|_| ());
-            checked.or_else(|wrong| wrong.unless_newer()).map_err(refused)?;
-            (next, epoch) = (header.next_offset(), Some(header.leader_epoch));
-            if next > self.end {
-                return Err(refused(format!("offsets up to {next}, wanted up to {}", self.end)));
-            }
-            batches.push((header, batch));
-        }
+        let refused = |detail| StorageError::Refused { index: self.name.first_index, detail };
+        let given = given(bytes, self.next..self.end, self.epoch).map_err(refused)?;
         let writer = match &mut self.writer {
             Some(writer) => writer,
             none => {
@@ -379,15 +383,11 @@ impl SegmentCopy {
                 none.insert(Writer::begin(&self.disk, &self.dir, name, self.epoch)?)
             }
         };
-        for (header, batch) in batches {
-            let control = is_own_control(header.attributes)
-                .then(|| flowstone_protocol::control::decode_control(&batch).ok())
-                .flatten()
-                .map(|record| record.ctype.id());
+        for Given { header, batch, control } in given {
             writer.put(&header, control, &batch)?;
+            (self.next, self.epoch) = (header.next_offset(), Some(header.leader_epoch));
         }
-        (self.next, self.epoch) = (next, epoch);
-        self.held = self.held.and(cleanness, next);
+        self.held = self.held.and(cleanness, self.next);
         if self.next == self.end { self.finish() } else { Ok(()) }
     }
 
