@@ -4,7 +4,7 @@
 //! One task runs per partition of `__consumer_offsets` that is led here. What it keeps in memory (who was heard when, open
 //! streams) ends with the leadership; the next coordinator gives every member a whole session.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{HashMap, HashSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -17,6 +17,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use super::commands::{GroupCommand, GroupReply, Install, offsets, unknown_member};
 use super::pattern::Patterns;
 use super::plan::{Wanting, concerns, wanted_topic};
+use super::presence::{Presence, Verdict};
 use super::state::GroupTable;
 use crate::controller::table::MetadataTable;
 use crate::coordinator::Published;
@@ -63,31 +64,16 @@ impl Door {
     }
 }
 
-/// What is known of a member while this broker coordinates its group.
+/// A member while this broker coordinates its group.
 #[derive(Debug)]
-struct Presence {
-    heard: Instant,
+struct Attendance {
+    presence: Presence,
     door: Option<Arc<Door>>,
-    /// What it has to give up, and since when: each partition has a rebalance timeout of its own.
-    revoking: BTreeMap<TopicPartition, Instant>,
 }
 
-impl Presence {
+impl Attendance {
     fn new(now: Instant) -> Self {
-        Self { heard: now, door: None, revoking: BTreeMap::new() }
-    }
-
-    /// This is what it has to give up now.
-    fn asked(&mut self, revoking: &[TopicPartition], now: Instant) {
-        self.revoking.retain(|tp, _| revoking.binary_search(tp).is_ok());
-        for tp in revoking {
-            self.revoking.entry(*tp).or_insert(now);
-        }
-    }
-
-    /// Whether it keeps something for longer than `timeout`.
-    fn keeps(&self, timeout: Duration, now: Instant) -> bool {
-        self.revoking.values().any(|since| now.saturating_duration_since(*since) > timeout)
+        Self { presence: Presence::new(now), door: None }
     }
 }
 
@@ -95,13 +81,13 @@ impl Presence {
 #[derive(Debug, Default)]
 struct Present {
     /// Held for a look or a change; nothing waits inside.
-    members: Mutex<HashMap<Who, Presence>>,
+    members: Mutex<HashMap<Who, Attendance>>,
     /// The leadership is over: nobody enters any more. Changed and read while `members` is held.
     is_over: AtomicBool,
 }
 
 impl Present {
-    fn lock(&self) -> MutexGuard<'_, HashMap<Who, Presence>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Who, Attendance>> {
         self.members.lock()
     }
 
@@ -112,9 +98,9 @@ impl Present {
             return Err(not_coordinator());
         }
         let now = Instant::now();
-        let presence = members.entry((Arc::clone(group), Arc::clone(member))).or_insert_with(|| Presence::new(now));
-        presence.heard = now;
-        if let Some(earlier) = presence.door.replace(Arc::clone(&door)) {
+        let attendance = members.entry((Arc::clone(group), Arc::clone(member))).or_insert_with(|| Attendance::new(now));
+        attendance.presence.heard(now);
+        if let Some(earlier) = attendance.door.replace(Arc::clone(&door)) {
             let why = "another stream goes on with this membership; only one may";
             earlier.end(Error::new(ErrorCode::StaleMemberEpoch, why));
         }
@@ -125,8 +111,8 @@ impl Present {
     fn close(&self) {
         let members = self.lock();
         self.is_over.store(true, Ordering::Relaxed);
-        for presence in members.values() {
-            if let Some(door) = &presence.door {
+        for attendance in members.values() {
+            if let Some(door) = &attendance.door {
                 door.end(not_coordinator());
             }
         }
@@ -152,24 +138,24 @@ impl LedGroups {
 
     /// The member said something.
     pub(crate) fn heard(&self, group: &Arc<str>, member: &Arc<str>) {
-        if let Some(presence) = self.present.lock().get_mut(&(Arc::clone(group), Arc::clone(member))) {
-            presence.heard = Instant::now();
+        if let Some(attendance) = self.present.lock().get_mut(&(Arc::clone(group), Arc::clone(member))) {
+            attendance.presence.heard(Instant::now());
         }
     }
 
     /// The session's stream is gone. The membership goes on until its timeout.
     pub(crate) fn exit(&self, group: &Arc<str>, member: &Arc<str>, door: &Arc<Door>) {
-        if let Some(presence) = self.present.lock().get_mut(&(Arc::clone(group), Arc::clone(member)))
-            && presence.door.as_ref().is_some_and(|current| Arc::ptr_eq(current, door))
+        if let Some(attendance) = self.present.lock().get_mut(&(Arc::clone(group), Arc::clone(member)))
+            && attendance.door.as_ref().is_some_and(|current| Arc::ptr_eq(current, door))
         {
-            presence.door = None;
+            attendance.door = None;
         }
     }
 
     /// The member is one no more.
     pub(crate) fn end(&self, group: &Arc<str>, member: &Arc<str>, why: Error) {
         let gone = self.present.lock().remove(&(Arc::clone(group), Arc::clone(member)));
-        if let Some(door) = gone.and_then(|presence| presence.door) {
+        if let Some(door) = gone.and_then(|attendance| attendance.door) {
             door.end(why);
         }
     }
@@ -350,9 +336,8 @@ impl Driver {
             let now = Instant::now();
             if now.saturating_duration_since(until.max(started)) > STOOD_STILL {
                 tracing::warn!("this process stood still; all members of groups are given a new session");
-                for presence in self.led.present.lock().values_mut() {
-                    presence.heard = now;
-                    presence.revoking.values_mut().for_each(|since| *since = now);
+                for attendance in self.led.present.lock().values_mut() {
+                    attendance.presence.anew(now);
                 }
             }
             if now >= looked + TICK {
@@ -375,9 +360,9 @@ impl Driver {
             for (name, group) in table.groups().filter(|(_, group)| !group.members.is_empty()) {
                 self.dirty.insert(Arc::clone(name), now);
                 for (id, member) in &group.members {
-                    let mut presence = Presence::new(now);
-                    presence.asked(&member.revoking, now);
-                    present.insert((Arc::clone(name), Arc::clone(id)), presence);
+                    let mut attendance = Attendance::new(now);
+                    attendance.presence.asked(&member.revoking, now);
+                    present.insert((Arc::clone(name), Arc::clone(id)), attendance);
                 }
             }
             self.seen = crate::coordinator::StateMachine::applied(table);
@@ -398,9 +383,9 @@ impl Driver {
                 }
                 let Some((id, member)) = member.and_then(|id| Some((id, group.members.get(id)?))) else { continue };
                 let who = (Arc::clone(name), Arc::clone(id));
-                let presence = present.entry(who).or_insert_with(|| Presence::new(now));
-                presence.asked(&member.revoking, now);
-                if let Some(door) = &presence.door {
+                let attendance = present.entry(who).or_insert_with(|| Attendance::new(now));
+                attendance.presence.asked(&member.revoking, now);
+                if let Some(door) = &attendance.door {
                     door.wake.notify_one();
                 }
             }
@@ -475,16 +460,15 @@ impl Driver {
         {
             let present = self.led.present.lock();
             self.led.view.with(|table| {
-                for ((name, id), presence) in &*present {
+                for ((name, id), attendance) in &*present {
                     let member = table.group(name).and_then(|group| group.members.get(id));
                     let Some(member) = member else {
                         gone.push((Arc::clone(name), Arc::clone(id)));
                         continue;
                     };
-                    let is_silent = now.saturating_duration_since(presence.heard) > member.session_timeout();
-                    let keeps = presence.keeps(member.rebalance_timeout(), now);
-                    if is_silent || keeps {
-                        silent.push((Arc::clone(name), Arc::clone(id), is_silent));
+                    let verdict = attendance.presence.verdict(member, now);
+                    if verdict != Verdict::Stays {
+                        silent.push((Arc::clone(name), Arc::clone(id), verdict == Verdict::IsSilent));
                     }
                 }
             });
@@ -592,31 +576,6 @@ impl Driver {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn tp(partition: i32) -> TopicPartition {
-        TopicPartition { topic: TopicId::new(1), partition: PartitionId::new(partition) }
-    }
-
-    #[test]
-    fn whoever_gives_up_what_it_is_asked_for_is_not_removed_in_a_long_series_of_rebalances() {
-        let (start, timeout) = (Instant::now(), Duration::from_secs(60));
-        let mut presence = Presence::new(start);
-        // Every 20 s it is asked for another one, in the same moment in which it gives the last one up.
-        for round in 0..30 {
-            let now = start + Duration::from_secs(20) * round;
-            presence.asked(&[tp(round as i32)], now);
-            assert!(!presence.keeps(timeout, now), "round {round}");
-        }
-        // One that it keeps counts, whatever else it gives up.
-        let asked = start + Duration::from_secs(600);
-        for round in 0..5 {
-            let now = asked + Duration::from_secs(20) * round;
-            presence.asked(&[tp(100), tp(200 + round as i32)], now);
-            assert_eq!(presence.keeps(timeout, now), round > 3, "round {round}");
-        }
-        presence.asked(&[], asked);
-        assert!(!presence.keeps(timeout, asked + timeout * 10));
-    }
 
     #[test]
     fn nobody_enters_once_the_leadership_is_over() {

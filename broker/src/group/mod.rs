@@ -15,6 +15,7 @@ pub(crate) mod commands;
 pub(crate) mod driver;
 pub(crate) mod pattern;
 pub(crate) mod plan;
+pub(crate) mod presence;
 pub(crate) mod records;
 pub(crate) mod state;
 #[cfg(test)]

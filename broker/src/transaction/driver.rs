@@ -10,9 +10,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use flowstone_protocol::peer::{TransactionMarker, WriteMarkersRequest, WriteMarkersResponse};
-use flowstone_protocol::{
-    BrokerId, Error, ErrorCode, LeaderEpoch, Marker, ProducerEpoch, ProducerId, Timestamp, TopicPartition,
-};
+use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, ProducerEpoch, ProducerId, TopicPartition};
 use flowstone_replication::Reply;
 use futures::future::join_all;
 use parking_lot::Mutex;
@@ -23,6 +21,7 @@ use super::adder::{TransactionAdder, detail, result};
 use super::commands::TransactionCommand;
 use super::endings::{Ending, Endings, Turn};
 use super::state::{Decision, TransactionTable};
+use super::upkeep::{begin_decided, due, marker_of};
 use crate::cluster::calls;
 use crate::coordinator::Published;
 use crate::group::commands::{GroupCommand, GroupReply};
@@ -35,8 +34,6 @@ use crate::service::{find, now, submit};
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// Ids that were not used for long are looked for this often.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
-/// Ids forgotten, or aborted for their time, at one go.
-const AT_ONCE: usize = 1_000;
 /// Transactions whose markers are written side by side; the next ones wait their turn.
 const ENDING_MAX: usize = 1_000;
 /// A call takes at most this long.
@@ -146,7 +143,10 @@ pub(crate) async fn run(node: Arc<Node>) {
             is_short = false;
             for (partition, view) in &led {
                 let epoch = partition.replica.status().leader_epoch();
-                let commands = if is_time { due(view, now(), forgets) } else { Vec::new() };
+                let commands = match is_time {
+                    true => view.with(|table| due(table, now(), forgets, fresh_producer)),
+                    false => Vec::new(),
+                };
                 if !commands.is_empty() && looking.insert(partition.tp) {
                     let (node, partition) = (Arc::clone(&node), Arc::clone(partition));
                     tasks.spawn(async move {
@@ -155,16 +155,10 @@ pub(crate) async fn run(node: Arc<Node>) {
                         Done::Looked(partition.tp)
                     });
                 }
-                let room = endings.room();
-                let decided: Vec<(Ending, BTreeSet<TopicPartition>)> = view.with(|table| {
-                    let preparing = table.preparing().filter_map(|(id, transaction)| {
-                        let key = (partition.tp, epoch, Arc::clone(id), transaction.decision()?);
-                        (!endings.is_known(&key)).then(|| (key, transaction.partitions.clone()))
-                    });
-                    preparing.take(room + 1).collect()
-                });
-                is_short |= decided.len() > room;
-                turns.extend(decided.into_iter().filter_map(|(key, partitions)| endings.begin(key, partitions)));
+                let (begun, were_too_few) =
+                    view.with(|table| begin_decided(&mut endings, (partition.tp, epoch), table));
+                is_short |= were_too_few;
+                turns.extend(begun);
             }
         }
         for turn in turns {
@@ -179,24 +173,6 @@ pub(crate) async fn run(node: Arc<Node>) {
             tasks.spawn(async move { end(&node, &partition, turn).await });
         }
     }
-}
-
-/// What the clock asks for: transactions that were open for too long, and ids that were not used for long.
-fn due(view: &Published<TransactionTable>, now: Timestamp, forgets: bool) -> Vec<TransactionCommand> {
-    view.with(|table| {
-        let overdue = table.overdue(now).take(AT_ONCE).cloned();
-        let mut due: Vec<TransactionCommand> =
-            overdue.map(|id| TransactionCommand::TimeOut { id, fresh: fresh_producer() }).collect();
-        if !due.is_empty() {
-            tracing::info!(count = due.len(), "transactions were open for too long; they are aborted");
-        }
-        let unused: Vec<Arc<str>> =
-            if forgets { table.unused(now).take(AT_ONCE).cloned().collect() } else { Vec::new() };
-        if !unused.is_empty() {
-            due.push(TransactionCommand::Forget(unused));
-        }
-        due
-    })
 }
 
 async fn act(node: &Node, partition: &OpenPartition, command: TransactionCommand) -> bool {
@@ -217,7 +193,8 @@ pub(crate) fn fresh_producer() -> ProducerId {
 
 /// Tries to write the markers of one decision that are left, each once; where none is left, the coordinator notes it.
 async fn end(node: &Arc<Node>, partition: &OpenPartition, mut turn: Turn) -> Done {
-    let (_, epoch, id, decision) = &turn.ending;
+    let ending = turn.ending.clone();
+    let (_, epoch, id, decision) = &ending;
     let is_coordinator = || {
         let status = partition.replica.status();
         status.is_ready() && status.leader_epoch() == *epoch
@@ -241,26 +218,23 @@ async fn end(node: &Arc<Node>, partition: &OpenPartition, mut turn: Turn) -> Don
         }
         let calls = by_broker.into_iter().map(|(broker, tps)| write(node, broker, tps, *decision, *epoch));
         for (tp, written) in join_all(calls).await.into_iter().flatten() {
-            let Err(error) = written else {
-                turn.left.remove(&tp);
-                continue;
-            };
-            match after(&error) {
-                After::Over => {
+            let is_over = turn.take(tp, written.as_ref().map(|()| ()));
+            let Err(error) = written else { continue };
+            match is_over {
+                true => {
                     if error.code == ErrorCode::InvalidTransactionState {
                         tracing::error!(
                             transactional_id = %id, %tp, %error,
                             "a transaction is ended in a partition otherwise than it was decided: it is not whole"
                         );
                     }
-                    turn.left.remove(&tp);
                 }
                 // Whoever replaced this coordinator goes on.
-                After::Again if error.code == ErrorCode::NotCoordinator && !is_coordinator() => {}
-                After::Again if error.is_retriable() => {
+                false if error.code == ErrorCode::NotCoordinator && !is_coordinator() => {}
+                false if error.is_retriable() => {
                     tracing::debug!(transactional_id = %id, %tp, %error, "a marker could not be written; it is tried again");
                 }
-                After::Again => {
+                false => {
                     tracing::warn!(transactional_id = %id, %tp, %error, "a marker was refused; it is tried again");
                 }
             }
@@ -275,25 +249,6 @@ async fn end(node: &Arc<Node>, partition: &OpenPartition, mut turn: Turn) -> Don
         node.transactions.pending.lock().insert(Arc::clone(id), turn.left.clone());
     }
     Done::Left(turn)
-}
-
-/// What a marker's refusal means for its partition.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum After {
-    /// The transaction has come to its end there.
-    Over,
-    Again,
-}
-
-const fn after(refusal: &Error) -> After {
-    match refusal.code {
-        // A later transaction began there: this one is over.
-        ErrorCode::ProducerFenced => After::Over,
-        // It has an end there, and no second one is ever taken: after a recovery of the coordinator's log with a loss, what
-        // was decided may have been decided anew.
-        ErrorCode::InvalidTransactionState => After::Over,
-        _ => After::Again,
-    }
 }
 
 /// Those that are deleted for certain: one that is not known here may be newer than what this broker has heard.
@@ -348,12 +303,7 @@ async fn mark(node: &Arc<Node>, tp: TopicPartition, decision: Decision, coordina
         {}
         return Ok(());
     }
-    let marker = Marker {
-        producer_id: decision.producer,
-        producer_epoch: decision.epoch,
-        commit: decision.commit,
-        coordinator_epoch: coordinator,
-    };
+    let marker = marker_of(decision, coordinator);
     let (sender, receiver) = oneshot::channel();
     partition.replica.marker(marker, Reply::from(sender));
     let stopped = || Error::new(ErrorCode::ShuttingDown, "this broker is shutting down; try again when it is back");
@@ -370,25 +320,4 @@ pub(crate) async fn answer_markers(node: &Arc<Node>, request: WriteMarkersReques
         mark(node, tp, decision, LeaderEpoch::new(marker.coordinator_epoch)).await
     });
     WriteMarkersResponse { results: join_all(marks).await.into_iter().map(detail).collect() }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_refusal_that_stays_so_is_not_tried_again() {
-        for (code, wanted) in [
-            (ErrorCode::ProducerFenced, After::Over),
-            (ErrorCode::InvalidTransactionState, After::Over),
-            (ErrorCode::NotCoordinator, After::Again),
-            (ErrorCode::NotLeader, After::Again),
-            (ErrorCode::NoLeader, After::Again),
-            (ErrorCode::TimedOut, After::Again),
-            (ErrorCode::Overloaded, After::Again),
-            (ErrorCode::Internal, After::Again),
-        ] {
-            assert_eq!(after(&Error::new(code, "")), wanted, "{code}");
-        }
-    }
 }

@@ -24,21 +24,21 @@ const RETRY_MIN: Duration = Duration::from_millis(10);
 const RETRY_MAX: Duration = Duration::from_secs(1);
 
 /// One decision that is being carried out: by the coordinator of a partition and leader epoch, of a transactional id.
-pub(super) type Ending = (TopicPartition, LeaderEpoch, Arc<str>, Decision);
+pub(crate) type Ending = (TopicPartition, LeaderEpoch, Arc<str>, Decision);
 
 /// One try to carry a decision out.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Turn {
-    pub(super) ending: Ending,
+pub(crate) struct Turn {
+    pub(crate) ending: Ending,
     /// Partitions that lack their marker.
-    pub(super) left: BTreeSet<TopicPartition>,
+    pub(crate) left: BTreeSet<TopicPartition>,
     /// Before the next try.
     pause: Duration,
 }
 
 /// All that are known of, in memory alone.
 #[derive(Debug)]
-pub(super) struct Endings {
+pub(crate) struct Endings {
     places: usize,
     /// Those that have a place; and of them those that have had one before.
     working: HashSet<Ending>,
@@ -50,7 +50,7 @@ pub(super) struct Endings {
 }
 
 impl Endings {
-    pub(super) fn new(places: usize) -> Self {
+    pub(crate) fn new(places: usize) -> Self {
         Self {
             places,
             working: HashSet::new(),
@@ -62,17 +62,17 @@ impl Endings {
     }
 
     /// Whether it has a place, or waits for one again.
-    pub(super) fn is_known(&self, ending: &Ending) -> bool {
+    pub(crate) fn is_known(&self, ending: &Ending) -> bool {
         self.working.contains(ending) || self.waiting_of.contains(ending)
     }
 
     /// Places that nobody has.
-    pub(super) fn room(&self) -> usize {
+    pub(crate) fn room(&self) -> usize {
         self.places.saturating_sub(self.working.len())
     }
 
     /// A decision that was not known is given a place; `None` where there is none.
-    pub(super) fn begin(&mut self, ending: Ending, left: BTreeSet<TopicPartition>) -> Option<Turn> {
+    pub(crate) fn begin(&mut self, ending: Ending, left: BTreeSet<TopicPartition>) -> Option<Turn> {
         if self.room() == 0 || self.is_known(&ending) {
             return None;
         }
@@ -81,7 +81,7 @@ impl Endings {
     }
 
     /// One whose pause is over is given a place again. Half of the places are for those that were never tried.
-    pub(super) fn begin_due(&mut self, now: Instant) -> Option<Turn> {
+    pub(crate) fn begin_due(&mut self, now: Instant) -> Option<Turn> {
         if self.next_due()? > now {
             return None;
         }
@@ -93,19 +93,19 @@ impl Endings {
     }
 
     /// When the next one may be given a place again; `None` where none waits, or there is no place for it.
-    pub(super) fn next_due(&self) -> Option<Instant> {
+    pub(crate) fn next_due(&self) -> Option<Instant> {
         let (due, _) = *self.waiting.first_key_value()?.0;
         (self.room() > 0 && self.again.len() < self.places.div_ceil(2)).then_some(due)
     }
 
     /// It is carried out, or another coordinator's.
-    pub(super) fn ended(&mut self, ending: &Ending) {
+    pub(crate) fn ended(&mut self, ending: &Ending) {
         self.working.remove(ending);
         self.again.remove(ending);
     }
 
     /// Something is left to be done: it waits, and its place is free.
-    pub(super) fn again(&mut self, turn: Turn, now: Instant) {
+    pub(crate) fn again(&mut self, turn: Turn, now: Instant) {
         self.ended(&turn.ending);
         if self.waiting_of.insert(turn.ending.clone()) {
             let due = now + turn.pause;
@@ -116,7 +116,7 @@ impl Endings {
     }
 
     /// Nothing is known any more.
-    pub(super) fn clear(&mut self) {
+    pub(crate) fn clear(&mut self) {
         *self = Self { next: self.next, ..Self::new(self.places) };
     }
 }

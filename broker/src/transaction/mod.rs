@@ -3,9 +3,10 @@
 pub(crate) mod adder;
 pub(crate) mod commands;
 pub(crate) mod driver;
-mod endings;
+pub(crate) mod endings;
 pub(crate) mod records;
 pub(crate) mod state;
+pub(crate) mod upkeep;
 
 #[cfg(test)]
 mod model_tests;
