@@ -15,6 +15,7 @@ use std::sync::Arc;
 use flowstone_protocol::control::log_start_of;
 use flowstone_protocol::{BatchHeader, ControlType, RaftIndex, ReplicaId, Term, Timestamp};
 use flowstone_storage::checkpoint::{CREATION_INDEX, Checkpoint};
+use flowstone_storage::recovery::Answered;
 use flowstone_storage::{
     DataDir, Disk, EntryBody, HardState, Install, KeptLog, Log, OpenError, OpenMode, ReplicaIdentity, StorageError,
 };
@@ -279,8 +280,11 @@ impl OpenJob {
     }
 
     fn open_log(&self) -> Result<Log, Unusable> {
-        let flushed = self.hard_state.map_or(CREATION_INDEX, |state| state.flushed);
-        Ok(Log::open(Arc::clone(&self.disk), &self.spec.dir, self.spec.log.clone(), flushed, self.now)?)
+        let answered = Answered {
+            flushed: self.hard_state.map_or(CREATION_INDEX, |state| state.flushed),
+            written: self.relaxed_in() == Relaxed::Now,
+        };
+        Ok(Log::open(Arc::clone(&self.disk), &self.spec.dir, self.spec.log.clone(), answered, self.now)?)
     }
 
     fn has_peers(&self, log: &Log) -> bool {

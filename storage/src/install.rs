@@ -28,6 +28,7 @@ use crate::disk::{Disk, OpenMode};
 use crate::error::{OpenError, StorageError};
 use crate::log::{Log, LogConfig, LogEntry};
 use crate::open::FoundFiles;
+use crate::recovery::Answered;
 use crate::scrub::is_unreadable;
 use crate::small_file::{self, Fields, FrameError};
 
@@ -284,9 +285,9 @@ impl Install {
         let begun = checkpoint_before(&target, first, flushed_to);
         // Nothing is appended to it but what is pulled, in large pieces; and no topic's clock applies to it.
         let config = LogConfig { zero_ahead_bytes: 0, segment_age: None, ..config };
-        let (disk, durable) = (Arc::clone(disk), begun.applied);
+        let (disk, answered) = (Arc::clone(disk), Answered::from(begun.applied));
         let log =
-            Log::open_from(Arc::clone(&disk), &incoming, config, identity, found, begun, durable, Timestamp::NONE)?;
+            Log::open_from(Arc::clone(&disk), &incoming, config, identity, found, begun, answered, Timestamp::NONE)?;
         Ok(Self { disk, dir: dir.to_owned(), incoming, first, target, log, copying })
     }
 

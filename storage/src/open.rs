@@ -23,7 +23,7 @@ use crate::install::{self, PROGRESS_NAME};
 use crate::log::{Log, LogConfig, OpenLog, write_blocks};
 use crate::planted::{Bug, is_planted};
 use crate::recovery::{
-    CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
+    Answered, CheckpointDecision, CheckpointFact, IndexFacts, SegmentDecision, SegmentFacts, WalkEnd, believed_slots,
     decide_checkpoint, decide_no_segments, decide_segment, first_needed, keeps_spare,
 };
 use crate::segment::{Active, IndexFile, Sealed, SegmentName};
@@ -40,14 +40,15 @@ impl Log {
     /// how far commit really is. Afterwards all entries are flushed.
     ///
     /// Fails with [`OpenError::Quarantine`], having changed nothing, where an entry up to `flushed` or the checkpoint
-    /// is gone or unreadable. `now` is not used to decide what to keep.
+    /// is gone or unreadable, or another one that was answered for. `now` is not used to decide what to keep.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: &Path,
         config: LogConfig,
-        flushed: RaftIndex,
+        answered: impl Into<Answered>,
         now: Timestamp,
     ) -> Result<Self, OpenError> {
+        let Answered { flushed, written } = answered.into();
         install::swap_in(&disk, dir).map_err(OpenError::of_storage)?;
         let identity = ReplicaIdentity::read(&disk, dir)?;
         let mut found = FoundFiles::list(&disk, dir)?;
@@ -59,7 +60,8 @@ impl Log {
         let spare = found.spare_checkpoint(&disk, dir, &checkpoint)?;
         let mut useless = found.checkpoints.clone();
         useless.retain(|applied| *applied != checkpoint.applied && Some(*applied) != spare);
-        let mut log = Self::open_from(disk, dir, config, identity, found, checkpoint, durable, now)?;
+        let answered = Answered { flushed: durable, written };
+        let mut log = Self::open_from(disk, dir, config, identity, found, checkpoint, answered, now)?;
         log.spare_checkpoint = spare;
         for applied in useless {
             // Nothing depends on their being gone.
@@ -68,7 +70,7 @@ impl Log {
         Ok(log)
     }
 
-    /// Opens a log from the files found, beginning with `checkpoint`; entries up to `durable` must be there.
+    /// Opens a log from the files found, beginning with `checkpoint`; what was `answered` for must be there.
     #[allow(clippy::too_many_arguments, reason = "each is one fact, and there are two callers")]
     pub(crate) fn open_from(
         disk: Arc<dyn Disk>,
@@ -77,14 +79,16 @@ impl Log {
         identity: ReplicaIdentity,
         found: FoundFiles,
         checkpoint: Checkpoint,
-        durable: RaftIndex,
+        answered: Answered,
         now: Timestamp,
     ) -> Result<Self, OpenError> {
+        let Answered { flushed: durable, written } = answered;
         let cleaned = found.cleaned_segments(&disk, dir, &checkpoint)?;
         let mut walk = LogWalk {
             disk: &disk,
             dir,
             durable,
+            written,
             checkpoint: &checkpoint,
             epochs: checkpoint.epochs.clone(),
             segments: Vec::with_capacity(found.segments.len()),
@@ -517,6 +521,8 @@ struct LogWalk<'a> {
     disk: &'a Arc<dyn Disk>,
     dir: &'a Path,
     durable: RaftIndex,
+    /// See [`Answered::written`].
+    written: bool,
     checkpoint: &'a Checkpoint,
     /// Begins with the checkpoint's.
     epochs: Vec<EpochStart>,
@@ -541,6 +547,7 @@ impl LogWalk<'_> {
             let facts = SegmentFacts {
                 last_valid: RaftIndex::new(segment.end_index.get() - 1),
                 durable: self.durable,
+                written: self.written,
                 end,
                 next_continues: next
                     .map(|next| next.first_index == segment.end_index && next.base_offset == segment.end_offset),

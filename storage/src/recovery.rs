@@ -10,6 +10,23 @@ use flowstone_protocol::{Offset, RaftIndex};
 
 use crate::segment::SegmentName;
 
+/// What a replica answered for: none of it may be missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answered {
+    /// Entries up to here, which were flushed.
+    pub flushed: RaftIndex,
+    /// All that was written besides, and the machine was not started anew since. So it is all there, but for what a process
+    /// was writing when it was killed, which is at the end of the last segment.
+    pub written: bool,
+}
+
+impl From<RaftIndex> for Answered {
+    /// Only what was flushed.
+    fn from(flushed: RaftIndex) -> Self {
+        Self { flushed, written: false }
+    }
+}
+
 /// A checkpoint file that was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CheckpointFact {
@@ -92,8 +109,10 @@ pub enum WalkEnd {
 pub struct SegmentFacts {
     /// Last entry found whole, in this segment or before.
     pub last_valid: RaftIndex,
-    /// What the replica answered for.
+    /// What the replica answered for: entries up to here...
     pub durable: RaftIndex,
+    /// ...and all that was written ([`Answered::written`]).
+    pub written: bool,
     /// How the walk ended.
     pub end: WalkEnd,
     /// Whether the segment behind it begins, by its name, with the index and the offset behind the last valid entry;
@@ -119,8 +138,10 @@ pub enum SegmentDecision {
 /// | ends bad | none | no | cut |
 /// | ends elsewhere | there is one | no | cut |
 /// | any other | | yes | quarantine |
+///
+/// Where it answered for all that was written, entries are missing as soon as a walk ends before the next segment.
 pub fn decide_segment(facts: SegmentFacts) -> SegmentDecision {
-    let missing = facts.last_valid < facts.durable;
+    let missing = facts.last_valid < facts.durable || facts.written && facts.next_continues == Some(false);
     match (facts.next_continues, facts.end) {
         (Some(true), _) => SegmentDecision::Keep,
         (None, WalkEnd::Clean) if !missing => SegmentDecision::Keep,
@@ -210,8 +231,11 @@ mod tests {
         #[track_caller]
         fn check(last_valid: u64, durable: u64, end: WalkEnd, next: Option<bool>, expected: SegmentDecision) {
             let (last_valid, durable) = (index(last_valid), index(durable));
-            let facts = SegmentFacts { last_valid, durable, end, next_continues: next };
+            let facts = SegmentFacts { last_valid, durable, written: false, end, next_continues: next };
             assert_eq!(decide_segment(facts), expected, "{facts:?}");
+            // All that was written is there still: only the end of the last segment may be cut.
+            let expected = if expected == Cut && next.is_some() { Quarantine } else { expected };
+            assert_eq!(decide_segment(SegmentFacts { written: true, ..facts }), expected, "{facts:?}");
         }
         // The last segment.
         check(50, 50, Clean, None, Keep);

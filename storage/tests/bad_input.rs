@@ -10,6 +10,7 @@ use flowstone_protocol::{
     Term, Timestamp, TopicId, TopicPartition,
 };
 use flowstone_storage::inspect::{InspectedEnd, SegmentInspector};
+use flowstone_storage::recovery::Answered;
 use flowstone_storage::sim_disk::{Crash, Operation};
 use flowstone_storage::{
     DataDir, DataDirError, Disk, EntryBody, FoundRecord, Log, LogConfig, LogEntry, Lookup, OpenError, Read, ReadBytes,
@@ -315,6 +316,29 @@ fn one_flipped_epoch_bit_in_the_tail_does_not_win_an_election() {
     sim.flip_bit(&files(&disk, ".log")[0], 15, 3);
     let (offset, _) = quarantined(open(&disk, last));
     assert_eq!(offset, Offset::ZERO);
+}
+
+#[test]
+fn rot_of_what_was_written_and_answered_for_is_no_torn_end() {
+    let (sim, disk, last) = simulated(40);
+    sim.flip_bit(&files(&disk, ".log")[1], 30, 3);
+    let open = |written| {
+        let answered = Answered { flushed: RaftIndex::new(1), written };
+        Log::open(Arc::clone(&disk), Path::new(DIR), small_segments(), answered, NOW)
+    };
+    // The machine was not started anew: all of it is in its memory, if not on its disk.
+    let (offset, detail) = quarantined(open(true));
+    assert!(offset > Offset::ZERO, "{detail}");
+    // It was: what was not flushed may be gone, and nobody was told that it is there.
+    let log = open(false).expect("opens");
+    assert!(log.last_index().get() < last, "the rest is cut");
+    // The end of the last segment may always be torn: by a process that was killed as it wrote.
+    let newest = files(&disk, ".log").pop().expect("a segment");
+    drop(log);
+    let bytes = sim.bytes(&newest).expect("there");
+    sim.set_bytes(&newest, [&bytes[..], b"half a batch"].concat());
+    let answered = Answered { flushed: RaftIndex::new(1), written: true };
+    Log::open(Arc::clone(&disk), Path::new(DIR), small_segments(), answered, NOW).expect("opens");
 }
 
 /// A log with checkpoints of the entries `applied`, one after another, written with these members.
