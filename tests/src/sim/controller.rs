@@ -170,8 +170,10 @@ impl World {
                 Health::Ok if matches!(status.role, Role::Follower | Role::Candidate) => {
                     Some(((2, end), place.replica))
                 }
-                // What it had before a copy was begun in its place is there still.
-                Health::Ok if status.role == Role::Pulling && end > 0 => Some(((1, end), place.replica)),
+                // It was about to be a voter; and what one had before a copy was begun in its place is there still.
+                Health::Ok if matches!(status.role, Role::Learner | Role::Pulling) && end > 0 => {
+                    Some(((1, end), place.replica))
+                }
                 // Nothing but what was in memory: where all did, one of them has to go on.
                 Health::Lost { lost_memory: true, last_index, .. } => Some(((0, last_index.get()), place.replica)),
                 _ => None,
