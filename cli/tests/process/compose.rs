@@ -5,7 +5,7 @@ use crate::dev_cluster::until;
 use crate::running::{FLOWSTONE, Running};
 use serde::Deserialize;
 use std::collections::BTreeMap;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
 use std::process::Command;
 
@@ -29,10 +29,10 @@ struct HealthCheck {
     test: Vec<String>,
 }
 
-/// Ports here for host and port there.
+/// Addresses here for host and port there.
 #[derive(Default)]
 struct Ports {
-    by_place: BTreeMap<(String, String), u16>,
+    by_place: BTreeMap<(String, String), SocketAddr>,
     /// Held until all are known, so that none is given out twice.
     held: Vec<TcpListener>,
 }
@@ -41,12 +41,15 @@ impl Ports {
     fn of(&mut self, host: &str, port: &str) -> String {
         let held = &mut self.held;
         let here = self.by_place.entry((host.to_owned(), port.to_owned())).or_insert_with(|| {
-            let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-            let port = listener.local_addr().expect("its address").port();
+            // On an address of its own, where the machine has more than one for itself: whoever connects to somebody before
+            // a broker binds this port gets a port of 127.0.0.1.
+            let listener = TcpListener::bind("127.0.0.2:0").or_else(|_| TcpListener::bind("127.0.0.1:0"));
+            let listener = listener.expect("a port");
+            let here = listener.local_addr().expect("its address");
             held.push(listener);
-            port
+            here
         });
-        format!("127.0.0.1:{here}")
+        here.to_string()
     }
 }
 

@@ -6,10 +6,11 @@ use crate::proxy::{Dialers, Proxy};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use std::fs::{self, OpenOptions};
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -362,10 +363,18 @@ impl Drop for Broker {
     }
 }
 
-/// Ports of the loopback that were free a moment ago, all held at once so that they differ.
+/// An address for each listener of a broker that is about to start, all held at once so that they differ.
+///
+/// They are free now, and the broker binds them a little later. Whatever connects to somebody meanwhile gets its own port
+/// on 127.0.0.1, and might be given one of these there: so they are of another address of the loopback, where this machine
+/// has more than that one.
 fn free_ports() -> Outcome<[SocketAddr; 3]> {
+    static ASKED: AtomicU8 = AtomicU8::new(0);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let own = Ipv4Addr::new(127, 1 + ASKED.fetch_add(1, Ordering::Relaxed) % 250, high, low);
     let hold = || {
-        let listener = TcpListener::bind("127.0.0.1:0").map_err(Failure::of("no port is free"))?;
+        let listener = TcpListener::bind((own, 0)).or_else(|_| TcpListener::bind((Ipv4Addr::LOCALHOST, 0)));
+        let listener = listener.map_err(Failure::of("no port is free"))?;
         let address = listener.local_addr().map_err(Failure::of("a port without a number"))?;
         Ok::<_, Failure>((listener, address))
     };
