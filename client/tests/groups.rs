@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use flowstone_client::testkit::TestBroker;
 use flowstone_client::{
-    Client, ErrorCode, GroupBuilder, GroupConsumer, GroupEvent, GroupState, NewTopic, Position, Record, RecordBatch,
-    Revocation, StartAt,
+    AlterTopic, Client, ErrorCode, GroupBuilder, GroupConsumer, GroupEvent, GroupState, NewTopic, Position, Record,
+    RecordBatch, Revocation, StartAt,
 };
 use futures::FutureExt;
 use support::proxy::Proxy;
@@ -172,6 +172,13 @@ async fn commits_by_position_are_checked() {
     let end = group.position("t", 0).unwrap();
     group.commit().await.unwrap();
     assert_eq!(committed(&client).await[&0], end);
+    // From a task, too, which may go on in another thread meanwhile.
+    let committing = tokio::spawn(async move {
+        group.commit_positions(&[position(0, end - 1)]).await.unwrap();
+        group
+    });
+    let group = committing.await.unwrap();
+    assert_eq!(committed(&client).await[&0], end - 1);
     group.close(Duration::from_secs(30)).await.unwrap();
     let beyond = client.admin().reset_offsets("g", &[position(0, 1_000_000)], true).await.unwrap_err();
     assert_eq!(beyond.code(), ErrorCode::OffsetOutOfRange);
@@ -431,6 +438,27 @@ async fn patterns_later_topics_and_other_subscriptions() {
     client.admin().delete_topic("other").await.unwrap();
     settle(&mut group, 0).await;
     group.close(Duration::from_secs(30)).await.unwrap();
+    broker.stop().await;
+}
+
+#[tokio::test]
+async fn partitions_that_are_added_are_read_from_their_beginning() {
+    let (broker, client) = start(1).await;
+    produce(&client, 0, 0..5).await;
+    // Where nothing is committed this one begins at the end: what is new while it reads is no such end.
+    let mut group = member(&client).start_at(StartAt::Latest).join().await.unwrap();
+    settle(&mut group, 1).await;
+    produce(&client, 0, 5..6).await;
+    assert_eq!(read(&mut group, 1).await, BTreeMap::from([(0, vec![5])]));
+    client.admin().alter_topic(AlterTopic::new("t").partitions(3)).await.unwrap();
+    // Written before the member can know of them.
+    produce(&client, 1, 10..15).await;
+    produce(&client, 2, 20..25).await;
+    let seen = read(&mut group, 10).await;
+    assert_eq!(seen, BTreeMap::from([(1, (10..15).collect()), (2, (20..25).collect())]));
+    assert_eq!(group.assignment().len(), 3);
+    group.close(Duration::from_secs(30)).await.unwrap();
+    until_committed(&client, &[(0, 6), (1, 5), (2, 5)]).await;
     broker.stop().await;
 }
 

@@ -477,8 +477,8 @@ impl GroupConsumer {
     /// `NOT_ASSIGNED`, `UNKNOWN_MEMBER` where a partition is another member's by now; nothing of that partition was
     /// committed, and its records will be read by that member. `SHUTTING_DOWN` once the member left. Where no coordinator
     /// can be reached this waits for one; the group gives the partitions away after the session timeout.
-    pub async fn commit(&self) -> Result<()> {
-        self.commit_async().await
+    pub fn commit(&self) -> impl Future<Output = Result<()>> + Send + 'static + use<> {
+        self.commit_async()
     }
 
     /// Commits everything that was handed out; the future tells when the group has it, and need not be awaited.
@@ -501,31 +501,45 @@ impl GroupConsumer {
     /// # Errors
     /// As [`commit`](Self::commit); `UNKNOWN_PARTITION` for one that this member does not own; `OFFSET_OUT_OF_RANGE` for a
     /// position that its log does not have.
-    pub async fn commit_positions(&self, positions: &[Position]) -> Result<()> {
-        let mut offsets = BTreeMap::new();
+    pub fn commit_positions(
+        &self,
+        positions: &[Position],
+    ) -> impl Future<Output = Result<()>> + Send + 'static + use<> {
+        let placed = self.places(positions);
+        let (shared, coordinator) = (Arc::clone(&self.shared), Arc::clone(&self.coordinator));
+        async move {
+            let (offsets, unseen) = placed?;
+            check_range(coordinator.cluster(), &unseen).await?;
+            let (reply, answered) = oneshot::channel();
+            {
+                let mut state = shared.state();
+                if state.over || state.closing.is_some() {
+                    return Err(Error::closed("group's consumer"));
+                }
+                state.commit(offsets, Some(reply));
+            }
+            shared.work.notify_one();
+            answered.await.unwrap_or_else(|_| Err(Error::closed("group's consumer")))
+        }
+    }
+
+    /// What is to be committed for these positions, and those of which their leaders have to say whether they are there:
+    /// they lie beyond what was ever seen.
+    fn places(&self, positions: &[Position]) -> Result<(BTreeMap<Part, Place>, Vec<Position>)> {
+        let (mut offsets, mut unseen) = (BTreeMap::new(), Vec::new());
         for position in positions {
             let (topic, partition) = (&*position.topic, position.partition);
             let topic_id = self.consumer.topic_id(topic, partition).ok_or_else(|| {
                 let message = "this member does not own this partition; commit what was handed out by it";
                 Error::new(ErrorCode::UnknownPartition, message).at(topic, partition)
             })?;
-            // Beyond what was ever seen of it: its leader tells whether that is there.
             let seen = self.consumer.high_watermark(topic, partition)?.unwrap_or(0);
             if position.offset < 0 || position.offset > seen {
-                check_range(self.coordinator.cluster(), std::slice::from_ref(position)).await?;
+                unseen.push(position.clone());
             }
             offsets.insert((topic_id, partition), Place { offset: position.offset, epoch: -1 });
         }
-        let (reply, answered) = oneshot::channel();
-        {
-            let mut state = self.shared.state();
-            if state.over || state.closing.is_some() {
-                return Err(Error::closed("group's consumer"));
-            }
-            state.commit(offsets, Some(reply));
-        }
-        self.shared.work.notify_one();
-        answered.await.unwrap_or_else(|_| Err(Error::closed("group's consumer")))
+        Ok((offsets, unseen))
     }
 
     /// What happens to this member's partitions from now on. While somebody listens, partitions wait for their
