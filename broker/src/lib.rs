@@ -8,7 +8,9 @@
 #![forbid(unsafe_code)]
 
 pub mod config;
-// Public for what measures it; programs start brokers.
+// Public for what measures them; programs start brokers.
+#[doc(hidden)]
+pub mod measured;
 #[doc(hidden)]
 pub mod peer;
 // Public for the simulator.
