@@ -92,7 +92,9 @@ pub fn next_step(view: &GroupStatus, wanted: &[ReplicaId], leaving: &[ReplicaId]
         };
     }
     if leaving_members.is_empty() {
-        return if leaving.is_empty() { PlanStep::Nothing } else { PlanStep::Done { removed: leavers } };
+        // Whoever is forgotten is deleted, and those who have not heard that it is out count on its vote.
+        let waits = leaving.is_empty() || !view.change_is_known;
+        return if waits { PlanStep::Nothing } else { PlanStep::Done { removed: leavers } };
     }
     if !all_in {
         return PlanStep::Nothing;
@@ -152,6 +154,7 @@ mod tests {
                 last: RaftIndex::new(9),
                 membership: Membership { voters: ids(voters), learners: Vec::new() },
                 members: Vec::new(),
+                change_is_known: true,
                 pulled: None,
             };
             let mut group = Self { view, dead: dead.to_vec() };
@@ -274,6 +277,16 @@ mod tests {
         // Of three one is dead, and a live one is to go: the two that would be left need both.
         let group = Group::new(&[1, 2, 3], 1, &[2]);
         assert_eq!(next_step(&group.view, &ids(&[1, 2]), &ids(&[3]), true), PlanStep::Nothing);
+    }
+
+    #[test]
+    fn who_is_out_is_forgotten_only_once_a_majority_knows_of_it() {
+        let mut group = Group::new(&[1, 2, 4], 1, &[]);
+        let next = |group: &Group| next_step(&group.view, &ids(&[1, 2, 4]), &ids(&[3]), true);
+        group.view.change_is_known = false;
+        assert_eq!(next(&group), PlanStep::Nothing);
+        group.view.change_is_known = true;
+        assert_eq!(next(&group), PlanStep::Done { removed: ids(&[3]) });
     }
 
     #[test]

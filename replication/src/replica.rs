@@ -1336,6 +1336,7 @@ impl<M: Machine> Replica<M> {
             last: self.raft.last_index(),
             membership: self.membership.clone(),
             members: self.raft.members(),
+            change_is_known: self.raft.change_is_known(),
             pulled: None,
         }
     }

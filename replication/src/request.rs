@@ -297,6 +297,9 @@ pub struct GroupStatus {
     pub membership: Membership,
     /// Its members, the leader itself among them; empty where another leads.
     pub members: Vec<MemberStatus>,
+    /// A majority of the voters is known to know that the newest change of members is committed. Only then whoever it removed
+    /// can be done without: those who do not know of it still ask it for its vote. No where another leads.
+    pub change_is_known: bool,
     /// Entries pulled so far, and how many it will be, while it pulls.
     pub pulled: Option<(u64, u64)>,
 }

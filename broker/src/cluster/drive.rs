@@ -482,6 +482,7 @@ mod tests {
             term: Term::new(1),
             membership: Membership { voters: [1, 2, 3].map(replica).to_vec(), learners: Vec::new() },
             members: members.to_vec(),
+            change_is_known: true,
             commit: RaftIndex::new(1),
             last: RaftIndex::new(1),
             pulled: None,

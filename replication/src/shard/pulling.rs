@@ -351,6 +351,7 @@ impl<M: Machine> Shard<M> {
             last: RaftIndex::new(0),
             membership: crate::membership::Membership::default(),
             members: Vec::new(),
+            change_is_known: false,
             pulled: Some(slot.pull.as_ref().map_or((0, 0), Pull::progress)),
         }
     }
