@@ -167,11 +167,11 @@ impl World {
             let status = local.handle.as_ref()?.status();
             let end = status.end_offset.get() as u64;
             match status.health {
-                Health::Ok if matches!(status.role, Role::Follower | Role::Candidate) => {
+                Health::Ok | Health::DiskFull if matches!(status.role, Role::Follower | Role::Candidate) => {
                     Some(((2, end), place.replica))
                 }
                 // It was about to be a voter; and what one had before a copy was begun in its place is there still.
-                Health::Ok if matches!(status.role, Role::Learner | Role::Pulling) && end > 0 => {
+                Health::Ok | Health::DiskFull if matches!(status.role, Role::Learner | Role::Pulling) && end > 0 => {
                     Some(((1, end), place.replica))
                 }
                 // Nothing but what was in memory: where all did, one of them has to go on.
