@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use flowstone_protocol::peer::{
-    BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, LeaderRow, LostReplica, MoveProgress,
-    RegisterRequest, RegisterResponse,
+    BrokerHeartbeatRequest, BrokerHeartbeatResponse, ForwardRequest, HelloRequest, LeaderRow, LostReplica,
+    MoveProgress, RegisterRequest, RegisterResponse,
 };
 use flowstone_protocol::{BrokerId, Error, ErrorCode, LeaderEpoch, ReplicaId, TopicPartition};
 use flowstone_replication::{Health, Role};
@@ -34,6 +34,8 @@ const HEARTBEAT_EVERY: Duration = Duration::from_millis(500);
 const TELL_WITHIN: Duration = Duration::from_millis(20);
 /// A controller that takes longer to answer is looked for anew.
 pub(crate) const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Whoever takes longer to listen is told again with the next heartbeat.
+const HELLO_MAX: Duration = Duration::from_secs(2);
 /// Between two tries to register.
 const REGISTER_EVERY: Duration = Duration::from_millis(100);
 /// A session that has ended is noted this often.
@@ -252,8 +254,34 @@ impl Session {
                     self.door.close(&error);
                 }
             }
-            Err(error) => tracing::debug!(%error, "a heartbeat was not taken"),
+            Err(error) => {
+                tracing::debug!(%error, "a heartbeat was not taken");
+                if self.control.controller().is_none() {
+                    self.say_where().await;
+                }
+            }
         }
+    }
+
+    /// Tells all that are known where this broker is. Who was away when it came to another address has only its old one, and
+    /// cannot answer its calls for votes; where these two are all that is left, nobody else could tell.
+    async fn say_where(&self) {
+        let request = HelloRequest {
+            peer_address: self.registration.peer_address.clone(),
+            feature_level: self.registration.feature_level,
+            ..HelloRequest::default()
+        };
+        let known = self.control.book.all().into_iter();
+        let others = known.filter(|(broker, entry)| *broker != self.control.me && !entry.address.is_empty());
+        let said = others.map(|(broker, entry)| {
+            let request = request.clone();
+            async move {
+                if let Err(error) = self.control.peers.hello(&entry.address, request, HELLO_MAX).await {
+                    tracing::debug!(%broker, %error, "it was not told where this broker is");
+                }
+            }
+        });
+        futures::future::join_all(said).await;
     }
 
     /// The metadata went on with a loss, and this start's registration is among what was lost.

@@ -88,6 +88,34 @@ async fn a_broker_comes_back_under_another_address() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_broker_that_was_away_finds_a_leader_whose_address_changed_meanwhile() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "before").await;
+    world.healthy().await;
+    // All that broker 2 has of broker 3, its seeds and its metadata, says where that was.
+    world.kill(2).await;
+    world.kill(3).await;
+    let moved = super::world::free_address().await;
+    world.places.get_mut(&3).expect("a place").peer = moved;
+    world.start(3).await;
+    world.hand_over("orders", 0, 3).await;
+    world.hand_over("__cluster_metadata", 0, 3).await;
+    world.produce(&topic, 0, "by the leader that moved").await;
+    // Nobody is left who could tell, but for that leader itself.
+    world.kill(1).await;
+    world.start(2).await;
+    world.produce(&topic, 0, "once it was found").await;
+    assert_eq!(world.values(&topic, 0).await, ["before", "by the leader that moved", "once it was found"]);
+    let leader = world.leader(2, "orders", 0).await;
+    let end = world.client(leader).end(&topic, 0, true).await.expect("listed");
+    let read = until("broker 2 has all of it", async || {
+        world.client(2).read(&topic, 0, end, true).await.map_err(|error| error.to_string())
+    });
+    assert_eq!(read.await.len(), 3);
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_broker_that_stops_hands_its_leaderships_over_first() {
     let mut world = World::of(3).await;
     let topic = world.any().create("orders", 6, 3).await.expect("created");
@@ -282,7 +310,7 @@ async fn a_copy_of_a_voter_of_the_metadata_neither_votes_nor_takes_the_address_o
 }
 
 /// Asks a broker who it is, as this caller or as a stranger.
-async fn hello(address: &str, caller: Option<peer::Caller>) -> Result<peer::HelloResponse, String> {
+pub(crate) async fn hello(address: &str, caller: Option<peer::Caller>) -> Result<peer::HelloResponse, String> {
     let stranger = || peer::Caller {
         protocol_version: 1,
         broker_id: 9,
