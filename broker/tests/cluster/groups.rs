@@ -189,40 +189,43 @@ fn coordinates(world: &World, address: SocketAddr) -> i32 {
     *world.running.iter().find(|(_, broker)| broker.client_addr == address).expect("it runs").0
 }
 
-#[tokio::test]
-async fn a_coordinator_that_dies_during_joins_and_commits_takes_nothing_with_it() {
-    let mut world = World::places(3).await;
-    for id in 1..=3 {
-        world.set(id, "cluster.internal_partitions", "1");
+/// Consumers of one topic in a cluster whose group has one coordinator, with what they saw.
+struct Consumers {
+    topic: Topic,
+    seen: Shared,
+    running: tokio::task::JoinSet<()>,
+}
+
+impl Consumers {
+    async fn of(world: &World) -> Consumers {
+        let topic = world.any().create("orders", PARTITIONS, 3).await.expect("created");
+        let seen = Shared::default();
+        know(&seen, world);
+        let mut consumers = Consumers { topic, seen, running: tokio::task::JoinSet::new() };
+        consumers.join("a");
+        consumers.join("b");
+        consumers.progress("commits of all partitions").await;
+        consumers
     }
-    world.start_all(&[1, 2, 3]).await;
-    let topic = world.any().create("orders", PARTITIONS, 3).await.expect("created");
-    let seen = Shared::default();
-    know(&seen, &world);
-    let mut consumers = tokio::task::JoinSet::new();
-    let progress = async |seen: &Shared, what: &str| {
-        let before = seen.lock().expect("no panic").acknowledged.clone();
+
+    fn join(&mut self, id: &str) {
+        self.running.spawn(consume(id.to_owned(), self.topic.clone(), Arc::clone(&self.seen)));
+    }
+
+    /// Waits until something was committed of every partition from here on.
+    async fn progress(&self, what: &str) {
+        let before = self.seen.lock().expect("no panic").acknowledged.clone();
         until(what, async || {
-            let now = seen.lock().expect("no panic").acknowledged.clone();
+            let now = self.seen.lock().expect("no panic").acknowledged.clone();
             let moved = (0..PARTITIONS).all(|number| now.get(&number) > before.get(&number));
             if moved { Ok(()) } else { Err(format!("{before:?} {now:?}")) }
         })
         .await;
-    };
-    consumers.spawn(consume("a".to_owned(), topic.clone(), Arc::clone(&seen)));
-    consumers.spawn(consume("b".to_owned(), topic.clone(), Arc::clone(&seen)));
-    progress(&seen, "commits of all partitions").await;
-    for (round, newcomer) in ["c", "d"].into_iter().enumerate() {
-        // One joins while the coordinator dies.
-        let dying = coordinates(&world, coordinator(&seen).await);
-        consumers.spawn(consume(newcomer.to_owned(), topic.clone(), Arc::clone(&seen)));
-        tokio::task::yield_now().await;
-        world.kill(dying).await;
-        know(&seen, &world);
-        progress(&seen, "commits by another coordinator").await;
-        let members = 3 + round;
+    }
+
+    async fn even_shares(&self, members: usize) {
         until("even shares", async || {
-            let owners = seen.lock().expect("no panic").owners.clone();
+            let owners = self.seen.lock().expect("no panic").owners.clone();
             let mut counts: BTreeMap<String, usize> = BTreeMap::new();
             for owner in owners.values() {
                 *counts.entry(owner.clone()).or_default() += 1;
@@ -232,37 +235,69 @@ async fn a_coordinator_that_dies_during_joins_and_commits_takes_nothing_with_it(
             if even && owners.len() == PARTITIONS as usize { Ok(()) } else { Err(format!("{counts:?}")) }
         })
         .await;
-        world.start(dying).await;
-        know(&seen, &world);
-    }
-    seen.lock().expect("no panic").over = true;
-    while let Some(ended) = consumers.join_next().await {
-        ended.expect("no consumer saw what it must not");
     }
 
-    // Whatever was acknowledged is there, at the coordinator; others send there.
-    let address = coordinator(&seen).await;
-    let fetch = pb::FetchOffsetsRequest { group: GROUP.to_owned(), ..Default::default() };
-    let offsets = until("offsets", async || {
-        let answer = GroupsClient::new(channel(address)).fetch_offsets(fetch.clone()).await;
-        answer.map_err(|status| status.to_string())
-    })
-    .await;
-    let committed: BTreeMap<i32, i64> =
-        offsets.into_inner().offsets.iter().map(|offset| (offset.partition, offset.offset)).collect();
-    {
-        let seen = seen.lock().expect("no panic");
+    /// Ends them, and looks for whatever was acknowledged at the coordinator; says where that is.
+    async fn end(mut self) -> (SocketAddr, usize) {
+        self.seen.lock().expect("no panic").over = true;
+        while let Some(ended) = self.running.join_next().await {
+            ended.expect("no consumer saw what it must not");
+        }
+        let address = coordinator(&self.seen).await;
+        let offsets = until("offsets", async || {
+            let answer = GroupsClient::new(channel(address)).fetch_offsets(all_offsets()).await;
+            answer.map_err(|status| status.to_string())
+        })
+        .await;
+        let committed: BTreeMap<i32, i64> =
+            offsets.into_inner().offsets.iter().map(|offset| (offset.partition, offset.offset)).collect();
+        let seen = self.seen.lock().expect("no panic");
         for number in 0..PARTITIONS {
             let (acknowledged, attempted) = (seen.acknowledged[&number], seen.attempted[&number]);
             assert!((acknowledged..=attempted).contains(&committed[&number]), "{number}: {committed:?}");
         }
-        assert!(seen.joins >= 4 + 2, "sessions were gone on with: {}", seen.joins);
+        (address, seen.joins)
     }
+}
+
+fn all_offsets() -> pb::FetchOffsetsRequest {
+    pb::FetchOffsetsRequest { group: GROUP.to_owned(), ..Default::default() }
+}
+
+/// Three brokers, where one partition holds all groups.
+async fn one_coordinator() -> World {
+    let mut world = World::places(3).await;
+    for id in 1..=3 {
+        world.set(id, "cluster.internal_partitions", "1");
+    }
+    world.start_all(&[1, 2, 3]).await;
+    world
+}
+
+#[tokio::test]
+async fn a_coordinator_that_dies_during_joins_and_commits_takes_nothing_with_it() {
+    let mut world = one_coordinator().await;
+    let mut consumers = Consumers::of(&world).await;
+    for (round, newcomer) in ["c", "d"].into_iter().enumerate() {
+        // One joins while the coordinator dies.
+        let dying = coordinates(&world, coordinator(&consumers.seen).await);
+        consumers.join(newcomer);
+        tokio::task::yield_now().await;
+        world.kill(dying).await;
+        know(&consumers.seen, &world);
+        consumers.progress("commits by another coordinator").await;
+        consumers.even_shares(3 + round).await;
+        world.start(dying).await;
+        know(&consumers.seen, &world);
+    }
+    let (address, joins) = consumers.end().await;
+    assert!(joins >= 4 + 2, "sessions were gone on with: {joins}");
+    // Others send there.
     let leader = coordinates(&world, address);
     let other = *world.running.keys().find(|id| **id != leader).expect("another one");
     let refused = until("a refusal that says where", async || {
-        let answer = GroupsClient::new(channel(world.running[&other].client_addr)).fetch_offsets(fetch.clone()).await;
-        let error = error_of(answer.expect_err("it does not coordinate"));
+        let mut client = GroupsClient::new(channel(world.running[&other].client_addr));
+        let error = error_of(client.fetch_offsets(all_offsets()).await.expect_err("it does not coordinate"));
         if error.leader_hint.is_some() { Ok(error) } else { Err(error.to_string()) }
     })
     .await;
@@ -270,10 +305,32 @@ async fn a_coordinator_that_dies_during_joins_and_commits_takes_nothing_with_it(
     assert_eq!(refused.leader_hint.expect("a hint").0.get(), leader);
 }
 
+#[tokio::test]
+async fn a_coordinator_that_hands_over_during_joins_and_commits_takes_nothing_with_it() {
+    let world = one_coordinator().await;
+    let mut consumers = Consumers::of(&world).await;
+    world.healthy().await;
+    let mut joins = 2;
+    for (round, newcomer) in [Some("c"), None, Some("d"), None].into_iter().enumerate() {
+        let before = coordinates(&world, coordinator(&consumers.seen).await);
+        // One joins while commits of the others are under way.
+        if let Some(id) = newcomer {
+            consumers.join(id);
+            joins += 1;
+        }
+        let to = before % 3 + 1;
+        world.hand_over("__consumer_offsets", 0, to).await;
+        consumers.progress("commits by another coordinator").await;
+        consumers.even_shares(3 + round / 2).await;
+    }
+    let (_, seen) = consumers.end().await;
+    assert!(seen > joins, "sessions were gone on with: {seen}");
+}
+
 /// Of partition 0, as the coordinator says.
 async fn committed(address: SocketAddr) -> Result<Option<i64>, String> {
-    let fetch = pb::FetchOffsetsRequest { group: GROUP.to_owned(), ..Default::default() };
-    let answer = GroupsClient::new(channel(address)).fetch_offsets(fetch).await.map_err(|status| status.to_string())?;
+    let answer =
+        GroupsClient::new(channel(address)).fetch_offsets(all_offsets()).await.map_err(|status| status.to_string())?;
     Ok(answer.into_inner().offsets.first().map(|offset| offset.offset))
 }
 

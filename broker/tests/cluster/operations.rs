@@ -202,6 +202,44 @@ async fn a_move_that_cannot_end_is_cancelled() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_group_whose_move_is_stuck_holds_up_no_other() {
+    let mut world = World::of(3).await;
+    let move_to = async |world: &World, name: &str, brokers: &[i32]| {
+        let request = pb::MovePartitionRequest { topic: name.to_owned(), partition: 0, brokers: brokers.to_vec() };
+        soon("move", world.client(1).admin.move_partition(request)).await.map_err(error_of).expect("begun");
+    };
+    let mut topics = Vec::new();
+    for name in ["stuck", "moved"] {
+        topics.push(world.any().create(name, 1, 2).await.expect("created"));
+        move_to(&world, name, &[1, 2]).await;
+    }
+    no_moves(&world).await;
+    world.healthy().await;
+    world.add_place(4).await;
+    world.start(4).await;
+    // Nobody has noticed yet that it is gone: what is moved there goes nowhere.
+    world.kill(4).await;
+    move_to(&world, "stuck", &[1, 4]).await;
+    // Both are led by one broker, on its only shard.
+    for topic in &topics {
+        world.hand_over(&topic.name, 0, 1).await;
+    }
+    move_to(&world, "moved", &[1, 3]).await;
+    until("the other one is moved", async || {
+        let moves = world.client(2).moves().await.map_err(|error| error.to_string())?;
+        if moves.iter().any(|it| it.topic == "moved") { Err(format!("{moves:?}")) } else { Ok(()) }
+    })
+    .await;
+    let replicas = world.any().describe("moved").await.expect("described").partitions[0].replicas.clone();
+    assert_eq!(replicas, [1, 3]);
+    let moves = world.client(1).moves().await.expect("told");
+    assert_eq!(moves.iter().map(|it| it.topic.as_str()).collect::<Vec<_>>(), ["stuck"], "{moves:?}");
+    for topic in &topics {
+        world.produce(topic, 0, "served").await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_is_refused_by_any_broker() {
     let world = World::of(3).await;
     world.any().create("orders", 1, 3).await.expect("created");

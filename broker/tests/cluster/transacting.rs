@@ -204,22 +204,56 @@ async fn one_that_is_open_for_too_long_is_aborted() {
     assert_eq!(committed(&world, None, &topic, 0, end).await, ["quick"]);
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_coordinator_may_die_at_every_step() {
-    let mut world = World::of(3).await;
+/// How a coordinator goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Leaves {
+    /// It is killed.
+    Dies,
+    /// It hands over to another one, and stays.
+    HandsOver,
+}
+
+impl Leaves {
+    async fn leave(self, world: &mut World, broker: i32) {
+        match self {
+            Leaves::Dies => world.kill(broker).await,
+            Leaves::HandsOver => world.hand_over("__transaction_state", 0, broker % 3 + 1).await,
+        }
+    }
+}
+
+/// One transaction after the other, of each of which the coordinator leaves at another step.
+async fn a_coordinator_leaves_at_every_step(how: Leaves) {
+    let mut world = World::places(3).await;
+    for id in 1..=3 {
+        world.set(id, "cluster.internal_partitions", "1");
+    }
+    world.start_all(&[1, 2, 3]).await;
     let topic = world.any().create("bills", 3, 3).await.expect("created");
     let mut tx = Transactor::begin(&world, "billing", LONG_MS).await.expect("begun");
     world.healthy().await;
     let mut wanted = Vec::new();
-    for step in ["begun", "written", "deciding", "decided", "aborting"] {
+    for step in ["beginning", "begun", "written", "deciding", "decided", "aborting"] {
         let value = format!("{step} 1");
-        let dies = coordinator(&world, "billing").await;
+        let leaves = coordinator(&world, "billing").await;
+        if step == "beginning" {
+            // The same producer goes on under another epoch, whether the first call was carried out or not.
+            let mut asked = transactions(&world, leaves);
+            let request = pb::InitTransactionsRequest { transactional_id: tx.id.clone(), timeout_ms: LONG_MS };
+            let asking = tokio::spawn(async move { asked.init_transactions(request).await });
+            how.leave(&mut world, leaves).await;
+            drop(asking.await);
+            let next = Transactor::begin(&world, "billing", LONG_MS).await.expect("begun anew");
+            assert_eq!(next.producer, tx.producer);
+            assert!(next.epoch > tx.epoch);
+            tx = next;
+        }
         if step == "begun" {
-            world.kill(dies).await;
+            how.leave(&mut world, leaves).await;
         }
         tx.write(&world, &topic, 0, &value).await.expect("written");
         if step == "written" {
-            world.kill(dies).await;
+            how.leave(&mut world, leaves).await;
         }
         let second = format!("{step} 2");
         for partition in 1..3 {
@@ -230,24 +264,27 @@ async fn a_coordinator_may_die_at_every_step() {
         match step {
             "deciding" | "aborting" => {
                 // The answer may be lost, and the decision not.
-                let mut asked = transactions(&world, dies);
+                let mut asked = transactions(&world, leaves);
                 let request = pb::EndTransactionRequest { transaction: Some(tx.reference()), commit };
                 let asking = tokio::spawn(async move { asked.end_transaction(request).await });
-                world.kill(dies).await;
+                how.leave(&mut world, leaves).await;
                 drop(asking.await);
                 tx.end(&world, commit).await.expect("decided");
             }
             _ => tx.end(&world, commit).await.expect("decided"),
         }
         if step == "decided" {
-            world.kill(dies).await;
+            // Its markers are being written.
+            how.leave(&mut world, leaves).await;
         }
         before.clone().end(&world, commit).await.expect("the same again");
         assert_eq!(code(before.clone().end(&world, !commit).await), ErrorCode::InvalidTransactionState);
         if commit {
             wanted.push((value, second));
         }
-        world.start(dies).await;
+        if how == Leaves::Dies {
+            world.start(leaves).await;
+        }
         world.healthy().await;
     }
     for partition in 0..3 {
@@ -259,6 +296,16 @@ async fn a_coordinator_may_die_at_every_step() {
             assert_eq!(seen.iter().collect::<Vec<_>>(), wanted, "partition {partition} at {at:?}");
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_may_die_at_every_step() {
+    a_coordinator_leaves_at_every_step(Leaves::Dies).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_coordinator_may_hand_over_at_every_step() {
+    a_coordinator_leaves_at_every_step(Leaves::HandsOver).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

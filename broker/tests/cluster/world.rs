@@ -200,6 +200,17 @@ impl World {
         until("a leader", async || self.client(ask).leader(topic, partition).await).await
     }
 
+    /// Hands a partition's leadership to this broker, whoever has it, as often as it takes.
+    pub(crate) async fn hand_over(&self, topic: &str, partition: i32, to: i32) {
+        let request = pb::TransferLeaderRequest { topic: topic.to_owned(), partition, to_broker_id: to };
+        until("a transfer", async || {
+            let answered = soon("transfer", self.client(to).admin.transfer_leader(request.clone())).await;
+            let leader = answered.map_err(|status| error_of(status).to_string())?.into_inner().leader_id;
+            if leader == to { Ok(()) } else { Err(format!("broker {leader} leads")) }
+        })
+        .await;
+    }
+
     /// Waits until every partition of the cluster has all its replicas in sync, and a leader that runs.
     pub(crate) async fn healthy(&self) {
         until("a healthy cluster", async || {
