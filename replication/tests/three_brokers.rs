@@ -679,6 +679,46 @@ fn a_copy_that_was_cut_short_begins_anew_where_what_it_wants_was_trimmed() {
 }
 
 #[test]
+fn a_copy_whose_source_is_trimmed_meanwhile_ends_with_what_is_left() {
+    let config = ShardsConfig { checkpoint_entries: 100, pull_bytes: 1 << 10, ..config() };
+    let mut cluster = Cluster::founded(config, small_segments());
+    for _ in 0..10 {
+        cluster.write_many(100);
+    }
+    cluster.until_equal(&[0, 1, 2]);
+    let leader = cluster.leader();
+    let at = (leader + 1) % 3;
+    cluster.kill(at, true);
+    cluster.folders[at] = tempfile::tempdir().unwrap();
+    cluster.restart(at);
+    let mut places = founders();
+    places.push((replica_id(99), broker_id(at)));
+    cluster.network.pull_takes.store(20, Ordering::Relaxed);
+    cluster.open(at, 99, Start::Learner, &places);
+    until("it is being copied", || (cluster.metrics(at).pulled_bytes > 20_000).then_some(()));
+    // What it asks for next is gone, on both that have it, while it runs.
+    let (end, size) = (cluster.status(leader).high_watermark, cluster.status(leader).size_bytes);
+    ask(|reply| cluster.handle(leader).trim(TrimTo::Offset(Offset::new(end.get() - 100)), reply)).unwrap();
+    cluster.write_many(100);
+    let others = [leader, 3 - leader - at];
+    until("the trimmed files are gone", || {
+        others.iter().all(|&other| cluster.status(other).size_bytes < size / 2).then_some(())
+    });
+    assert!(cluster.metrics(at).pulled_bytes < size, "it was not through before");
+    cluster.network.pull_takes.store(0, Ordering::Relaxed);
+    for at in 0..3 {
+        cluster.handle(at).set_peers(places.clone().into());
+    }
+    let ids: Vec<_> = others.iter().map(|&other| 11 + other as u64).collect();
+    cluster.drive(&[ids[0], ids[1], 99], &[11 + at as u64], true);
+    cluster.until_equal(&[0, 1, 2]);
+    assert!(cluster.status(at).size_bytes < size / 2, "it has what the others have");
+    // It votes as the others do.
+    cluster.kill(leader, true);
+    cluster.write();
+}
+
+#[test]
 fn a_wiped_broker_gets_a_new_replica_that_learns_everything() {
     let config = ShardsConfig { checkpoint_entries: 100, ..config() };
     let mut cluster = Cluster::founded(config, small_segments());

@@ -146,6 +146,65 @@ fn a_full_file_begins_anew_with_the_newest_states() {
     assert!(states.values().all(|state| state.term == Term::new(499)));
 }
 
+/// A file that is almost full; each of a few replicas was flushed with this term.
+fn almost_full(disk: &Arc<dyn Disk>) -> (HardStateFile, u64) {
+    let (mut file, _) = open(disk);
+    let mut round = 0;
+    while !file.is_almost_full() {
+        round += 1;
+        for replica in 1..30 {
+            file.append(&[(ReplicaId::new(replica), state(round, replica, round))]).expect("written");
+        }
+        if !file.is_almost_full() {
+            file.flush().expect("flushed");
+        }
+    }
+    (file, round)
+}
+
+#[test]
+fn what_is_said_while_the_file_is_replaced_is_in_whichever_is_left() {
+    let said = |round: u64| (ReplicaId::new(7), state(round + 1, 9, round + 1));
+    // Said before the new file is made, and after it has taken the old one's name; the process ends there, or goes on.
+    for (is_made_first, goes_on, crash) in [
+        (false, false, Crash::Process),
+        (false, true, Crash::Process),
+        (true, true, Crash::Process),
+        (false, true, Crash::Power),
+        (true, true, Crash::Power),
+        (true, false, Crash::Power),
+    ] {
+        let (sim, disk) = disk_with_file(1);
+        let (mut file, round) = almost_full(&disk);
+        let job = file.flush_job().expect("a new file is due");
+        assert!(file.flush_job().is_none(), "one at a time");
+        let made = is_made_first.then(|| job.run());
+        file.append(&[said(round)]).expect("written");
+        assert_eq!(file.state(ReplicaId::new(7)), Some(said(round).1));
+        if goes_on {
+            file.flush_done(made.unwrap_or_else(|| job.run())).expect("replaced");
+            assert!(!file.is_almost_full());
+            if matches!(crash, Crash::Power) {
+                file.flush().expect("flushed");
+            }
+        }
+        drop(file);
+        sim.restart(crash);
+        let (file, states) = open(&disk);
+        let found = states[&ReplicaId::new(7)];
+        let case = format!("new file first: {is_made_first}, goes on: {goes_on}, {crash:?}");
+        if goes_on || !is_made_first {
+            assert_eq!(found, said(round).1, "{case}");
+        } else {
+            // Only the old file had it, which lost its name: nobody was told.
+            assert!(found == said(round).1 || found == state(round, 7, round), "{case}: {found:?}");
+        }
+        assert_eq!(states.len(), 29, "{case}");
+        assert!(states.iter().all(|(id, it)| id.get() == 7 || it.term == Term::new(round)), "{case}");
+        drop(file);
+    }
+}
+
 fn file_path() -> std::path::PathBuf {
     Path::new(DIR).join(HardStateFile::file_name(3))
 }
