@@ -384,6 +384,18 @@ async fn records_without_a_key_fill_one_batch_after_the_other() {
 }
 
 #[tokio::test]
+async fn records_without_a_key_that_come_slowly_reach_all_partitions() {
+    let broker = FakeBroker::start(&[("t", 4)]).await;
+    let producer = client(&broker).await.producer().linger(Duration::from_secs(30)).build().await.unwrap();
+    for number in 0..8 {
+        // Its batch goes at once, and is never full.
+        producer.send(Record::to("t").value(number.to_string())).await.unwrap().await.unwrap();
+    }
+    let counts = [0, 1, 2, 3].map(|partition| broker.values("t", partition).len());
+    assert_eq!(counts, [2; 4]);
+}
+
+#[tokio::test]
 async fn closing_sends_what_there_is_and_fails_what_cannot_be() {
     let broker = FakeBroker::start(&[("t", 1)]).await;
     let client = client(&broker).await;

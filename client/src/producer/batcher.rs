@@ -284,6 +284,11 @@ impl PartitionBatches {
         self.open.as_ref().is_some_and(|open| open.batch.number == number)
     }
 
+    /// Whether a batch is being filled.
+    pub(crate) fn has_open(&self) -> bool {
+        self.open.is_some()
+    }
+
     /// Whether anything waits to be sent or answered.
     pub(crate) fn is_idle(&self) -> bool {
         self.open.is_none() && self.ready.is_empty() && self.sent.is_empty() && self.building.is_none()

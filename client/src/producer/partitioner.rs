@@ -90,7 +90,7 @@ impl StickyPartition {
         self.0.fetch_add(1, Ordering::Relaxed).rem_euclid(partitions)
     }
 
-    /// A batch of `from` was closed: the next partition that has a leader takes over, unless another has already.
+    /// A batch of `from` was closed, full or not: the next partition that has a leader takes over, unless another has already.
     pub(crate) fn move_on(&self, from: i32, leaders: &[Option<i32>]) {
         let partitions = i32::try_from(leaders.len()).unwrap_or(i32::MAX);
         let now = self.0.load(Ordering::Relaxed);

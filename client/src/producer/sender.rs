@@ -232,6 +232,14 @@ impl ProducerCore {
         Attempt::Added(Ack::new(delivery, index, timestamp))
     }
 
+    /// No batch of this partition is open any more: another one takes the records without a key.
+    fn move_on(&self, queue: &PartitionQueue) {
+        let topics = self.topics.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(topic) = topics.get(&queue.topic) {
+            topic.sticky.move_on(queue.partition, &topic.info.leaders);
+        }
+    }
+
     fn take_room(&self, bytes: usize) -> bool {
         match u32::try_from(bytes).map(|bytes| self.room.try_acquire_many(bytes)) {
             Ok(Ok(permit)) => {
@@ -412,7 +420,7 @@ impl ProducerCore {
                 let ended = locked(&queue.state).batches.fail_all(&error);
                 return self.finish(ended);
             }
-            let unbuilt = {
+            let (unbuilt, is_filling) = {
                 let mut state = locked(&queue.state);
                 let state = &mut *state;
                 let Some(link) = &state.link else { return };
@@ -450,9 +458,13 @@ impl ProducerCore {
                         }
                         return;
                     }
-                    Next::Build(unbuilt) => unbuilt,
+                    Next::Build(unbuilt) => (unbuilt, state.batches.has_open()),
                 }
             };
+            if !is_filling {
+                // It goes before it is full: records without a key that come slowly reach all partitions, too.
+                self.move_on(queue);
+            }
             let built = unbuilt.build();
             let ended = locked(&queue.state).batches.built(built);
             self.finish(ended);
