@@ -251,7 +251,7 @@ impl Cluster {
         command
     }
 
-    fn servers(&self) -> String {
+    pub(crate) fn servers(&self) -> String {
         let servers: Vec<String> = self.brokers.iter().map(|broker| format!("127.0.0.1:{}", broker.port)).collect();
         servers.join(",")
     }

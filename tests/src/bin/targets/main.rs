@@ -8,6 +8,7 @@
 
 mod cluster;
 mod compaction;
+mod deliveries;
 mod growing;
 mod running;
 
@@ -66,11 +67,14 @@ enum Target {
     CatchUp,
     /// A fourth broker takes over from the first one, under load: seconds, bytes, what clients saw.
     Grow,
+    /// Three brokers: idempotent and transactional against plain producing, `read_committed` against `read_uncommitted`,
+    /// commits of transactions in flushes, commits of offsets, a group of 100 members that one leaves.
+    Deliveries,
     /// 10 M records over 1 M keys are compacted, without a broker: MB/s, memory, reads meanwhile.
     Compaction,
 }
 
-const ALL: [Target; 13] = [
+const ALL: [Target; 14] = [
     Target::Durable,
     Target::Relaxed,
     Target::Small,
@@ -83,6 +87,7 @@ const ALL: [Target; 13] = [
     Target::Failover,
     Target::CatchUp,
     Target::Grow,
+    Target::Deliveries,
     Target::Compaction,
 ];
 /// Records of the latency target, after those that warm up.
@@ -117,6 +122,7 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             Target::Failover => cluster::failover(cli, &programs, &folder)?,
             Target::CatchUp => cluster::catch_up(cli, &programs, &folder)?,
             Target::Grow => growing::grow(cli, &programs, &folder)?,
+            Target::Deliveries => deliveries::deliveries(cli, &programs, &folder)?,
             Target::Compaction => compaction::compaction(&folder.0.join("compaction"))?,
         };
         let mut out = io::stdout().lock();
