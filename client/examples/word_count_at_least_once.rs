@@ -11,7 +11,13 @@ use flowstone_client::{Client, Record};
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let place = words::Place::from_args()?;
     let client = Client::builder(&place.servers).client_id(&place.worker).connect().await?;
-    let mut group = client.group("word-count").topics([&place.lines]).commit_manually().join().await?;
+    let mut group = client
+        .group("word-count")
+        .topics([&place.lines])
+        .session_timeout(words::SESSION_TIMEOUT)
+        .commit_manually()
+        .join()
+        .await?;
     let producer = client.producer().build().await?;
     while let Some(batch) = group.next_batch().await {
         let batch = batch?;

@@ -11,7 +11,8 @@ use flowstone_client::{Client, ErrorCode, Record};
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let place = words::Place::from_args()?;
     let client = Client::connect(&place.servers).await?;
-    let mut group = client.group("word-count").topics([&place.lines]).join().await?;
+    let mut group =
+        client.group("word-count").topics([&place.lines]).session_timeout(words::SESSION_TIMEOUT).join().await?;
     let mut producer = client.producer().transactional_id(&place.worker).build().await?;
     while let Some(batch) = group.next_batch().await {
         let batch = batch?;

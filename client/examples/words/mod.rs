@@ -1,8 +1,13 @@
 //! What the word counts have in common: the words of a batch of lines, and the arguments.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use flowstone_client::RecordBatch;
+
+/// After so much silence of a worker the others go on with what it read. Shorter than by default: these workers are killed
+/// often, and what they had waits that long.
+pub(crate) const SESSION_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Where a worker reads and writes.
 pub(crate) struct Place {
