@@ -6,6 +6,8 @@
 //! replica that leads, and the [`Answer`] arrives once all that was applied before it is committed. A further kind needs a
 //! constructor of its machine and constructors of its commands here, and nothing else.
 
+mod coordinators;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -31,6 +33,10 @@ use crate::controller::table::{FEATURE_LEVEL, METADATA_PARTITION, MetadataTable}
 use crate::controller::upkeep;
 use crate::coordinator::Published;
 use crate::partition::{PartitionCommand, PartitionMachine, PartitionReply};
+
+pub use coordinators::{
+    Answered, EndTurn, GroupDuty, GroupsView, Joining, MemberView, TransactionDuty, TransactionsView,
+};
 
 /// The partition of the cluster's metadata.
 pub const METADATA: TopicPartition = METADATA_PARTITION;

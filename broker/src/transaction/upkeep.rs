@@ -26,7 +26,9 @@ pub(crate) fn due(
     if !due.is_empty() {
         tracing::info!(count = due.len(), "transactions were open for too long; they are aborted");
     }
-    let unused: Vec<Arc<str>> = if forgets { table.unused(now).take(AT_ONCE).cloned().collect() } else { Vec::new() };
+    let mut unused: Vec<Arc<str>> =
+        if forgets { table.unused(now).take(AT_ONCE).cloned().collect() } else { Vec::new() };
+    unused.sort_unstable();
     if !unused.is_empty() {
         due.push(TransactionCommand::Forget(unused));
     }

@@ -11,9 +11,10 @@ use flowstone_protocol::{Offset, PartitionId};
 pub enum Kind {
     /// One offset was read with two values.
     InconsistentOffsets,
-    /// One value of an idempotent sender lies at two offsets.
+    /// One value of an idempotent sender lies at two offsets, or two values are made of one offset that was read.
     Duplicate,
-    /// An acknowledged value below the highest offset read that no one read.
+    /// An acknowledged value below the highest offset read that no one read; or an offset that was consumed, of which nothing
+    /// came.
     LostWrite,
     /// Acknowledged, and not there after healing and a full reading.
     Unseen,

@@ -9,6 +9,7 @@ use flowstone_protocol::{Offset, PartitionId};
 use crate::anomaly::{Anomaly, Findings, Kind};
 use crate::marks::{Asked, GroupId, Mark, Marks, ObserverId, View};
 use crate::offsets::{OffsetMap, Ranges};
+use crate::pipeline::{Consumed, Derived};
 use crate::transactions::{Progress, TransactionEnd, TransactionId};
 
 /// A partition of a history.
@@ -195,6 +196,8 @@ pub struct History {
     pub(crate) sends: Vec<Send>,
     pub(crate) readers: Vec<Reader>,
     pub(crate) transactions: Vec<Progress>,
+    pub(crate) derived: Vec<Derived>,
+    pub(crate) consumed: Vec<Consumed>,
     pub(crate) reads: u64,
     marks: Marks,
     groups: u32,

@@ -18,6 +18,9 @@ impl History {
         judge.order();
         judge.gaps();
         judge.transactions();
+        for (kind, log, offset, detail) in self.pipeline_anomalies() {
+            judge.add(log, kind, Some(offset), detail);
+        }
         let count = |outcome| self.sends.iter().filter(|send| send.outcome == outcome).count() as u64;
         let (anomalies, counts) = judge.findings.into_parts();
         Verdict {

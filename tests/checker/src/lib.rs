@@ -41,6 +41,7 @@ mod judge;
 mod marks;
 mod offsets;
 pub mod payload;
+mod pipeline;
 mod transactions;
 
 pub use flowstone_protocol::{Offset, PartitionId};

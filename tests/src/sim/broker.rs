@@ -5,22 +5,26 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use flowstone_broker::simulation::{Duty, LogMachine, METADATA, MetadataView};
+use flowstone_broker::simulation::{Duty, GroupsView, LogMachine, METADATA, MetadataView, TransactionsView};
 use flowstone_protocol::{BrokerId, DirectoryId, ReplicaId, Term, TopicPartition};
 use flowstone_replication::{FlushMode, JobKind, LogConfig, ManualShards, ReplicaHandle, ReplicaSpec};
-use flowstone_replication::{RetentionConfig, ShardsConfig, Start};
+use flowstone_replication::{ShardsConfig, Start};
 use flowstone_storage::flush::Job;
 use flowstone_storage::planted::{Bug, is_planted};
 use flowstone_storage::{DataDir, Disk, SimDisk};
 
-use super::groups::{Group, Place};
+use super::group_coordinators::Grouping;
+use super::groups::{Group, Kind, Place};
 use super::machine::{Ears, Listener, SimMachine};
 use super::outbox::{Out, Outbox, SimTransport};
 use super::plan::Plan;
 use super::random::{Random, mix};
 use super::time::LocalClock;
+use super::transactions::Transacting;
 use super::workers::SimWorkers;
 
+/// How long an empty group keeps its offsets: clocks that jump never make it so old.
+pub(crate) const OFFSETS_KEPT: Duration = Duration::from_secs(7 * 86_400);
 /// Where a broker keeps its data.
 const DATA_DIR: &str = "/data";
 /// What a broker that is full has less than.
@@ -86,6 +90,10 @@ pub(crate) struct Running {
     pub(crate) incarnation: u64,
     /// What it keeps while it leads the metadata, since that term.
     pub(crate) duty: Option<(Term, Duty)>,
+    /// What it keeps as a coordinator of transactions, and on behalf of producers and of coordinators.
+    pub(crate) transacting: Transacting,
+    /// What it keeps as a coordinator of groups.
+    pub(crate) grouping: Grouping,
     pub(crate) is_stopping: bool,
 }
 
@@ -95,6 +103,15 @@ pub(crate) struct Local {
     pub(crate) replica: ReplicaId,
     pub(crate) handle: Option<ReplicaHandle<SimMachine>>,
     pub(crate) is_closing: bool,
+    pub(crate) view: View,
+}
+
+/// What a coordinator's replica has committed.
+#[derive(Debug, Clone)]
+pub(crate) enum View {
+    None,
+    Transactions(TransactionsView),
+    Groups(GroupsView),
 }
 
 impl SimBroker {
@@ -183,6 +200,8 @@ impl SimBroker {
             view: None,
             incarnation: mix(plan.seed ^ (index as u64) << 40 ^ self.life) | 1,
             duty: None,
+            transacting: Transacting::default(),
+            grouping: None,
             is_stopping: false,
         }));
         Ok(())
@@ -296,13 +315,22 @@ impl Running {
     fn open(&mut self, tp: TopicPartition, wanted: Wanted, plan: &Plan) {
         let Wanted { replica, peers, start } = wanted;
         let who = Listener { tp, replica };
-        let inner = match (tp == METADATA, &self.view) {
-            (false, _) => LogMachine::records(),
-            (true, Some(view)) => LogMachine::metadata_again(view),
-            (true, None) => {
+        let kind = Kind::of(tp.topic);
+        let (inner, view) = match (kind, &self.view) {
+            (Kind::Records | Kind::Keyed, _) => (LogMachine::records(), View::None),
+            (Kind::Transactions, _) => {
+                let (machine, view) = LogMachine::transactions();
+                (machine, View::Transactions(view))
+            }
+            (Kind::Groups, _) => {
+                let (machine, view) = LogMachine::groups(OFFSETS_KEPT);
+                (machine, View::Groups(view))
+            }
+            (Kind::Metadata, Some(view)) => (LogMachine::metadata_again(view), View::None),
+            (Kind::Metadata, None) => {
                 let (machine, view) = LogMachine::metadata();
                 self.view = Some(view);
-                machine
+                (machine, View::None)
             }
         };
         let spec = ReplicaSpec {
@@ -311,13 +339,13 @@ impl Running {
             dir: self.data_dir.replica_dir(tp),
             log: log_config(plan),
             flush: if plan.is_relaxed(tp) { FlushMode::Relaxed } else { FlushMode::Quorum },
-            retention: if tp == METADATA { RetentionConfig::default() } else { plan.retention() },
-            internal: tp == METADATA,
+            retention: plan.retention(tp.topic),
+            internal: !matches!(kind, Kind::Records | Kind::Keyed),
             max_message_bytes: 1 << 20,
             peers,
             start,
         };
-        self.replicas.insert(tp, Local { replica, handle: None, is_closing: false });
+        self.replicas.insert(tp, Local { replica, handle: None, is_closing: false, view });
         let machine = SimMachine::new(inner, who, Arc::clone(&self.ears));
         let opened = self.outbox.reply(move |handle| Out::Opened { tp, handle });
         self.shards.shards().open(spec, machine, opened);

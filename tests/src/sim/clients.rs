@@ -17,14 +17,17 @@ use flowstone_replication::{Acks, OffsetQuery, Permit, ReadAnswer, ReadRequest, 
 use flowstone_storage::ReadError;
 
 use super::broker::broker_id;
+use super::members::Member;
 use super::network::Node;
 use super::outbox::{Answer, Out};
+use super::transactions::Ask;
+use super::transactors::{Aborted, Transactor};
 use super::world::{Event, World};
 
 /// How long a client waits for an answer.
 const PATIENCE: Duration = Duration::from_millis(2_500);
 /// Bytes of one read.
-const READ_BYTES: usize = 8 << 10;
+pub(crate) const READ_BYTES: usize = 8 << 10;
 /// Batches that a producer has in flight: as many as a partition remembers.
 const BATCHES_MAX: usize = 5;
 /// Most records of one batch.
@@ -33,11 +36,24 @@ const RECORDS_MAX: u64 = 3;
 /// What a client asks a broker.
 #[derive(Debug, Clone)]
 pub(crate) enum Request {
-    Produce { batch: Bytes, header: BatchHeader, acks: Acks },
+    Produce {
+        batch: Bytes,
+        header: BatchHeader,
+        acks: Acks,
+    },
     Read(ReadRequest),
     LogStart,
     HighWatermark,
     Trim(Offset),
+    /// A batch of a transaction of this transactional id.
+    Transact {
+        group: usize,
+        id: String,
+        batch: Bytes,
+        header: BatchHeader,
+    },
+    /// Something of a coordinator.
+    Ask(Ask),
 }
 
 /// A request that is not answered yet.
@@ -49,8 +65,8 @@ pub(crate) struct Operation {
     /// Records that a quorum is asked for.
     pub(crate) next_of: Option<u64>,
     /// The first sequence of a produced batch.
-    sequence: i32,
-    asked: Option<Asked>,
+    pub(crate) sequence: i32,
+    pub(crate) asked: Option<Asked>,
 }
 
 /// See the module.
@@ -58,6 +74,8 @@ pub(crate) struct Operation {
 pub(crate) enum Client {
     Producer(Producer),
     Reader(Reader),
+    Transactor(Transactor),
+    Member(Member),
     /// Asks for the high watermark that is certain.
     Asker {
         group: usize,
@@ -104,6 +122,8 @@ pub(crate) struct Reader {
     high_watermark: Offset,
     last_epoch: Option<LeaderEpoch>,
     any_replica: bool,
+    /// Reads what is committed of transactions.
+    committed: bool,
     is_asked: bool,
     believes: usize,
     /// Reads from this broker alone...
@@ -117,6 +137,8 @@ impl Client {
     pub(crate) fn describe(&self) -> String {
         match self {
             Self::Producer(it) => format!("producer {} of group {}: {} in flight", it.id, it.group, it.in_flight.len()),
+            Self::Transactor(it) => it.describe(),
+            Self::Member(it) => it.describe(),
             Self::Reader(it) => format!("reader of group {} at {} of {:?}", it.group, it.position, it.until),
             Self::Asker { .. } | Self::Trimmer { .. } => "another".to_owned(),
         }
@@ -126,6 +148,8 @@ impl Client {
     pub(crate) fn is_done(&self) -> bool {
         match self {
             Self::Producer(producer) => producer.in_flight.is_empty(),
+            Self::Transactor(it) => it.is_done(),
+            Self::Member(it) => it.is_done(),
             Self::Reader(reader) => reader.until.is_none_or(|until| reader.position >= until),
             Self::Asker { .. } | Self::Trimmer { .. } => true,
         }
@@ -133,7 +157,7 @@ impl Client {
 }
 
 impl World {
-    fn run_id(&self) -> Run {
+    pub(crate) fn run_id(&self) -> Run {
         Run(self.plan.seed)
     }
 
@@ -152,10 +176,15 @@ impl World {
                 self.add_producer(group, -1, SenderKind::LOSSY, Acks::Leader);
             }
             for number in 0..self.plan.readers {
-                self.add_reader(group, number % 2 == 1, None, None);
+                self.add_reader(group, number % 2 == 1, false, None, None);
+            }
+            if self.plan.transactional_ids > 0 {
+                self.add_reader(group, false, true, None, None);
             }
             self.add_client(Client::Asker { group });
         }
+        self.make_transactors();
+        self.make_members();
     }
 
     fn add_producer(&mut self, group: usize, id: i64, kind: SenderKind, acks: Acks) {
@@ -167,8 +196,16 @@ impl World {
         self.add_client(Client::Producer(producer));
     }
 
-    fn add_reader(&mut self, group: usize, any_replica: bool, pinned: Option<usize>, until: Option<Offset>) {
-        let reader = self.history.reader(Isolation::ReadUncommitted);
+    fn add_reader(
+        &mut self,
+        group: usize,
+        any_replica: bool,
+        committed: bool,
+        pinned: Option<usize>,
+        until: Option<Offset>,
+    ) {
+        let isolation = if committed { Isolation::ReadCommitted } else { Isolation::ReadUncommitted };
+        let reader = self.history.reader(isolation);
         self.history.assigned(reader, self.logs[group], Offset::ZERO);
         let believes = pinned.unwrap_or_else(|| self.random.index(self.plan.brokers));
         self.add_client(Client::Reader(Reader {
@@ -178,6 +215,7 @@ impl World {
             high_watermark: Offset::ZERO,
             last_epoch: None,
             any_replica,
+            committed,
             is_asked: false,
             believes,
             pinned,
@@ -198,6 +236,8 @@ impl World {
         let again = match &mut it {
             Client::Producer(producer) => self.on_producer(client, producer),
             Client::Reader(reader) => self.on_reader(client, reader),
+            Client::Transactor(transactor) => self.on_transactor(client, transactor),
+            Client::Member(member) => self.on_member(client, member),
             Client::Asker { group } => self.on_asker(client, *group),
             Client::Trimmer { group, to, is_done } => {
                 let broker = self.leader_of(*group).unwrap_or(0);
@@ -288,6 +328,7 @@ impl World {
             wait: it.until.is_none() && self.random.one_in(2),
             any_replica: it.any_replica,
             known_high_watermark: Some(it.high_watermark),
+            committed: it.committed,
             ..ReadRequest::new(it.position, READ_BYTES)
         };
         it.is_asked = true;
@@ -305,7 +346,7 @@ impl World {
         Some(self.random.millis(100, 1_000))
     }
 
-    fn ask(
+    pub(crate) fn ask(
         &mut self,
         client: usize,
         group: usize,
@@ -330,7 +371,17 @@ impl World {
     ) {
         let operation = self.new_number();
         self.operations.insert(operation, Operation { client, group, broker, next_of, sequence, asked });
-        if let Some(at) = self.network.deliveries(Node::Clients, Node::Broker(broker), self.now).once() {
+        let deliveries = self.network.deliveries(Node::Clients, Node::Broker(broker), self.now);
+        if self.group_of_request(&request).is_some() {
+            let mut arrivals: Vec<_> = deliveries.all().collect();
+            if !self.is_healing && self.random.one_in(30) {
+                // A connection that was given up delivers what it has.
+                arrivals.push(self.now + self.random.millis(50, 8_000));
+            }
+            for at in arrivals {
+                self.schedule_at(at, Event::Request { broker, operation, request: request.clone() });
+            }
+        } else if let Some(at) = deliveries.once() {
             self.schedule_at(at, Event::Request { broker, operation, request });
         }
         self.schedule(PATIENCE, Event::Answer { operation, answer: Answer::Lost });
@@ -338,7 +389,9 @@ impl World {
 
     /// A request reached a broker.
     pub(crate) fn on_request(&mut self, broker: usize, operation: u64, request: Request) {
-        let Some(group) = self.operations.get(&operation).map(|it| it.group) else { return };
+        // What is of transactions counts whenever it comes, whoever waits for it still.
+        let asked = self.operations.get(&operation).map(|it| it.group);
+        let Some(group) = asked.or_else(|| self.group_of_request(&request)) else { return };
         if self.brokers[broker].is_paused {
             self.held[broker].push(Event::Request { broker, operation, request });
             return;
@@ -377,6 +430,8 @@ impl World {
                     running.outbox.reply(move |it| Out::Answered { operation, answer: Answer::HighWatermark(it) });
                 handle.read_index(reply);
             }
+            Request::Transact { id, batch, header, .. } => self.on_transact(broker, operation, tp, id, batch, header),
+            Request::Ask(ask) => self.on_ask(broker, operation, tp, &ask),
             Request::Trim(to) => {
                 let reply = running.outbox.reply(move |it| Out::Answered { operation, answer: Answer::Trimmed(it) });
                 handle.trim(TrimTo::Offset(to), reply);
@@ -394,6 +449,8 @@ impl World {
         let again = match (&mut it, answer) {
             (Client::Producer(producer), answer) => self.on_produced(producer, &operation, answer),
             (Client::Reader(reader), answer) => self.on_read(client, reader, &operation, answer),
+            (Client::Transactor(it), answer) => self.on_transacted(client, it, &operation, answer),
+            (Client::Member(it), answer) => self.on_membered(client, it, &operation, answer),
             (Client::Asker { .. }, Answer::HighWatermark(Ok(offset))) => {
                 if let Some(asked) = operation.asked {
                     self.history.told(asked, offset);
@@ -480,7 +537,7 @@ impl World {
     }
 
     /// Some broker that has a replica, rather another one.
-    fn other_broker(&mut self, group: usize, than: usize) -> usize {
+    pub(crate) fn other_broker(&mut self, group: usize, than: usize) -> usize {
         let brokers: Vec<_> =
             self.groups[group].places().map(|place| place.broker).filter(|&broker| broker != than).collect();
         // Before the topic exists anybody may be asked.
@@ -549,18 +606,26 @@ impl World {
             return false;
         }
         let before = it.position;
+        let mut aborted = Aborted::of(answer);
         for chunk in &answer.bytes.chunks {
             for batch in split_batches(chunk.clone()) {
                 let Ok((header, bytes)) = batch else {
                     self.fail("a read gives half a batch");
                     return false;
                 };
-                self.take_batch(it, &header, bytes);
+                let is_aborted = it.committed && aborted.has(&header, &bytes);
+                self.take_batch(it, &header, bytes, is_aborted);
             }
         }
         if it.position > answer.high_watermark {
             let (position, high_watermark) = (it.position, answer.high_watermark);
             self.fail(&format!("a reader is given records up to {position} above the high watermark {high_watermark}"));
+        }
+        if it.committed && it.position > answer.last_stable_offset {
+            let (position, stable) = (it.position, answer.last_stable_offset);
+            self.fail(&format!(
+                "a reader of what is committed is given records up to {position}, and stable is {stable}"
+            ));
         }
         self.note("read", &[broker as u64, it.position.get() as u64], || {
             format!(
@@ -575,7 +640,7 @@ impl World {
         it.position > before
     }
 
-    fn take_batch(&mut self, it: &mut Reader, header: &BatchHeader, bytes: Bytes) {
+    fn take_batch(&mut self, it: &mut Reader, header: &BatchHeader, bytes: Bytes, is_aborted: bool) {
         let log: LogId = self.logs[it.group];
         it.last_epoch = Some(header.leader_epoch);
         let next = header.next_offset();
@@ -583,7 +648,10 @@ impl World {
             let (from, to) = (it.position, header.base_offset);
             self.fail(&format!("a reader at offset {from} is given a batch from {to} on"));
         }
-        if header.attributes.is_control() {
+        if is_aborted && !header.attributes.is_control() {
+            self.counts.aborted_batches_passed += 1;
+        }
+        if header.attributes.is_control() || is_aborted {
             self.history.read_past(it.reader, log, next);
             it.position = it.position.max(next);
             return;
@@ -657,7 +725,11 @@ impl World {
             };
             let brokers: Vec<_> = self.groups[group].wanted.iter().map(|place| place.broker).collect();
             for broker in brokers {
-                self.add_reader(group, true, Some(broker), Some(until));
+                self.add_reader(group, true, false, Some(broker), Some(until));
+            }
+            if self.plan.transactional_ids > 0 {
+                // The last stable offset is where nothing is open any more: at the end.
+                self.add_reader(group, true, true, Some(leader), Some(until));
             }
         }
         let until = self.now + Duration::from_secs(60);

@@ -8,7 +8,7 @@ use flowstone_protocol::{BrokerId, ClusterId, DirectoryId, LeaderEpoch, ReplicaI
 use flowstone_replication::{Health, Role};
 
 use super::broker::broker_id;
-use super::groups::{TOPIC, TOPIC_ID};
+use super::groups::Kind;
 use super::machine::Listener;
 use super::network::Node;
 use super::outbox::Out;
@@ -25,7 +25,7 @@ pub(crate) enum Call {
     Register { broker: usize, directory: DirectoryId, incarnation: u64 },
     Leads { broker: usize, tp: TopicPartition, replica: ReplicaId, epoch: LeaderEpoch },
     Progress { tp: TopicPartition, wanted: Vec<ReplicaId>, removed: Vec<ReplicaId> },
-    CreateTopic,
+    CreateTopic { kind: Kind, partitions: i32 },
     Move { group: usize, brokers: Vec<usize> },
     CancelMove { group: usize },
     Recover { tp: TopicPartition, survivor: ReplicaId },
@@ -58,7 +58,11 @@ impl World {
             return;
         }
         let seed = self.random.next();
-        let topic = (self.plan.groups as i32, self.plan.replicas as i32);
+        let replicas = self.plan.replicas as i32;
+        let topic_of = |group: usize| {
+            let tp = self.groups[group].tp;
+            (Kind::of(tp.topic).topic(), tp.partition.get())
+        };
         let Some(running) = &self.brokers[to].running else { return };
         let command = match call {
             Call::Register { broker, directory, incarnation } => {
@@ -66,12 +70,18 @@ impl World {
             }
             Call::Leads { broker, tp, replica, epoch } => Command::leads(broker_id(broker), tp, replica, epoch),
             Call::Progress { tp, wanted, removed } => Command::progress(tp, wanted, removed, seed),
-            Call::CreateTopic => Command::create_topic(TOPIC, TOPIC_ID, topic.0, topic.1, &[], seed),
+            Call::CreateTopic { kind, partitions } => {
+                Command::create_topic(kind.topic(), kind.topic_id(), partitions, replicas, &[], seed)
+            }
             Call::Move { group, brokers } => {
                 let brokers: Vec<BrokerId> = brokers.into_iter().map(broker_id).collect();
-                Command::move_partition(TOPIC, group as i32, brokers, seed)
+                let (topic, partition) = topic_of(group);
+                Command::move_partition(topic, partition, brokers, seed)
             }
-            Call::CancelMove { group } => Command::cancel_move(TOPIC, group as i32),
+            Call::CancelMove { group } => {
+                let (topic, partition) = topic_of(group);
+                Command::cancel_move(topic, partition)
+            }
             Call::Recover { tp, survivor } => match &running.duty {
                 Some((_, duty)) => duty.recover(tp, survivor, seed),
                 None => return,
@@ -140,9 +150,11 @@ impl World {
 
     /// What operators do: they make the topic, and recover what has lost its majority for good.
     pub(crate) fn operate(&mut self) {
-        let has_topic = self.groups[..self.plan.groups].iter().all(|group| group.version > 0);
-        if !has_topic && self.registered == self.brokers.len() {
-            self.call(Node::Clients, Call::CreateTopic);
+        for (kind, partitions) in self.plan.topics() {
+            let has_topic = self.groups.iter().all(|group| group.tp.topic != kind.topic_id() || group.version > 0);
+            if !has_topic && self.registered == self.brokers.len() {
+                self.call(Node::Clients, Call::CreateTopic { kind, partitions });
+            }
         }
         for group in 0..self.plan.groups {
             let Some(since) = self.groups[group].helpless_since else { continue };

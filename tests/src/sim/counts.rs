@@ -93,6 +93,32 @@ counts! {
     commands,
     /// Those that were carried out.
     commanded,
+    /// Transactions whose producer was told that they are committed.
+    transactions_committed,
+    /// Transactions that were aborted for certain.
+    transactions_aborted,
+    /// Transactions whose producer was told that they were open for too long.
+    transactions_timed_out,
+    /// Times that a producer was told that another one had taken its place.
+    producers_fenced,
+    /// Times that a member of a group was told of another assignment.
+    rebalances,
+    /// Offsets that groups have committed, those within transactions included.
+    offset_commits,
+    /// Transactions that were committed with offsets of a group.
+    transactional_offset_commits,
+    /// Commits that were refused: of who does not own the partition, or under an older epoch.
+    stale_commits_refused,
+    /// Times that a member was told that it is none any more.
+    members_fenced,
+    /// Markers that came a second time, or late.
+    markers_repeated,
+    /// Markers that were refused: of an earlier coordinator, or of a transaction that was over.
+    markers_refused,
+    /// Partitions that were added to transactions.
+    partitions_added,
+    /// Batches of aborted transactions that readers of committed records passed over.
+    aborted_batches_passed,
     /// Partitions that went on without their majority.
     recoveries,
     /// Log starts moved by the leader's clock.

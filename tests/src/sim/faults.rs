@@ -72,6 +72,7 @@ impl World {
         let broker = self.random.index(self.brokers.len());
         let any_group = self.random.index(self.groups.len());
         let group = any_group % self.plan.groups;
+        let movable = any_group % self.metadata();
         let up = self.brokers[broker].running.is_some();
         self.note("fault", &[fault as u64, broker as u64], || format!("{fault:?} (broker {})", broker_id(broker)));
         match fault {
@@ -183,17 +184,17 @@ impl World {
             Fault::Rot => self.rot(broker),
             Fault::Wipe => self.wipe(broker),
             Fault::Move => {
-                self.move_replica(group);
+                self.move_replica(movable);
             }
             Fault::CancelMove => {
-                self.cancel_move(group);
+                self.cancel_move(movable);
             }
             Fault::Transfer => {
                 self.transfer(any_group);
             }
             Fault::Trim => self.trim(group),
             Fault::CrashVoter => self.arm_strikes(any_group),
-            Fault::MoveBehind => self.move_behind(group),
+            Fault::MoveBehind => self.move_behind(movable),
             Fault::LoseMajority => self.lose_majority(group),
             _ => {}
         }

@@ -16,9 +16,49 @@ use super::network::Node;
 use super::outbox::Out;
 use super::world::{Event, World};
 
-/// The users' topic.
-pub(crate) const TOPIC: &str = "simulated";
-pub(crate) const TOPIC_ID: TopicId = TopicId::new(7);
+/// What is behind a topic's partitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Users' records.
+    Records,
+    /// Users' records, of which the last one of each key is kept.
+    Keyed,
+    /// Coordinators of transactions.
+    Transactions,
+    /// Coordinators of groups.
+    Groups,
+    /// The cluster's metadata.
+    Metadata,
+}
+
+impl Kind {
+    /// The topic's name. Those of coordinators have no internal ones here: then operators move them, too.
+    pub(crate) fn topic(self) -> &'static str {
+        match self {
+            Self::Records => "simulated",
+            Self::Keyed => "keyed",
+            Self::Transactions => "transactions",
+            Self::Groups => "groups",
+            Self::Metadata => "metadata",
+        }
+    }
+
+    pub(crate) fn topic_id(self) -> TopicId {
+        match self {
+            Self::Records => TopicId::new(7),
+            Self::Keyed => TopicId::new(8),
+            Self::Transactions => TopicId::new(9),
+            Self::Groups => TopicId::new(10),
+            Self::Metadata => METADATA.topic,
+        }
+    }
+
+    /// Of a topic that is there.
+    pub(crate) fn of(topic: TopicId) -> Self {
+        let all = [Self::Records, Self::Keyed, Self::Transactions, Self::Groups];
+        all.into_iter().find(|kind| kind.topic_id() == topic).unwrap_or(Self::Metadata)
+    }
+}
 
 /// A replica's place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,9 +142,11 @@ fn has_nothing() -> Health {
 impl World {
     /// The partitions that a run begins with: the users', and last that of the metadata.
     pub(crate) fn make_groups(&mut self) {
-        for number in 0..self.plan.groups {
-            let tp = TopicPartition::new(TOPIC_ID, PartitionId::new(number as i32));
-            self.groups.push(Group::new(tp, Vec::new()));
+        for (kind, partitions) in self.plan.topics() {
+            for number in 0..partitions {
+                let tp = TopicPartition::new(kind.topic_id(), PartitionId::new(number));
+                self.groups.push(Group::new(tp, Vec::new()));
+            }
         }
         let places: Vec<_> = (0..self.plan.brokers).map(|broker| self.new_place(broker)).collect();
         self.groups.push(Group::new(METADATA, places));
@@ -112,11 +154,16 @@ impl World {
 
     /// The metadata's group.
     pub(crate) fn metadata(&self) -> usize {
-        self.plan.groups
+        self.groups.len() - 1
+    }
+
+    /// The first partition of this kind, where there is one.
+    pub(crate) fn group_with(&self, kind: Kind) -> Option<usize> {
+        self.groups.iter().position(|group| Kind::of(group.tp.topic) == kind)
     }
 
     pub(crate) fn group_of(&self, tp: TopicPartition) -> usize {
-        if tp == METADATA { self.plan.groups } else { tp.partition.get() as usize }
+        self.groups.iter().position(|group| group.tp == tp).unwrap_or_else(|| unreachable!("{tp} is no partition here"))
     }
 
     /// A place on a broker, under an id that was never used.
@@ -154,7 +201,7 @@ impl World {
         if view.applied() > self.table_at {
             self.table_at = view.applied();
             self.registered = (0..self.brokers.len()).filter(|&it| view.broker(broker_id(it)).is_some()).count();
-            for group in 0..self.plan.groups {
+            for group in 0..self.metadata() {
                 let Some(partition) = view.partition(self.groups[group].tp) else { continue };
                 if !self.groups[group].is(&partition) {
                     self.on_wanted(group, &partition);
@@ -279,6 +326,8 @@ impl World {
             self.schedule_at(at, Event::Heartbeat { to, from: broker, incarnation, lost });
         }
         self.control(broker);
+        self.coordinate(broker, true);
+        self.coordinate_groups(broker);
         self.after(broker);
     }
 

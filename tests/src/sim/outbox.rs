@@ -2,13 +2,16 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use flowstone_broker::simulation::Answer as CoordinatorAnswer;
-use flowstone_protocol::{BrokerId, Error, Offset, TopicPartition};
+use flowstone_broker::simulation::{Answer as CoordinatorAnswer, Answered, MemberView};
+use flowstone_protocol::{BrokerId, Error, Marker, Offset, TopicPartition};
 use flowstone_replication::{
     GroupMessage, GroupStatus, PeerTransport, Produced, PullAnswer, PullRequest, ReadAnswer, ReplicaHandle, Reply,
 };
 
 use super::machine::SimMachine;
+
+/// What a coordinator answers, where it was asked at all.
+pub(crate) type Commanded = Result<Result<CoordinatorAnswer, Error>, Error>;
 
 /// One thing that leaves.
 pub(crate) enum Out {
@@ -25,7 +28,19 @@ pub(crate) enum Out {
     /// To a client.
     Answered { operation: u64, answer: Answer },
     /// The controller's answer to a command.
-    Commanded { result: Result<Result<CoordinatorAnswer, Error>, Error> },
+    Commanded { result: Commanded },
+    /// To the broker that had an errand here.
+    ErrandDone { to: usize, life: u64, number: u64, result: Result<(), Error> },
+    /// A piece of the end of a transaction in a group coordinator is done, on such an errand.
+    EndPending { to: usize, life: u64, number: u64, marker: Marker, result: Commanded },
+    /// The coordinator has noted that a transaction has ended everywhere, or could not.
+    Written { turn: u64, is_written: bool },
+    /// A member's report was taken, or not.
+    Reported { operation: u64, member: String, result: Commanded },
+    /// A group coordinator is certain that it is one still.
+    Confirmed { operation: u64, of: TopicPartition, result: Result<Offset, Error> },
+    /// What a client asked of a coordinator is answered.
+    Asked { operation: u64, result: Commanded },
     /// To the broker's own reconciler.
     Status { group: usize, status: Result<GroupStatus, Error> },
     /// To the same.
@@ -39,6 +54,12 @@ pub(crate) enum Answer {
     Read(Result<ReadAnswer, Error>),
     HighWatermark(Result<Offset, Error>),
     Trimmed(Result<Offset, Error>),
+    /// Of a coordinator.
+    Asked(Result<Answered, Error>),
+    /// What a member owns; `None`: it is none.
+    Member(Result<Option<MemberView>, Error>),
+    /// What a group has committed, and whether nothing is pending.
+    Offset(Result<(Option<Offset>, bool), Error>),
     /// Nobody took the question: nothing came of it.
     NotTaken,
     /// Nobody knows.

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use flowstone_broker::simulation::METADATA;
-use flowstone_protocol::TopicPartition;
+use flowstone_protocol::{TopicId, TopicPartition};
 use flowstone_storage::RetentionConfig;
 
+use super::groups::Kind;
 use super::network::Weather;
 use super::random::Random;
 
@@ -136,6 +136,12 @@ pub struct Plan {
     pub relaxed: bool,
     /// Users' records go when they are this old.
     pub keeps_for: Option<Duration>,
+    /// Transactional ids, each used by two producers that fence one another; 0: no coordinator of transactions.
+    pub transactional_ids: usize,
+    /// Members of a consumer group; 0: no coordinator of groups.
+    pub members: usize,
+    /// There is a topic of which the last record of each key is kept.
+    pub keyed: bool,
     /// Every event is printed.
     pub prints: bool,
 }
@@ -160,6 +166,9 @@ impl Plan {
             segment_bytes: 16 << 10,
             relaxed: false,
             keeps_for: None,
+            transactional_ids: 0,
+            members: 0,
+            keyed: false,
             prints: false,
         }
     }
@@ -176,7 +185,7 @@ impl Plan {
                 faults.swap_remove(random.index(faults.len()));
             }
         }
-        Self {
+        let mut plan = Self {
             seed,
             brokers,
             groups: 1 + random.index(2),
@@ -193,17 +202,62 @@ impl Plan {
             segment_bytes: [4 << 10, 16 << 10, 64 << 10][random.index(3)],
             relaxed: random.one_in(6),
             keeps_for: random.one_in(6).then_some(Duration::from_secs(4)),
+            transactional_ids: 0,
+            members: 0,
+            keyed: false,
             prints: false,
+        };
+        if random.one_in(2) {
+            plan.coordinate();
         }
+        plan
+    }
+
+    /// Transactions are in it from now on.
+    pub fn coordinate(&mut self) {
+        if self.transactional_ids > 0 {
+            return;
+        }
+        let mut random = Random::new(self.seed, 4);
+        self.transactional_ids = 1 + random.index(2);
+        self.members = [0, 2, 3][random.index(3)];
+        // What a partition or a coordinator has lost for good may be half a transaction: then nothing is promised of those.
+        self.relaxed = false;
+        self.faults.retain(|fault| *fault != Fault::LoseMajority);
+        // The new ones cost as much as they take away here.
+        self.producers = 1;
+        self.produce_gap = self.produce_gap.max(Duration::from_millis(80));
+    }
+
+    /// None of [`Plan::coordinate`] is in it.
+    pub fn without_coordinators(&mut self) {
+        (self.transactional_ids, self.members, self.keyed) = (0, 0, false);
+    }
+
+    /// The topics that are made in a run, with their partitions, those of users' records first.
+    pub(crate) fn topics(&self) -> Vec<(Kind, i32)> {
+        let mut topics = vec![(Kind::Records, self.groups as i32)];
+        topics.extend(self.keyed.then_some((Kind::Keyed, 1)));
+        topics.extend((self.transactional_ids > 0).then_some((Kind::Transactions, 1)));
+        topics.extend((self.members > 0).then_some((Kind::Groups, 1)));
+        topics
+    }
+
+    /// How many partitions there are, that of the metadata included.
+    pub(crate) fn partitions(&self) -> usize {
+        self.topics().iter().map(|(_, partitions)| *partitions as usize).sum::<usize>() + 1
     }
 
     /// Whether a partition's writes count before they are flushed.
     pub(crate) fn is_relaxed(&self, tp: TopicPartition) -> bool {
-        self.relaxed && tp != METADATA
+        self.relaxed && Kind::of(tp.topic) == Kind::Records
     }
 
-    /// What may be deleted of users' partitions.
-    pub(crate) fn retention(&self) -> RetentionConfig {
-        RetentionConfig { time: self.keeps_for, bytes: None }
+    /// What may be deleted of a topic's partitions.
+    pub(crate) fn retention(&self, topic: TopicId) -> RetentionConfig {
+        match Kind::of(topic) {
+            Kind::Records => RetentionConfig { time: self.keeps_for, bytes: None },
+            _ => RetentionConfig::default(),
+        }
     }
 }

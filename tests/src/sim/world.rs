@@ -21,12 +21,15 @@ use super::faults::{Behind, Strikes, Undo};
 use super::groups::Group;
 use super::invariants::{self, Cut, Invariant, Sight};
 use super::machine::{Heard, Listener};
+use super::members::Ownership;
 use super::network::{Network, Node};
 use super::outbox::{Answer, Out};
 use super::plan::Plan;
 use super::random::{Random, mix};
 use super::time::{LocalClock, RATE_ONE};
 use super::trace::Trace;
+use super::transactions::Errand;
+use super::transactors::Fences;
 
 /// How long after all has healed everything has to be well.
 const WELL_WITHIN: Duration = Duration::from_secs(90);
@@ -59,6 +62,10 @@ pub(crate) enum Event {
     Undo(Undo),
     Strike { broker: usize, life: u64 },
     MoveBehind,
+    ErrandBegins { broker: usize, life: u64, number: u64 },
+    Errand { to: usize, from: usize, life: u64, number: u64, errand: Errand },
+    ErrandDone { broker: usize, life: u64, number: u64, result: Result<(), Error> },
+    Coordinate { broker: usize, life: u64 },
 }
 
 /// What is to happen, in the order of time; what it is lies beside, so that ordering moves little.
@@ -147,6 +154,8 @@ pub struct World {
     /// What was committed of each group, by index: its term, and the offset behind it.
     committed: Vec<Vec<Option<(Term, Offset)>>>,
     pub(crate) damaged: Vec<Listener>,
+    pub(crate) fences: Fences,
+    pub(crate) ownership: Ownership,
     pub(crate) strikes: Strikes,
     pub(crate) behind: Option<Behind>,
     pub(crate) settled_at: Vec<u64>,
@@ -191,11 +200,13 @@ impl World {
             lives: 0,
             elected: BTreeMap::new(),
             last_index: BTreeMap::new(),
-            committed: vec![Vec::new(); plan.groups + 1],
+            committed: vec![Vec::new(); plan.partitions()],
             damaged: Vec::new(),
+            fences: Fences::default(),
+            ownership: Ownership::default(),
             strikes: Strikes::default(),
             behind: None,
-            settled_at: vec![0; plan.groups + 1],
+            settled_at: vec![0; plan.partitions()],
             is_healing: false,
             stops_sending: false,
             counts: Counts::default(),
@@ -258,6 +269,7 @@ impl World {
         self.look_at_machines();
         if self.broken.is_none() {
             self.read_everything();
+            self.judge_pipeline();
         }
         if self.broken.is_none() {
             let logs = self.logs.clone();
@@ -390,6 +402,16 @@ impl World {
             Event::Fault => self.on_fault(),
             Event::Strike { broker, life } => self.on_strike(broker, life),
             Event::MoveBehind => self.on_move_behind(),
+            Event::ErrandBegins { broker, life, number } => self.on_errand_begins(broker, life, number),
+            Event::Errand { to, from, life, number, errand } => self.on_errand(to, from, life, number, errand),
+            Event::ErrandDone { broker, life, number, result } => self.on_errand_done(broker, life, number, result),
+            Event::Coordinate { broker, life } => {
+                let is_due = self.brokers[broker].life == life && self.brokers[broker].running.is_some();
+                if is_due && !self.is_held(broker, || Event::Coordinate { broker, life }) {
+                    self.coordinate(broker, false);
+                    self.after(broker);
+                }
+            }
             Event::Undo(undo) => self.on_undo(undo),
         }
     }
@@ -503,7 +525,7 @@ impl World {
                 });
             }
             // What a leader's clock deleted is gone for readers everywhere.
-            if who.tp != METADATA && status.log_start.get() > self.groups[group].trimmed_to {
+            if group < self.plan.groups && status.log_start.get() > self.groups[group].trimmed_to {
                 self.counts.retained += 1;
                 self.groups[group].trimmed_to = status.log_start.get();
                 self.history.trimmed(self.logs[group], status.log_start);
@@ -689,6 +711,14 @@ impl World {
                     Ok(Err(error)) | Err(error) => error.to_string(),
                 });
             }
+            Out::ErrandDone { to, life, number, result } => self.send_errand_done(broker, to, life, number, result),
+            Out::EndPending { to, life, number, marker, result } => {
+                self.on_end_pending(broker, to, life, number, &marker, result);
+            }
+            Out::Written { turn, is_written } => self.on_written(broker, turn, is_written),
+            Out::Reported { operation, member, result } => self.on_reported(broker, operation, &member, result),
+            Out::Confirmed { operation, of, result } => self.on_confirmed(broker, operation, of, result),
+            Out::Asked { operation, result } => self.on_asked(broker, operation, result),
             Out::Status { group, status } => {
                 if let Ok(status) = status {
                     self.on_status(broker, group, &status);
@@ -880,7 +910,7 @@ impl World {
         if loses_memory {
             self.counts.relaxed_power_failures += 1;
             for who in self.places_on(broker) {
-                if who.tp != METADATA {
+                if self.plan.is_relaxed(who.tp) {
                     self.damage(who);
                 }
             }

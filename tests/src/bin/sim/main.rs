@@ -41,6 +41,9 @@ struct Arguments {
     #[cfg(feature = "planted")]
     #[arg(long)]
     plant: Option<String>,
+    /// Whether transactions, groups and compaction are in it; else every seed says so itself.
+    #[arg(long)]
+    coordinators: Option<bool>,
     /// Seeds side by side.
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
     threads: usize,
@@ -55,6 +58,11 @@ struct Arguments {
 impl Arguments {
     fn plan(&self, seed: u64) -> Plan {
         let mut plan = Plan::drawn(seed);
+        match self.coordinators {
+            Some(true) => plan.coordinate(),
+            Some(false) => plan.without_coordinators(),
+            None => {}
+        }
         plan.faults.retain(|fault| {
             let name = fault.name();
             !self.without.contains(&name) && (self.only.is_empty() || self.only.contains(&name))
@@ -70,6 +78,9 @@ fn main() -> std::process::ExitCode {
     }
     if let Some(seed) = arguments.seed {
         let mut plan = if arguments.calm { Plan::calm(seed) } else { arguments.plan(seed) };
+        if arguments.calm && arguments.coordinators == Some(true) {
+            plan.coordinate();
+        }
         plan.prints = arguments.print;
         let report = World::new(plan).run();
         show(&report.counts);

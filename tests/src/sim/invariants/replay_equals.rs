@@ -9,6 +9,8 @@ use flowstone_protocol::TopicPartition;
 use flowstone_replication::{Machine, Role};
 use flowstone_storage::checkpoint::CREATION_INDEX;
 
+use super::super::broker::OFFSETS_KEPT;
+use super::super::groups::Kind;
 use super::super::machine::{CommittedEntry, Heard, Listener};
 use super::{Cut, Held, Invariant, Sight};
 
@@ -53,7 +55,12 @@ impl Replay {
 }
 
 fn machine_of(tp: TopicPartition) -> LogMachine {
-    if tp == flowstone_broker::simulation::METADATA { LogMachine::metadata().0 } else { LogMachine::records() }
+    match Kind::of(tp.topic) {
+        Kind::Metadata => LogMachine::metadata().0,
+        Kind::Transactions => LogMachine::transactions().0,
+        Kind::Groups => LogMachine::groups(OFFSETS_KEPT).0,
+        Kind::Records | Kind::Keyed => LogMachine::records(),
+    }
 }
 
 #[derive(Debug, Default)]
