@@ -1,12 +1,12 @@
 //! One of three brokers has a disk whose flushes take ten seconds: what others lead goes on as before, what it led is led by
-//! others, and when the disk is well again nothing is missing.
+//! others, and when the disk is well again nothing is missing. And one of two groups of a shard that gets nothing done.
 
 mod ledger;
 
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::path::Path;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,7 @@ use flowstone_protocol::{
     BrokerId, DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, TopicId, TopicPartition,
 };
 use flowstone_replication::{
-    Acks, FlushMode, GroupMessage, LogConfig, PeerTransport, Permit, PullAnswer, PullRequest, ReplicaHandle,
+    Acks, FlushMode, GroupMessage, LogConfig, PeerBody, PeerTransport, Permit, PullAnswer, PullRequest, ReplicaHandle,
     ReplicaSpec, Reply, RetentionConfig, Shards, ShardsConfig, Start, system_clock,
 };
 use flowstone_storage::disk::DirLock;
@@ -144,6 +144,8 @@ type Places = Arc<Mutex<HashMap<BrokerId, Weak<Shards<Ledger>>>>>;
 struct Link {
     brokers: Places,
     own: BrokerId,
+    /// Followers of partition 0 get heartbeats, and no entries.
+    holds_entries: Arc<AtomicBool>,
 }
 
 impl Link {
@@ -153,7 +155,10 @@ impl Link {
 }
 
 impl PeerTransport for Link {
-    fn send(&self, to: BrokerId, messages: Vec<GroupMessage>) {
+    fn send(&self, to: BrokerId, mut messages: Vec<GroupMessage>) {
+        if self.holds_entries.load(Ordering::Relaxed) {
+            messages.retain(|it| it.tp != tp(0) || !matches!(it.message.body, PeerBody::Append { .. }));
+        }
         if let Some(shards) = self.reach(to) {
             shards.deliver(self.own, messages);
         }
@@ -203,6 +208,7 @@ struct Cluster {
     // Behind the handles: dropped after them, as are the folders after the shards.
     shards: Vec<Arc<Shards<Ledger>>>,
     gates: Vec<Arc<Gate>>,
+    holds_entries: Arc<AtomicBool>,
     _folders: Vec<tempfile::TempDir>,
     next_sequence: i32,
 }
@@ -215,6 +221,7 @@ impl Cluster {
             handles: Vec::new(),
             shards: Vec::new(),
             gates: Vec::new(),
+            holds_entries: Arc::default(),
             _folders: Vec::new(),
             next_sequence: 0,
         };
@@ -225,7 +232,11 @@ impl Cluster {
                 Arc::new(SlowDisk { inner: RealDisk::with_process_limit(), gate: Arc::clone(&gate) });
             let directory = DirectoryId::new(at as u128 + 1);
             let data_dir = Arc::new(DataDir::open_or_create(disk, folder.path(), directory, 4).unwrap());
-            let link = Arc::new(Link { brokers: Arc::clone(&brokers), own: broker_id(at) });
+            let link = Arc::new(Link {
+                brokers: Arc::clone(&brokers),
+                own: broker_id(at),
+                holds_entries: Arc::clone(&cluster.holds_entries),
+            });
             let config = ShardsConfig { shards: 1, seed: at as u64, ..ShardsConfig::default() };
             let shards = Arc::new(Shards::start(config, Arc::clone(&data_dir), system_clock(), link).unwrap());
             brokers.lock().unwrap().insert(broker_id(at), Arc::downgrade(&shards));
@@ -281,11 +292,15 @@ impl Cluster {
     /// Writes one batch, wherever it is taken, as a client would: whoever does not answer in time is asked no longer. How
     /// long it took.
     fn write(&mut self, partition: i32) -> Duration {
+        self.write_as(1, partition)
+    }
+
+    fn write_as(&mut self, producer: i64, partition: i32) -> Duration {
         let sequence = self.next_sequence;
         self.next_sequence += 1;
         let began = Instant::now();
         until("a write is taken", || {
-            let (bytes, header) = batch(1, sequence, 1, 900);
+            let (bytes, header) = batch(producer, sequence, 1, 900);
             let (sender, mut receiver) = oneshot::channel();
             let asked = self.leader(partition);
             let handle = self.handle(asked, partition);
@@ -362,4 +377,39 @@ fn leadership_moves_away_from_a_slow_disk() {
     until("leadership moves to a broker whose disk is well", || (cluster.leader(0) != SICK).then_some(()));
     assert!(cluster.handle(SICK, 0).is_disk_slow(Instant::now()), "nobody gives it back at once");
     assert!(!cluster.handle(1, 0).is_disk_slow(Instant::now()));
+}
+
+#[test]
+fn a_group_that_gets_nothing_committed_holds_up_no_other_in_its_shard() {
+    let mut cluster = Cluster::start();
+    for partition in [0, 1] {
+        cluster.lead(SICK, partition);
+        cluster.write(partition);
+    }
+    let term = cluster.handle(SICK, 0).status().term;
+    cluster.holds_entries.store(true, Ordering::Relaxed);
+    // As many as clients could have under way.
+    let waiting: Vec<_> = (0..200)
+        .map(|_| {
+            let (bytes, header) = batch(1, cluster.next_sequence, 1, 900);
+            cluster.next_sequence += 1;
+            let (sender, receiver) = oneshot::channel();
+            cluster.handle(SICK, 0).produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
+            receiver
+        })
+        .collect();
+    let mut took: Vec<Duration> = (0..200).map(|_| cluster.write_as(2, 1)).collect();
+    took.sort();
+    let p99 = took[took.len() * 99 / 100];
+    assert!(p99 < BOUND / 5, "p99 beside a group that is stuck is {p99:?}");
+    assert_eq!(cluster.leader(1), SICK);
+    let status = cluster.handle(SICK, 0).status();
+    assert!(
+        status.high_watermark < status.end_offset && status.term == term,
+        "nothing of it was committed: {status:?}"
+    );
+    cluster.holds_entries.store(false, Ordering::Relaxed);
+    for answer in waiting {
+        answer.blocking_recv().expect("every request is answered").expect("it is the same leader");
+    }
 }
