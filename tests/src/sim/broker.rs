@@ -11,10 +11,11 @@ use flowstone_replication::{FlushMode, JobKind, LogConfig, ManualShards, Replica
 use flowstone_replication::{ShardsConfig, Start};
 use flowstone_storage::flush::Job;
 use flowstone_storage::planted::{Bug, is_planted};
-use flowstone_storage::{DataDir, Disk, SimDisk};
+use flowstone_storage::{CompactionConfig, DataDir, Disk, SimDisk};
 
 use super::group_coordinators::Grouping;
 use super::groups::{Group, Kind, Place};
+use super::keyed::TOMBSTONES_KEPT;
 use super::machine::{Ears, Listener, SimMachine};
 use super::outbox::{Out, Outbox, SimTransport};
 use super::plan::Plan;
@@ -172,6 +173,8 @@ impl SimBroker {
             retention_every: Duration::from_secs(2),
             relaxed_flush_within: Duration::from_millis(300),
             scrub_every: Duration::from_secs(3),
+            compaction_every: Duration::from_millis(900),
+            compaction_memory_bytes: [1 << 10, 4 << 10, 1 << 20][plan.seed as usize % 3],
             seed: mix(plan.seed ^ index as u64),
             boot_id: format!("boot {}", self.boots),
             inline_flush_bytes_max: if self.random.one_in(4) { 256 << 10 } else { 0 },
@@ -337,7 +340,7 @@ impl Running {
             tp,
             replica,
             dir: self.data_dir.replica_dir(tp),
-            log: log_config(plan),
+            log: log_config(plan, kind),
             flush: if plan.is_relaxed(tp) { FlushMode::Relaxed } else { FlushMode::Quorum },
             retention: plan.retention(tp.topic),
             internal: !matches!(kind, Kind::Records | Kind::Keyed),
@@ -352,9 +355,22 @@ impl Running {
     }
 }
 
-fn log_config(plan: &Plan) -> LogConfig {
+/// Of a topic of which the last record of each key is kept, and where that is done often.
+fn compaction(kind: Kind) -> Option<CompactionConfig> {
+    let (tombstones_kept, dirty_per_mille_min) = match kind {
+        Kind::Records | Kind::Metadata => return None,
+        Kind::Keyed => (TOMBSTONES_KEPT, 50),
+        Kind::Transactions | Kind::Groups => (Duration::from_secs(2), 300),
+    };
+    Some(CompactionConfig { tombstones_kept, dirty_per_mille_min, ..CompactionConfig::default() })
+}
+
+fn log_config(plan: &Plan, kind: Kind) -> LogConfig {
+    let compaction = compaction(kind);
     LogConfig {
-        segment_bytes: plan.segment_bytes,
+        compaction,
+        // So that there is something to be cleaned.
+        segment_bytes: if compaction.is_some() { plan.segment_bytes.min(6 << 10) } else { plan.segment_bytes },
         zero_ahead_bytes: 4 << 10,
         room_kept_bytes: ROOM_KEPT_BYTES,
         ..LogConfig::default()

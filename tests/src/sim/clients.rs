@@ -17,6 +17,7 @@ use flowstone_replication::{Acks, OffsetQuery, Permit, ReadAnswer, ReadRequest, 
 use flowstone_storage::ReadError;
 
 use super::broker::broker_id;
+use super::keyed::{KeyedReader, KeyedWriter};
 use super::members::Member;
 use super::network::Node;
 use super::outbox::{Answer, Out};
@@ -76,6 +77,8 @@ pub(crate) enum Client {
     Reader(Reader),
     Transactor(Transactor),
     Member(Member),
+    KeyedWriter(KeyedWriter),
+    KeyedReader(KeyedReader),
     /// Asks for the high watermark that is certain.
     Asker {
         group: usize,
@@ -139,6 +142,8 @@ impl Client {
             Self::Producer(it) => format!("producer {} of group {}: {} in flight", it.id, it.group, it.in_flight.len()),
             Self::Transactor(it) => it.describe(),
             Self::Member(it) => it.describe(),
+            Self::KeyedWriter(it) => format!("{it:?}"),
+            Self::KeyedReader(it) => format!("{it:?}"),
             Self::Reader(it) => format!("reader of group {} at {} of {:?}", it.group, it.position, it.until),
             Self::Asker { .. } | Self::Trimmer { .. } => "another".to_owned(),
         }
@@ -150,6 +155,8 @@ impl Client {
             Self::Producer(producer) => producer.in_flight.is_empty(),
             Self::Transactor(it) => it.is_done(),
             Self::Member(it) => it.is_done(),
+            Self::KeyedWriter(it) => it.is_done(),
+            Self::KeyedReader(it) => it.is_done(),
             Self::Reader(reader) => reader.until.is_none_or(|until| reader.position >= until),
             Self::Asker { .. } | Self::Trimmer { .. } => true,
         }
@@ -185,6 +192,7 @@ impl World {
         }
         self.make_transactors();
         self.make_members();
+        self.make_keyed();
     }
 
     fn add_producer(&mut self, group: usize, id: i64, kind: SenderKind, acks: Acks) {
@@ -238,6 +246,8 @@ impl World {
             Client::Reader(reader) => self.on_reader(client, reader),
             Client::Transactor(transactor) => self.on_transactor(client, transactor),
             Client::Member(member) => self.on_member(client, member),
+            Client::KeyedWriter(writer) => self.on_keyed_writer(client, writer),
+            Client::KeyedReader(reader) => self.on_keyed_reader(client, reader),
             Client::Asker { group } => self.on_asker(client, *group),
             Client::Trimmer { group, to, is_done } => {
                 let broker = self.leader_of(*group).unwrap_or(0);
@@ -451,6 +461,8 @@ impl World {
             (Client::Reader(reader), answer) => self.on_read(client, reader, &operation, answer),
             (Client::Transactor(it), answer) => self.on_transacted(client, it, &operation, answer),
             (Client::Member(it), answer) => self.on_membered(client, it, &operation, answer),
+            (Client::KeyedWriter(it), answer) => self.on_keyed_written(it, &operation, answer),
+            (Client::KeyedReader(it), answer) => self.on_keyed_read(it, &operation, answer),
             (Client::Asker { .. }, Answer::HighWatermark(Ok(offset))) => {
                 if let Some(asked) = operation.asked {
                     self.history.told(asked, offset);
@@ -732,6 +744,7 @@ impl World {
                 self.add_reader(group, true, true, Some(leader), Some(until));
             }
         }
+        self.read_keyed();
         let until = self.now + Duration::from_secs(60);
         if !self.run_until(until, |world| world.clients.iter().all(Client::is_done)) && self.broken().is_none() {
             let waiting: Vec<_> = self.clients.iter().filter(|it| !it.is_done()).map(Client::describe).collect();

@@ -111,6 +111,12 @@ counts! {
     stale_commits_refused,
     /// Times that a member was told that it is none any more.
     members_fenced,
+    /// Passes of compaction that came to their end.
+    compactions,
+    /// Bytes that they freed.
+    compacted_away_bytes,
+    /// Times that a topic that is compacted was read from its beginning to its end.
+    keyed_scans,
     /// Markers that came a second time, or late.
     markers_repeated,
     /// Markers that were refused: of an earlier coordinator, or of a transaction that was over.

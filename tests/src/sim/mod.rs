@@ -25,6 +25,7 @@ mod faults;
 mod group_coordinators;
 mod groups;
 mod invariants;
+mod keyed;
 mod machine;
 mod members;
 mod network;

@@ -221,6 +221,7 @@ impl Plan {
         let mut random = Random::new(self.seed, 4);
         self.transactional_ids = 1 + random.index(2);
         self.members = [0, 2, 3][random.index(3)];
+        self.keyed = random.one_in(2);
         // What a partition or a coordinator has lost for good may be half a transaction: then nothing is promised of those.
         self.relaxed = false;
         self.faults.retain(|fault| *fault != Fault::LoseMajority);

@@ -20,6 +20,7 @@ use super::counts::Counts;
 use super::faults::{Behind, Strikes, Undo};
 use super::groups::Group;
 use super::invariants::{self, Cut, Invariant, Sight};
+use super::keyed::KeyedLog;
 use super::machine::{Heard, Listener};
 use super::members::Ownership;
 use super::network::{Network, Node};
@@ -156,6 +157,7 @@ pub struct World {
     pub(crate) damaged: Vec<Listener>,
     pub(crate) fences: Fences,
     pub(crate) ownership: Ownership,
+    pub(crate) keyed: KeyedLog,
     pub(crate) strikes: Strikes,
     pub(crate) behind: Option<Behind>,
     pub(crate) settled_at: Vec<u64>,
@@ -204,6 +206,7 @@ impl World {
             damaged: Vec::new(),
             fences: Fences::default(),
             ownership: Ownership::default(),
+            keyed: KeyedLog::default(),
             strikes: Strikes::default(),
             behind: None,
             settled_at: vec![0; plan.partitions()],
@@ -589,6 +592,8 @@ impl World {
             self.counts.reopened += shard.replicas_ended;
             self.counts.scrubbed_bytes += shard.scrubbed_bytes;
             self.counts.repairs += shard.repaired_ranges;
+            self.counts.compactions += shard.compactions;
+            self.counts.compacted_away_bytes += shard.compaction_freed_bytes;
         }
     }
 
