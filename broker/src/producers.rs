@@ -33,6 +33,7 @@ use flowstone_protocol::{
 };
 use flowstone_replication::{Admission, MachineBody, MachineEntry};
 use flowstone_storage::AbortedTransaction;
+use flowstone_storage::planted::{Bug, is_planted};
 use prost::Message;
 
 use forgotten::{Forgotten, Rest};
@@ -73,6 +74,7 @@ impl Known {
     /// From a checkpoint.
     fn insert(&mut self, id: ProducerId, producer: Producer) {
         match producer.open {
+            Some(_) if is_planted(Bug::ForgetOpenTransactions) => {}
             Some(first) => self.transactions.open(first, id),
             None => drop(self.idle.insert(producer.last_index, id)),
         }
@@ -161,6 +163,9 @@ impl Producers {
             return self.admit_unknown(batch, begins);
         };
         if batch.producer_epoch < known.epoch {
+            if is_planted(Bug::TakeOldEpochs) {
+                return Admission::Append;
+            }
             return fenced(batch, known.epoch.get());
         }
         let transactional = batch.attributes.is_transactional();
@@ -404,6 +409,9 @@ impl Producers {
 
     /// Where the oldest open transaction begins, `high_watermark` where none is open.
     pub(crate) fn last_stable_offset(&self, high_watermark: Offset) -> Offset {
+        if is_planted(Bug::ServeUnstable) {
+            return high_watermark;
+        }
         self.committed.transactions.stable(high_watermark)
     }
 
@@ -415,6 +423,9 @@ impl Producers {
 
     /// Transactions that were aborted and have batches between two offsets.
     pub(crate) fn aborted_between(&self, from: Offset, to: Offset) -> Vec<(ProducerId, Offset)> {
+        if is_planted(Bug::HideAborted) {
+            return Vec::new();
+        }
         self.committed.transactions.aborted_between(from, to)
     }
 

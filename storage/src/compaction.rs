@@ -41,6 +41,7 @@ use crate::disk::Disk;
 use crate::error::StorageError;
 use crate::log::Log;
 use crate::lookup::Which;
+use crate::planted::{Bug, is_planted};
 use crate::read::DECOMPRESSED_BYTES_MAX;
 use crate::segment::{Sealed, SegmentName};
 use crate::slots::{SealedFiles, View, WaitingSlots};
@@ -679,6 +680,12 @@ impl Compaction {
             let horizon = if is_noted { Horizon::OfTombstones(horizon) } else { Horizon::Untouched };
             let cleaned = clean(&Bytes::copy_from_slice(batch), DECOMPRESSED_BYTES_MAX, horizon, |record| {
                 let Some(key) = record.key else { return true };
+                if is_planted(Bug::KeepOlderRecords) && keys.newest(key) == Some(record.offset) {
+                    return false;
+                }
+                if is_planted(Bug::DropTombstones) && record.value.is_none() {
+                    return false;
+                }
                 if keys.newest(key).is_some_and(|newest| newest > record.offset) {
                     return false;
                 }

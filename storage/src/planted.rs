@@ -35,11 +35,39 @@ pub enum Bug {
     ForgetMembers,
     /// Batches in flight are not looked for among those that are sent again.
     NoDeduplication,
+    /// Readers of what is committed are given what is open.
+    ServeUnstable,
+    /// Readers of what is committed are not told what was aborted.
+    HideAborted,
+    /// What a checkpoint says of open transactions is not taken in.
+    ForgetOpenTransactions,
+    /// A partition takes what is written under an epoch that is over.
+    TakeOldEpochs,
+    /// A marker that could not be written counts as written.
+    LoseMarkers,
+    /// A partition is written to in a transaction whose coordinator does not know of it.
+    WriteUnadded,
+    /// A producer gets its transactional id while what was open before is still being ended.
+    KeepPreparing,
+    /// Offsets are taken from a member under any epoch, whoever owns the partition.
+    TakeStaleCommits,
+    /// A partition is given to another member before the one that has it gives it up.
+    GiveTwice,
+    /// Offsets do not count although their transaction was committed.
+    LosePendingOffsets,
+    /// Offsets count although their transaction was aborted.
+    KeepAbortedOffsets,
+    /// Offsets count before their transaction is committed.
+    CommitPendingAtOnce,
+    /// A deletion goes with the first pass of compaction that sees it.
+    DropTombstones,
+    /// Of two records of a key the older one is kept.
+    KeepOlderRecords,
 }
 
 impl Bug {
     /// All of them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 30] = [
         Self::AckBeforeFlush,
         Self::VoteBeforeFlush,
         Self::ReleaseOutOfOrder,
@@ -56,6 +84,20 @@ impl Bug {
         Self::VoterWithAmnesia,
         Self::ForgetMembers,
         Self::NoDeduplication,
+        Self::ServeUnstable,
+        Self::HideAborted,
+        Self::ForgetOpenTransactions,
+        Self::TakeOldEpochs,
+        Self::LoseMarkers,
+        Self::WriteUnadded,
+        Self::KeepPreparing,
+        Self::TakeStaleCommits,
+        Self::GiveTwice,
+        Self::LosePendingOffsets,
+        Self::KeepAbortedOffsets,
+        Self::CommitPendingAtOnce,
+        Self::DropTombstones,
+        Self::KeepOlderRecords,
     ];
 }
 

@@ -7,7 +7,7 @@ use flowstone_storage::planted::{Bug, plant};
 use flowstone_tests::sim::{hear_panics, run};
 
 /// Each with at most how many seeds it may take: some three times what it took, see `docs/testing.md`.
-const FOUND_WITHIN: [(Bug, u64); 16] = [
+const FOUND_WITHIN: [(Bug, u64); 30] = [
     (Bug::AckBeforeFlush, 10),
     (Bug::VoteBeforeFlush, 150),
     (Bug::ReleaseOutOfOrder, 10),
@@ -24,6 +24,20 @@ const FOUND_WITHIN: [(Bug, u64); 16] = [
     (Bug::VoterWithAmnesia, 60),
     (Bug::ForgetMembers, 80),
     (Bug::NoDeduplication, 10),
+    (Bug::ServeUnstable, 30),
+    (Bug::HideAborted, 30),
+    (Bug::ForgetOpenTransactions, 30),
+    (Bug::TakeOldEpochs, 30),
+    (Bug::LoseMarkers, 30),
+    (Bug::WriteUnadded, 30),
+    (Bug::KeepPreparing, 30),
+    (Bug::TakeStaleCommits, 30),
+    (Bug::GiveTwice, 30),
+    (Bug::LosePendingOffsets, 30),
+    (Bug::KeepAbortedOffsets, 30),
+    (Bug::CommitPendingAtOnce, 30),
+    (Bug::DropTombstones, 30),
+    (Bug::KeepOlderRecords, 30),
 ];
 
 #[test]

@@ -8,6 +8,7 @@ use flowstone_protocol::{Error, ErrorCode, ProducerEpoch, ProducerId, Timestamp,
 
 use super::state::{Cut, Decision, Stage, Transaction, TransactionTable};
 use crate::coordinator::PIECE_BYTES;
+use flowstone_storage::planted::{Bug, is_planted};
 
 /// Partitions of one transaction.
 const PARTITIONS_MAX: usize = 10_000;
@@ -145,6 +146,10 @@ fn init(table: &TransactionTable, id: &str, timeout: Duration, fresh: ProducerId
         return Ok((vec![(id.into(), Some(first))], producer(fresh, ProducerEpoch::new(0))));
     };
     match known.stage {
+        Stage::PrepareCommit | Stage::PrepareAbort if is_planted(Bug::KeepPreparing) => {
+            let reply = producer(known.producer, known.epoch);
+            Ok((Vec::new(), reply))
+        }
         Stage::PrepareCommit | Stage::PrepareAbort => Ok((Vec::new(), TransactionReply::Busy)),
         Stage::Ongoing => {
             let aborted = decided(known, false, Cut::TakenOver, fresh);
@@ -339,7 +344,8 @@ fn grow(transaction: &mut Transaction, addition: Addition, now: Timestamp) {
         transaction.stage = Stage::Ongoing;
         transaction.started_at = now;
     }
-    transaction.partitions.extend(addition.partition);
+    let is_lost = is_planted(Bug::WriteUnadded) && !transaction.partitions.is_empty();
+    transaction.partitions.extend(addition.partition.filter(|_| !is_lost));
     transaction.groups.extend(addition.group);
 }
 

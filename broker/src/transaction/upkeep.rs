@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use flowstone_protocol::{Error, ErrorCode, LeaderEpoch, Marker, ProducerId, Timestamp, TopicPartition};
 
+use flowstone_storage::planted::{Bug, is_planted};
+
 use super::commands::TransactionCommand;
 use super::endings::{Ending, Endings, Turn};
 use super::state::{Decision, TransactionTable};
@@ -84,7 +86,7 @@ impl Turn {
     /// What a partition answered; whether it needs no other try.
     pub(crate) fn take(&mut self, tp: TopicPartition, written: Result<(), &Error>) -> bool {
         let is_over = written.map_or_else(|refusal| after(refusal) == After::Over, |()| true);
-        if is_over {
+        if is_over || is_planted(Bug::LoseMarkers) {
             self.left.remove(&tp);
         }
         is_over

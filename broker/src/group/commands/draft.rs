@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use flowstone_protocol::{Error, ErrorCode, Timestamp, TopicPartition};
 
+use flowstone_storage::planted::{Bug, is_planted};
+
 use super::super::records::{GroupLogRecord, show_group, show_member};
 use super::super::state::{Group, Member};
 use super::elected;
@@ -164,9 +166,9 @@ impl<'a> Draft<'a> {
         loose.sort_unstable();
         loose.dedup();
         for tp in loose {
-            if self.holder(tp).is_none()
-                && let Some(target) = self.target(tp).cloned()
-            {
+            let is_free =
+                self.holder(tp).is_none() || (is_planted(Bug::GiveTwice) && self.holder(tp) != self.target(tp));
+            if is_free && let Some(target) = self.target(tp).cloned() {
                 self.holders.insert(tp, Some(Arc::clone(&target)));
                 gifts.entry(target).or_default().push(tp);
             }

@@ -10,6 +10,7 @@ use super::super::records::{GroupLogRecord, show_ended, show_group, show_member,
 use super::super::state::{CommittedOffset, Group, GroupTable, PendingOffset};
 use super::{Commit, Decided, GroupReply, METADATA_BYTES_MAX, NewOffset, check_room, find, stale, unknown_group};
 use crate::coordinator::PIECE_BYTES;
+use flowstone_storage::planted::{Bug, is_planted};
 
 /// How long the end of a producer's transaction is remembered: far longer than any transaction may be under way.
 const ENDED_KEPT: Duration = Duration::from_secs(86_400);
@@ -48,7 +49,7 @@ pub(super) fn commit(table: &GroupTable, commit: Commit, now: Timestamp) -> Resu
     let member = match &commit.member {
         Some((id, epoch)) => {
             let (_, member) = find(table, &commit.group, id)?;
-            if *epoch != member.epoch {
+            if *epoch != member.epoch && !is_planted(Bug::TakeStaleCommits) {
                 return Err(stale(*epoch, member.epoch));
             }
             Some(member)
@@ -74,7 +75,7 @@ pub(super) fn commit(table: &GroupTable, commit: Commit, now: Timestamp) -> Resu
     let empty = records.len();
     for (tp, wanted) in commit.offsets {
         let refused = check(&wanted).or_else(|| match member {
-            Some(member) if !member.holds(tp) => Some(Error::new(
+            Some(member) if !member.holds(tp) && !is_planted(Bug::TakeStaleCommits) => Some(Error::new(
                 ErrorCode::NotAssigned,
                 "this member does not own the partition: it was given to another one, whose commits count; go on with \
                  what the newest assignment says",
@@ -95,6 +96,7 @@ pub(super) fn commit(table: &GroupTable, commit: Commit, now: Timestamp) -> Resu
         room -= usize::from(!is_known);
         let offset = committed(wanted, now);
         records.push(match commit.transaction {
+            Some(_) if is_planted(Bug::CommitPendingAtOnce) => show_offset(&commit.group, tp, Some(&offset)),
             Some((producer, epoch)) => {
                 show_pending(producer, &commit.group, tp, Some(&PendingOffset { offset, epoch }))
             }
@@ -187,7 +189,11 @@ pub(super) fn end_pending(
             if piece.is_full() {
                 return piece.more();
             }
-            if commit {
+            let counts = match commit {
+                true => !is_planted(Bug::LosePendingOffsets),
+                false => is_planted(Bug::KeepAbortedOffsets),
+            };
+            if counts {
                 piece.push(show_offset(name, *tp, Some(&pending.offset)));
             }
             piece.push(show_pending(producer, name, *tp, None));
