@@ -92,9 +92,12 @@ pub fn next_step(view: &GroupStatus, wanted: &[ReplicaId], leaving: &[ReplicaId]
         };
     }
     if leaving_members.is_empty() {
-        // Whoever is forgotten is deleted, and those who have not heard that it is out count on its vote.
-        let waits = leaving.is_empty() || !view.change_is_known;
-        return if waits { PlanStep::Nothing } else { PlanStep::Done { removed: leavers } };
+        return match leavers.first() {
+            _ if leaving.is_empty() => PlanStep::Nothing,
+            // Whoever is forgotten is deleted, and those who do not know that it is out count on its vote.
+            Some(&replica) if !view.change_is_known => PlanStep::Remove(replica),
+            _ => PlanStep::Done { removed: leavers },
+        };
     }
     if !all_in {
         return PlanStep::Nothing;
@@ -154,7 +157,7 @@ mod tests {
                 last: RaftIndex::new(9),
                 membership: Membership { voters: ids(voters), learners: Vec::new() },
                 members: Vec::new(),
-                change_is_known: true,
+                change_is_known: false,
                 pulled: None,
             };
             let mut group = Self { view, dead: dead.to_vec() };
@@ -181,6 +184,7 @@ mod tests {
         }
 
         fn change(&mut self, change: MembershipChange) {
+            let before = self.view.membership.clone();
             let Membership { voters, learners } = &mut self.view.membership;
             match change {
                 MembershipChange::AddLearner(replica) => learners.push(replica),
@@ -193,6 +197,7 @@ mod tests {
                     voters.retain(|&other| other != replica);
                 }
             }
+            self.view.change_is_known = before == self.view.membership;
             self.look();
         }
 
@@ -233,7 +238,10 @@ mod tests {
         use PlanStep::{AddLearner, Done, Promote, Remove, ReportMayRemove};
         let steps = Group::new(&[1, 2, 3], 1, &[]).drive(&[1, 2, 4], &[3], false);
         let removed = ids(&[3]);
-        assert_eq!(steps, [AddLearner(id(4)), Promote(id(4)), ReportMayRemove, Remove(id(3)), Done { removed }]);
+        // The second removal is empty: it says that the first is committed.
+        let out = [Remove(id(3)), Remove(id(3)), Done { removed }];
+        assert_eq!(steps[..3], [AddLearner(id(4)), Promote(id(4)), ReportMayRemove]);
+        assert_eq!(steps[3..], out);
     }
 
     #[test]
@@ -241,7 +249,7 @@ mod tests {
         use PlanStep::{AddLearner, Done, Promote, Remove};
         let steps = Group::new(&[1, 2, 3], 1, &[3]).drive(&[1, 2, 4], &[3], true);
         let removed = ids(&[3]);
-        assert_eq!(steps, [AddLearner(id(4)), Remove(id(3)), Promote(id(4)), Done { removed }]);
+        assert_eq!(steps, [AddLearner(id(4)), Remove(id(3)), Promote(id(4)), Remove(id(3)), Done { removed }]);
     }
 
     #[test]
@@ -269,7 +277,7 @@ mod tests {
         let mut group = Group::new(&[1, 2, 3], 1, &[]);
         group.change(MembershipChange::AddLearner(id(4)));
         let steps = group.drive(&[1, 2, 3], &[4], true);
-        assert_eq!(steps, [PlanStep::Remove(id(4)), PlanStep::Done { removed: ids(&[4]) }]);
+        assert_eq!(steps, [PlanStep::Remove(id(4)), PlanStep::Remove(id(4)), PlanStep::Done { removed: ids(&[4]) }]);
     }
 
     #[test]
@@ -280,11 +288,10 @@ mod tests {
     }
 
     #[test]
-    fn who_is_out_is_forgotten_only_once_a_majority_knows_of_it() {
+    fn who_is_out_is_forgotten_only_once_all_can_do_without_it() {
         let mut group = Group::new(&[1, 2, 4], 1, &[]);
         let next = |group: &Group| next_step(&group.view, &ids(&[1, 2, 4]), &ids(&[3]), true);
-        group.view.change_is_known = false;
-        assert_eq!(next(&group), PlanStep::Nothing);
+        assert_eq!(next(&group), PlanStep::Remove(id(3)), "again, which changes nothing");
         group.view.change_is_known = true;
         assert_eq!(next(&group), PlanStep::Done { removed: ids(&[3]) });
     }

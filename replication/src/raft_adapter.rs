@@ -472,9 +472,7 @@ impl RaftAdapter {
                 let last = raft.raft_log.last_index();
                 let followers = raft.prs().iter().filter(|&(&id, _)| id != self.id);
                 for (at, (&id, progress)) in followers.enumerate() {
-                    // What it knows is told by its answers, which nobody looks at once the group rests.
                     let fits = progress.matched == last
-                        && progress.committed_index == raft.raft_log.committed
                         && progress.state == ProgressState::Replicate
                         && progress.pending_request_snapshot == raft::INVALID_INDEX
                         && !progress.ins.full();
@@ -526,6 +524,7 @@ impl RaftAdapter {
         raft.raft_log.unstable.entries.shrink_to_fit();
         self.heard.shrink_to_fit();
         self.node.store().shed();
+        self.log_mut().shed();
     }
 
     /// Offers again what followers were told to pull and have not: either message may be lost.
@@ -626,21 +625,6 @@ impl RaftAdapter {
     /// A change of members is in the log and not applied.
     pub(crate) fn has_pending_change(&self) -> bool {
         self.node.raft.has_pending_conf()
-    }
-
-    /// As [`GroupStatus::change_is_known`](crate::GroupStatus::change_is_known) has it.
-    pub(crate) fn change_is_known(&self) -> bool {
-        let raft = &self.node.raft;
-        // A leader takes it that the newest change is the last entry that it had when it was elected, at the latest.
-        let newest = raft.pending_conf_index;
-        let learners = raft.prs().conf().learners();
-        let (mut voters, mut knowing) = (0, 0);
-        for (id, progress) in raft.prs().iter().filter(|(id, _)| !learners.contains(id)) {
-            let known = if *id == self.id { raft.raft_log.committed } else { progress.committed_index };
-            voters += 1;
-            knowing += usize::from(known >= newest);
-        }
-        self.is_leader() && knowing > voters / 2
     }
 
     /// Gives the entries that were asked for.

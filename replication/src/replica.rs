@@ -110,6 +110,8 @@ pub struct Replica<M: Machine> {
     members_known_to: RaftIndex,
     /// The members as of `applied`, for checkpoints.
     membership_applied: Membership,
+    /// The last change up to there was empty, which says of the one before it that it is committed: see [`known_members`].
+    change_is_known: bool,
     /// Its log could not be read when it was opened: it ends with its first step.
     unreadable: Option<StorageError>,
 
@@ -160,7 +162,7 @@ pub struct Replica<M: Machine> {
     /// Requests held back until an overdue checkpoint found its quiet moment.
     held: Vec<Event<M>>,
     /// Another leader's entries replace some that are flushed: nothing else goes on until that is done.
-    truncation: Option<Truncation>,
+    truncation: Option<Box<Truncation>>,
     /// The log is about to be cut here.
     cut_below: Option<RaftIndex>,
     ended: bool,
@@ -314,6 +316,7 @@ impl<M: Machine> Replica<M> {
             membership: members,
             members_known_to,
             membership_applied: membership,
+            change_is_known: false,
             unreadable,
             hard_state,
             hard_states_written: HardStateNumber::default(),
@@ -484,6 +487,12 @@ impl<M: Machine> Replica<M> {
     /// Whether its vote alone decides.
     pub fn is_only_voter(&self) -> bool {
         self.membership.is_only_voter(self.config.replica)
+    }
+
+    /// Whether [`Event::Retain`] may have anything to do. What is written to one segment that is not full is most of what
+    /// there is where thousands are idle.
+    pub fn may_retain(&self, now: Timestamp) -> bool {
+        self.machine.may_expire() || self.log().may_retain(now)
     }
 
     /// Whether something is written and not flushed, nor being flushed.
@@ -1073,7 +1082,10 @@ impl<M: Machine> Replica<M> {
             MembershipChange::Promote(replica) if !learners.contains(&replica) => {
                 Some("it does not follow yet: add it as a learner first")
             }
-            MembershipChange::Remove(replica) if !self.membership.contains(replica) => return Ok(None),
+            // The first time it is an empty change: see `GroupStatus::change_is_known`.
+            MembershipChange::Remove(replica) if !self.membership.contains(replica) && self.change_is_known => {
+                return Ok(None);
+            }
             MembershipChange::Remove(replica) if voters == &[replica] => Some("it is the only voter"),
             MembershipChange::Remove(replica) if replica == own => {
                 Some("it leads: hand leadership over first, and ask the new leader")
@@ -1336,7 +1348,7 @@ impl<M: Machine> Replica<M> {
             last: self.raft.last_index(),
             membership: self.membership.clone(),
             members: self.raft.members(),
-            change_is_known: self.raft.change_is_known(),
+            change_is_known: self.change_is_known,
             pulled: None,
         }
     }
@@ -1732,7 +1744,7 @@ impl<M: Machine> Replica<M> {
             // middle would look like loss otherwise.
             let number =
                 self.put_hard_state(HardState { flushed: RaftIndex::new(first.get() - 1), ..self.hard_state }, fx);
-            self.truncation = Some(Truncation { ready, below: first, number });
+            self.truncation = Some(Box::new(Truncation { ready, below: first, number }));
             return Ok(());
         }
 
@@ -1782,9 +1794,10 @@ impl<M: Machine> Replica<M> {
     fn truncation_may_begin(&mut self) -> Option<Ready> {
         let (flushed, idle) = (self.hard_states_flushed, self.flush_in_flight.is_none());
         let truncation = self.truncation.take_if(|truncation| idle && truncation.number <= flushed)?;
+        let Truncation { ready, below, .. } = *truncation;
         // From here on the log itself answers for less.
-        self.cut_below = Some(truncation.below);
-        Some(truncation.ready)
+        self.cut_below = Some(below);
+        Some(ready)
     }
 
     /// Up to where this replica answers for its log.
@@ -1926,7 +1939,9 @@ impl<M: Machine> Replica<M> {
                 }
                 Some((ControlType::Membership, payload)) => match MembershipChange::decode(&payload) {
                     Ok(change) => {
-                        self.membership_applied = self.membership_applied.after(change);
+                        let after = self.membership_applied.after(change);
+                        self.change_is_known = after == self.membership_applied;
+                        self.membership_applied = after;
                         if index > self.members_known_to {
                             self.membership = self.raft.change_membership(change)?;
                         }

@@ -297,8 +297,9 @@ pub struct GroupStatus {
     pub membership: Membership,
     /// Its members, the leader itself among them; empty where another leads.
     pub members: Vec<MemberStatus>,
-    /// A majority of the voters is known to know that the newest change of members is committed. Only then whoever it removed
-    /// can be done without: those who do not know of it still ask it for its vote. No where another leads.
+    /// The newest change of members was followed by an empty one, and both are committed: a majority has it in its log that
+    /// the first is. Only then whoever that removed can be done without: a voter that does not know still asks it for its
+    /// vote, and forgets what it knew when it is started anew.
     pub change_is_known: bool,
     /// Entries pulled so far, and how many it will be, while it pulls.
     pub pulled: Option<(u64, u64)>,
