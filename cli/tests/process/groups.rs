@@ -244,3 +244,43 @@ fn a_hanging_transaction_is_seen_and_aborted() {
     open.end().fails(1, &["not committed"]);
     assert_eq!(broker.run(&["consume", "t", "-e"]).text(), "");
 }
+
+#[test]
+fn a_member_that_stood_still_for_too_long_takes_nothing_back_when_it_goes_on() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let broker = Setup::new(&folder.path().join("data"))
+        .set("cluster.internal_partitions=2")
+        .set("group.session_timeout_min=500 ms")
+        .set("group.session_timeout=1 s")
+        .start();
+    broker.run(&["topic", "create", "t", "-p", "1"]).ok();
+    broker.feed(&["produce", "t"], b"1\n").ok();
+    let mut first = broker.begin(&["consume", "t", "-g", "g"]);
+    assert_eq!(lines(&mut first, 1), ["1"]);
+    kill_process(first.pid(), Signal::STOP).expect("it runs");
+    // Its session ends, and another one has the partition. What it printed and had not committed comes again.
+    let mut second = broker.begin(&["consume", "t", "-g", "g"]);
+    broker.feed(&["produce", "t"], b"2\n").ok();
+    while lines(&mut second, 1) != ["2"] {}
+    let has_all = |member: &serde_json::Value| member["owned"].as_array().is_some_and(|owned| owned.len() == 1);
+    let group = wait_for(&broker, &["group", "describe", "g"], |group| {
+        group["state"] == "stable"
+            && group["members"].as_array().is_some_and(|them| them.len() == 1 && has_all(&them[0]))
+    });
+    let owner = group["members"][0]["member_id"].clone();
+    assert!(owner.is_string(), "{group}");
+    // It goes on, notices, and waits beside the other one.
+    kill_process(first.pid(), Signal::CONT).expect("it runs");
+    wait_for(&broker, &["group", "describe", "g"], |group| {
+        let members = group["members"].as_array().cloned().unwrap_or_default();
+        let keeps = members.iter().any(|member| member["member_id"] == owner && has_all(member));
+        group["state"] == "stable" && members.len() == 2 && keeps
+    });
+    broker.feed(&["produce", "t"], b"3\n").ok();
+    assert_eq!(lines(&mut second, 1), ["3"]);
+    for member in [first, second] {
+        kill_process(member.pid(), Signal::TERM).expect("it runs");
+        assert_eq!(member.end().text(), "", "nothing twice");
+    }
+    assert_eq!(broker.run(&["consume", "t", "-g", "g", "-e"]).text(), "", "nor was a commit taken back");
+}

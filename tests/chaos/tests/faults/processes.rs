@@ -1,7 +1,7 @@
 //! Processes that are killed, paused and stopped.
 
 use crate::{all_is_well, alone, three};
-use flowstone_chaos::{HANG, Setup};
+use flowstone_chaos::{Cluster, HANG, Setup, flowstone_binary};
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
@@ -53,6 +53,59 @@ fn a_paused_leader_is_replaced_and_tells_nothing_stale() {
     // Clients that were connected to it ask on: for the ends, too.
     cluster.broker(leader).resume().expect("it runs");
     all_is_well(&cluster, workload);
+}
+
+#[test]
+fn a_paused_controller_that_goes_on_decides_nothing() {
+    let _alone = alone();
+    let (mut cluster, mut workload) = three();
+    let controller = |cluster: &Cluster| {
+        let info = cluster.json(&["cluster", "info"]).ok()?;
+        info["controller"].as_i64().and_then(|id| i32::try_from(id).ok())
+    };
+    // It tells of brokers that are dead with its exit code, too.
+    let state = |cluster: &Cluster, id: i32| {
+        let output = cluster.run(&["cluster", "health", "-o", "json"]).ok()?;
+        let health: serde_json::Value = serde_json::from_slice(&output.stdout).ok()?;
+        let broker = health["brokers"].as_array()?.iter().find(|broker| broker["id"] == id)?.clone();
+        broker["state"].as_str().map(str::to_owned)
+    };
+    let paused = controller(&cluster).expect("a controller");
+    let others: Vec<i32> = cluster.ids().into_iter().filter(|id| *id != paused).collect();
+    cluster.broker(paused).pause().expect("it runs");
+    // By the clock of the one that stands still, nobody will have said anything for longer than a session lasts.
+    until("another controller gives it up", || {
+        others.contains(&controller(&cluster)?).then_some(())?;
+        (state(&cluster, paused)? == "dead").then_some(())
+    });
+    workload.goes_on(&cluster).expect("two are a majority");
+    cluster.ok(&["topic", "create", "meanwhile", "-r", "2"]).expect("it decides");
+    cluster.broker(paused).resume().expect("it runs");
+    // It holds the others for dead, and itself for the controller, until it hears of its successor.
+    until("it is taken in again", || {
+        for other in &others {
+            let state = state(&cluster, *other)?;
+            assert_eq!(state, "alive", "broker {other}");
+        }
+        (state(&cluster, paused)? == "alive").then_some(())
+    });
+    let returned = cluster.broker(paused).client().address().to_string();
+    until("it knows what its successor decided", || {
+        let mut command = std::process::Command::new(flowstone_binary().expect("the binary"));
+        let command = command.args(["topic", "describe", "meanwhile", "--server", &returned]);
+        command.output().expect("it runs").status.success().then_some(())
+    });
+    all_is_well(&cluster, workload);
+}
+
+/// Looks again and again, until it is so.
+#[track_caller]
+fn until(what: &str, mut look: impl FnMut() -> Option<()>) {
+    let began = Instant::now();
+    while look().is_none() {
+        assert!(began.elapsed() < HANG, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
 }
 
 #[test]
