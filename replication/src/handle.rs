@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use flowstone_protocol::{BatchHeader, BrokerId, Error, ErrorCode, Marker, Offset, ReplicaId, Term, TopicPartition};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::effects::Event;
 use crate::inbox::{Inbox, Refused};
@@ -241,10 +241,12 @@ pub(crate) struct StatusCell {
     health: Mutex<Health>,
     // Told at every change of role, term or health.
     changed: Notify,
+    // The same of all replicas, counted.
+    all: Arc<watch::Sender<u64>>,
 }
 
 impl StatusCell {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(all: Arc<watch::Sender<u64>>) -> Self {
         Self {
             role: AtomicU8::new(role_to_u8(Role::Opening)),
             term: AtomicU64::new(0),
@@ -260,6 +262,7 @@ impl StatusCell {
             rests_since: AtomicU64::new(0),
             health: Mutex::new(Health::Ok),
             changed: Notify::new(),
+            all,
         }
     }
 
@@ -325,6 +328,7 @@ impl StatusCell {
         }
         if changed {
             self.changed.notify_waiters();
+            self.all.send_modify(|count| *count = count.wrapping_add(1));
         }
     }
 }

@@ -34,6 +34,7 @@ use flowstone_storage::{
     CheckpointDone, Compaction, CompactionStep, DataDir, DataDirError, Disk, FlushDone, HardState, OpenError,
     RangeTicket, ReadError, RetentionConfig, Scrubbed, StorageError,
 };
+use tokio::sync::watch;
 
 use self::compacting::Compacting;
 use self::peers::{NEVER, Places};
@@ -87,6 +88,8 @@ const PROBE_BYTES: u64 = 1 << 20;
 const DROP_ABANDONED_EVERY: Duration = Duration::from_secs(5);
 /// Retention looks at one slice of the replicas at a time.
 const RETENTION_SLICES: u32 = 32;
+/// Room for so many messages is kept between rounds; what a burst took beyond that is given back.
+const TAKEN_KEPT: usize = 4_096;
 /// A flush goes to the pool, even alone, on a disk that is slower than this on average.
 const INLINE_FLUSH_TIME_MAX: Duration = Duration::from_micros(250);
 
@@ -218,6 +221,8 @@ pub struct Shards<M: Machine> {
     peer_bytes_max: usize,
     /// Written whenever the cluster's changes; read where something is created.
     feature_level: Arc<AtomicU32>,
+    /// Counts the changes of all replicas' roles, terms, leaders and health.
+    changes: Arc<watch::Sender<u64>>,
 }
 
 impl<M: Machine> Shards<M> {
@@ -271,6 +276,7 @@ impl<M: Machine> Shards<M> {
             boot_id: config.boot_id.clone(),
             peer_bytes_max: config.peer_bytes_max,
             feature_level: Arc::clone(&feature_level),
+            changes: Arc::default(),
         };
         let now = workers.now();
         let mut cores = Vec::with_capacity(shards);
@@ -295,6 +301,7 @@ impl<M: Machine> Shards<M> {
                 transport: Arc::clone(&transport),
                 disk_reads: Arc::clone(&disk_reads),
                 feature_level: Arc::clone(&feature_level),
+                changes: Arc::clone(&all.changes),
                 now,
                 taken: Vec::new(),
                 stripes,
@@ -397,6 +404,12 @@ impl<M: Machine> Shards<M> {
     /// The cluster's feature level, as it is by now: replicas that are made from now on say that they were made under it.
     pub fn set_feature_level(&self, level: u32) {
         self.feature_level.store(level, Ordering::Relaxed);
+    }
+
+    /// Told, sooner or later but always, when some replica's role, term, leader or health has changed: of one,
+    /// [`ReplicaHandle::changed`] tells. One receiver for all of them costs nothing for each.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
     }
 
     /// What each shard counted.
@@ -689,10 +702,10 @@ struct Slot<M: Machine> {
     closing: Option<Closing>,
     places: Places,
     /// What it pulls from others.
-    pull: Option<Pull>,
+    pull: Option<Box<Pull>>,
     /// Where its leader was, while it has no log that knows.
     hint: Option<BrokerId>,
-    repair: Option<Repairing>,
+    repair: Option<Box<Repairing>>,
     /// Its log was copied from others a moment ago.
     is_copied: bool,
     /// Which other one's files go once it is copied.
@@ -795,6 +808,8 @@ struct Shard<M: Machine> {
     disk_reads: Arc<AtomicUsize>,
     /// The cluster's.
     feature_level: Arc<AtomicU32>,
+    /// All shards'.
+    changes: Arc<watch::Sender<u64>>,
     /// When this round began.
     now: Instant,
     /// Empty between rounds.
@@ -855,6 +870,7 @@ impl<M: Machine> Shard<M> {
         for message in taken.drain(..) {
             self.take(message);
         }
+        taken.shrink_to(TAKEN_KEPT);
         self.taken = taken;
         self.on_time(now);
         self.settle(now);
@@ -996,7 +1012,7 @@ impl<M: Machine> Shard<M> {
         let slot = Slot {
             life: 0,
             spec,
-            status: Arc::new(StatusCell::new()),
+            status: Arc::new(StatusCell::new(Arc::clone(&self.changes))),
             state: State::Free,
             events: Vec::new(),
             touched: false,
@@ -1870,7 +1886,7 @@ impl<M: Machine> Shard<M> {
         let marks =
             self.stripes.values().filter_map(|stripe| stripe.marked_since()).map(|since| since + MARKS_FLUSHED_WITHIN);
         let slots = &self.slots;
-        let pulls = self.pulls.iter().filter_map(|&index| slots[index as usize].pull.as_ref().and_then(Pull::due));
+        let pulls = self.pulls.iter().filter_map(|&index| slots[index as usize].pull.as_deref().and_then(Pull::due));
         let pulls = pulls.chain(self.scrubbing.repairs(slots));
         [timers.tick_at, timers.relaxed_at, timers.probe_at, timers.retention_at, timers.abandoned_at]
             .into_iter()
@@ -1930,7 +1946,9 @@ impl<M: Machine> Shard<M> {
                     || (slot.spec.retention != RetentionConfig::default() && !matches!(slot.state, State::Free))
                 {
                     any = true;
-                    if index % RETENTION_SLICES == slice {
+                    let is_due = index % RETENTION_SLICES == slice
+                        && matches!(&slot.state, State::Running(replica) if replica.may_retain((self.clock)()));
+                    if is_due {
                         self.event(index, Event::Retain);
                     }
                 }

@@ -111,6 +111,9 @@ const ALLOCATE_BYTES_MAX: u64 = 8 << 20;
 /// Relative offsets and record counts of a segment are 32 bits wide; a batch may take up to `i32::MAX` of either.
 const SEGMENT_OFFSETS_MAX: u64 = 1 << 31;
 
+/// Room for no more slots than these is given back by [`Log::shed`].
+const SLOTS_SHED_MAX: usize = BLOCK_SLOTS;
+
 /// What an entry carries.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum EntryBody {
@@ -752,6 +755,16 @@ impl Log {
             return end;
         }
         wanted
+    }
+
+    /// Gives back the memory that only a log which is written to needs: for one that will not be for a while. What is large
+    /// stays as it is, as it would be copied with the next write.
+    pub fn shed(&mut self) {
+        self.tail.shrink_to_fit();
+        self.epochs.shrink_to_fit();
+        if self.active.slots.capacity() <= SLOTS_SHED_MAX {
+            self.active.slots.shrink_to_fit();
+        }
     }
 
     fn is_old(&mut self, now: Timestamp) -> bool {

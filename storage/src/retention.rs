@@ -37,6 +37,16 @@ impl Log {
         target
     }
 
+    /// Whether there is anything that retention could let go by now, or that could be closed for its age: a log of one
+    /// segment has nothing until then.
+    pub fn may_retain(&self, now: Timestamp) -> bool {
+        let is_due = |born: Timestamp| {
+            // A clock that was ahead is noticed by whoever closes it.
+            born > now || self.config.segment_age.is_some_and(|age| born.after(age) <= now)
+        };
+        !self.sealed.is_empty() || self.active.born.is_some_and(is_due)
+    }
+
     /// A log-start control batch was applied: readers see nothing below `offset` from now on. Never moves back, nor
     /// past the high watermark.
     pub fn set_log_start(&mut self, offset: Offset) {

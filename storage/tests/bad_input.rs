@@ -657,6 +657,7 @@ fn retention_by_bytes_and_time_goes_by_whole_committed_segments() {
     assert_eq!(log.retention_target(&by_bytes(0), later), None, "nothing is committed");
     log.commit_to(RaftIndex::new(last));
     assert_eq!(log.retention_target(&none, later), None);
+    assert!(log.may_retain(later), "it has closed segments");
     assert_eq!(log.retention_target(&by_time(100), later), None, "exactly that old is kept");
     let all_sealed = log.retention_target(&by_time(99), later).expect("all are older");
     assert_eq!(log.retention_target(&by_bytes(0), later), Some(all_sealed));
@@ -683,6 +684,9 @@ fn a_segment_is_closed_when_it_is_old() {
     let disk = sim.shared();
     let mut log = filled(&disk, 1);
     log.set_config(LogConfig { segment_age: Some(std::time::Duration::from_secs(10)), ..LogConfig::default() });
+    assert!(!log.may_retain(NOW.after(std::time::Duration::from_secs(9))), "there is nothing to be looked at");
+    assert!(log.may_retain(NOW.after(std::time::Duration::from_secs(10))));
+    assert!(log.may_retain(Timestamp::new(NOW.get() - 1)), "the clock was ahead");
     assert_eq!(log.roll_if_due(NOW.after(std::time::Duration::from_secs(9))).ok(), Some(false));
     assert_eq!(log.roll_if_due(NOW.after(std::time::Duration::from_secs(10))).ok(), Some(true));
     assert_eq!(

@@ -93,7 +93,11 @@ impl<M: Machine> Shard<M> {
         };
         // What was due while nothing happened is due with the next tick.
         let is_spoken_for = self.is_spoken_for(index);
-        self.slots[index as usize].status.rests(is_spoken_for.then_some(self.ticks));
+        if is_spoken_for {
+            self.settle_down(index);
+        } else {
+            self.slots[index as usize].status.rests(None);
+        }
         let wake = if is_spoken_for { NEVER } else { wake };
         self.wakes[index as usize] = wake.max(self.ticks + 1);
         if wake != NEVER {

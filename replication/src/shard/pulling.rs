@@ -308,7 +308,7 @@ impl<M: Machine> Shard<M> {
     pub(super) fn on_offered(&mut self, index: u32, offered: Offered) {
         let slot = &mut self.slots[index as usize];
         let State::Running(replica) = &slot.state else { return };
-        match &mut slot.pull {
+        match slot.pull.as_deref_mut() {
             Some(Pull { goal: Goal::CatchUp { offered: before, .. }, .. }) => {
                 // A new leader may offer less than the one before it did; that has nothing more to give.
                 if offered.index >= before.index || offered.leader != before.leader {
@@ -322,7 +322,7 @@ impl<M: Machine> Shard<M> {
         let next = replica.committed().next();
         let goal = Goal::CatchUp { offered, next, last_chunk: RaftIndex::new(0), compare: true, compared: None };
         tracing::info!(tp = %slot.spec.tp, from = %next, to = %offered.index, "a replica is far behind and pulls what is committed");
-        slot.pull = Some(Pull::new(goal));
+        slot.pull = Some(Box::new(Pull::new(goal)));
         self.note_pull(index);
         self.drive_pull(index);
     }
@@ -335,7 +335,7 @@ impl<M: Machine> Shard<M> {
 
     /// It has no log to go on with, or one that is not complete.
     pub(super) fn begin_install(&mut self, index: u32, install: Option<Box<Install>>, kept: Option<Box<KeptLog>>) {
-        self.slots[index as usize].pull = Some(Pull::new(Goal::install(install, kept, None)));
+        self.slots[index as usize].pull = Some(Box::new(Pull::new(Goal::install(install, kept, None))));
         self.note_pull(index);
         self.drive_pull(index);
     }
@@ -352,13 +352,13 @@ impl<M: Machine> Shard<M> {
             membership: crate::membership::Membership::default(),
             members: Vec::new(),
             change_is_known: false,
-            pulled: Some(slot.pull.as_ref().map_or((0, 0), Pull::progress)),
+            pulled: Some(slot.pull.as_deref().map_or((0, 0), Pull::progress)),
         }
     }
 
     /// Entries pulled and wanted, while it pulls.
     pub(super) fn pulled(&self, index: u32) -> Option<(u64, u64)> {
-        self.slots[index as usize].pull.as_ref().map(Pull::progress)
+        self.slots[index as usize].pull.as_deref().map(Pull::progress)
     }
 
     /// Pulls whose pause is over.
@@ -679,7 +679,7 @@ impl<M: Machine> Shard<M> {
         }
         let Some(Pull {
             goal: Goal::Install { install, kept, missing, misses, .. }, step, is_disk_full, failures, ..
-        }) = &mut slot.pull
+        }) = slot.pull.as_deref_mut()
         else {
             return;
         };
@@ -802,7 +802,7 @@ impl<M: Machine> Shard<M> {
         slot.hint = slot.shown.leader_broker;
         self.rise(index);
         let slot = &mut self.slots[index as usize];
-        let at_least = match &slot.pull {
+        let at_least = match slot.pull.as_deref() {
             Some(Pull { goal: Goal::CatchUp { offered, .. }, .. }) => Some(offered.index),
             _ => None,
         };
@@ -814,7 +814,7 @@ impl<M: Machine> Shard<M> {
         let late = std::mem::take(&mut slot.events);
         self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
         slot.state = State::Pulling { machine: replica.into_machine() };
-        slot.pull = Some(Pull::new(Goal::install(None, None, at_least)));
+        slot.pull = Some(Box::new(Pull::new(Goal::install(None, None, at_least))));
         self.wakes[index as usize] = super::NEVER;
         self.note_pull(index);
         self.show(index);

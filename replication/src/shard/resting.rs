@@ -299,8 +299,9 @@ impl<M: Machine> Shard<M> {
         }
     }
 
-    /// Spoken for from now on: nothing is expected to happen to it, and what only a busy replica needs is given back.
-    fn settle_down(&mut self, index: u32) {
+    /// Spoken for from now on, or again after a step that nobody else heard of: nothing is expected to happen to it, and
+    /// what only a busy replica needs is given back.
+    pub(super) fn settle_down(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         slot.status.rests(Some(self.ticks));
         slot.events.shrink_to_fit();

@@ -250,7 +250,7 @@ impl<M: Machine> Shard<M> {
                 }
             }
             None => {
-                slot.repair = Some(Repairing {
+                slot.repair = Some(Box::new(Repairing {
                     rotten,
                     repair: None,
                     copy: None,
@@ -258,7 +258,7 @@ impl<M: Machine> Shard<M> {
                     step: Step::Ask,
                     number: 0,
                     failures: 0,
-                });
+                }));
                 if !self.scrubbing.repairing.contains(&index) {
                     self.scrubbing.repairing.push(index);
                 }
