@@ -52,6 +52,8 @@ const TELL_EVERY: Duration = Duration::from_millis(100);
 const LOG_EVERY: Duration = Duration::from_secs(30);
 
 const _: () = assert!(MESSAGE_ITEMS_MAX < wire::ITEMS_MAX);
+/// Room for so many messages is kept between two of the stream's.
+const GROUP_KEPT: usize = 256;
 
 /// One stream to one broker.
 #[derive(Debug)]
@@ -332,6 +334,8 @@ impl Stream {
             self.group.clear();
             self.sender.send_data(message, false).map_err(end_of)?;
         }
+        // A burst is over: of an idle stream nothing is kept.
+        self.group.shrink_to(GROUP_KEPT);
         Ok(())
     }
 

@@ -10,6 +10,9 @@ use parking_lot::Mutex;
 use super::config::QueueLimits;
 use super::wire::{bytes_of, items_of};
 
+/// Room for so many messages is kept when none waits; what a burst took beyond that is given back.
+const MESSAGES_KEPT: usize = 256;
+
 /// Messages on their way to one broker: bounded, in order, filled by any thread, emptied by one task. What finds no room
 /// is dropped, and the task is told to say so.
 #[derive(Debug)]
@@ -73,6 +76,9 @@ impl Queue {
             bytes += next_bytes;
             waiting.bytes -= next_bytes;
             into.extend(waiting.messages.pop_front());
+        }
+        if waiting.messages.is_empty() {
+            waiting.messages.shrink_to(MESSAGES_KEPT);
         }
     }
 
@@ -158,6 +164,17 @@ mod tests {
         assert_eq!(taken(&queue, 4, usize::MAX), 2, "each counts for itself and its entry");
         assert_eq!(taken(&queue, 100, usize::MAX), 4);
         assert_eq!(taken(&queue, 100, usize::MAX), 0);
+    }
+
+    #[test]
+    fn a_burst_leaves_no_room_behind_that_nobody_needs() {
+        let queue = queue(usize::MAX, usize::MAX);
+        let room = || queue.waiting.lock().messages.capacity();
+        queue.push((0..10 * MESSAGES_KEPT as u64).map(heartbeat).collect());
+        assert_eq!(taken(&queue, MESSAGES_KEPT, usize::MAX), MESSAGES_KEPT);
+        assert!(room() >= 10 * MESSAGES_KEPT, "kept while some wait: {}", room());
+        taken(&queue, usize::MAX, usize::MAX);
+        assert!(queue.is_empty() && room() <= MESSAGES_KEPT, "room for {}", room());
     }
 
     /// Counts how often it is woken.
