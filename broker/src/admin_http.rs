@@ -171,7 +171,7 @@ mod tests {
     fn a_broker_whose_metadata_cannot_be_opened_is_not_ready_and_says_why() {
         let replicas = LocalReplicas::default();
         let readiness = Readiness::new(replicas.clone());
-        let broken = || Slot::Failed(Error::new(ErrorCode::StorageFailed, "no such disk; mend it"));
+        let broken = || Slot::Failed(Box::new(Error::new(ErrorCode::StorageFailed, "no such disk; mend it")));
         replicas.set(TopicPartition { topic: TopicId::new(7), partition: PartitionId::new(0) }, broken());
         let (recovering, lost) = readiness.sick();
         assert_eq!((recovering.len(), lost.len()), (0, 1), "one partition is not all of a broker");

@@ -323,7 +323,7 @@ impl OpenPartition {
         internal: bool,
         replica: Replica,
         peers: Peers,
-        config: TopicConfig,
+        config: impl Into<Arc<TopicConfig>>,
     ) -> Self {
         Self {
             tp,
@@ -334,7 +334,7 @@ impl OpenPartition {
             view: MachineView::Records,
             added: AddedTransactions::default(),
             peers: RwLock::new(peers),
-            config: RwLock::new(Arc::new(config)),
+            config: RwLock::new(config.into()),
         }
     }
 
@@ -362,8 +362,8 @@ impl OpenPartition {
         Arc::clone(&self.config.read())
     }
 
-    pub(crate) fn set_config(&self, config: TopicConfig) {
-        *self.config.write() = Arc::new(config);
+    pub(crate) fn set_config(&self, config: Arc<TopicConfig>) {
+        *self.config.write() = config;
     }
 }
 
@@ -375,9 +375,9 @@ pub(crate) enum Slot {
     /// It is being opened.
     Opening,
     /// It could not even be tried to open it.
-    Failed(Error),
+    Failed(Box<Error>),
     /// It was not opened: its topic's settings contradict this broker's. Other settings open it.
-    Refused(Error),
+    Refused(Box<Error>),
 }
 
 /// The replicas of this broker, as the services find them.
@@ -418,5 +418,29 @@ impl LocalReplicas {
     /// All of them, in no order.
     pub(crate) fn all(&self) -> Vec<(TopicPartition, Slot)> {
         self.slots.read().iter().map(|(tp, slot)| (*tp, slot.clone())).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Brokers have tens of thousands of replicas, most of them idle: what only a busy or a sick one needs belongs in a box.
+    #[test]
+    fn what_each_replica_takes_stays_small() {
+        let sizes = [
+            ("replica", size_of::<flowstone_replication::Replica<PartitionMachine>>(), 3_200),
+            ("machine", size_of::<PartitionMachine>(), 16),
+            ("producers", size_of::<Producers>(), 320),
+            ("handle", size_of::<Replica>(), 64),
+            ("open partition", size_of::<OpenPartition>(), 256),
+            ("slot", size_of::<Slot>(), 16),
+            ("log", size_of::<flowstone_storage::Log>(), 1_000),
+            ("spec", size_of::<flowstone_replication::ReplicaSpec>(), 256),
+            ("status", size_of::<flowstone_replication::ReplicaStatus>(), 160),
+        ];
+        for (what, bytes, bytes_max) in sizes {
+            assert!(bytes <= bytes_max, "a {what} takes {bytes} bytes, more than {bytes_max}");
+        }
     }
 }

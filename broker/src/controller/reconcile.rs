@@ -61,9 +61,8 @@ pub(crate) struct Reconciler {
     /// Replicas that are being closed for good; none is opened in the place of one before that has ended.
     clearings: JoinSet<()>,
     clearing: HashMap<TopicPartition, task::Id>,
-    /// One for each open replica: tells of its leadership and health.
-    watches: JoinSet<()>,
-    watched: HashMap<TopicPartition, AbortHandle>,
+    /// Tells of the replicas' leadership and health: one for all of them.
+    _watch: JoinSet<()>,
     /// How the metadata's replica is replaced; `None` where there is nothing to be looked after.
     succession: Option<Succession>,
     /// The controller gave yet another replica while one was being opened.
@@ -115,7 +114,7 @@ impl Succession {
                     return (METADATA_PARTITION, Slot::Open(Arc::new(partition)));
                 }
                 Err(error) if error.code == ErrorCode::ShuttingDown => {
-                    return (METADATA_PARTITION, Slot::Failed(error));
+                    return (METADATA_PARTITION, Slot::Failed(error.into()));
                 }
                 Err(error) => {
                     tracing::error!(%error, "cannot open the new replica of the metadata; it is tried again");
@@ -206,6 +205,8 @@ impl Reconciler {
         topic_defaults: TopicOverrides,
     ) -> Self {
         let directory = data_dir.id();
+        let mut watch = JoinSet::new();
+        watch.spawn(tell_changes(shards.changes(), replicas.clone()));
         Self {
             shards: Arc::downgrade(shards),
             data_dir,
@@ -220,8 +221,7 @@ impl Reconciler {
             opening: HashMap::new(),
             clearings: JoinSet::new(),
             clearing: HashMap::new(),
-            watches: JoinSet::new(),
-            watched: HashMap::new(),
+            _watch: watch,
             succession: None,
             succeeds_again: false,
             recoveries: None,
@@ -263,8 +263,6 @@ impl Reconciler {
                 },
                 Some(opened) = self.openings.join_next_with_id() => self.on_opened(opened),
                 Some(cleared) = self.clearings.join_next_with_id() => self.on_cleared(cleared),
-                // Only taken off the list.
-                Some(_) = self.watches.join_next() => {}
                 () = wanted_again(&mut wanted) => self.succeed(),
                 recovery = asked_for(&mut recoveries) => self.recover(recovery),
             }
@@ -315,9 +313,11 @@ impl Reconciler {
             return;
         }
         self.opening.remove(&tp);
-        self.replicas.set(tp, slot.clone());
-        let Slot::Open(partition) = slot else { return };
-        self.watch(&partition);
+        let is_open = matches!(slot, Slot::Open(_));
+        self.replicas.set(tp, slot);
+        if !is_open {
+            return;
+        }
         if tp == METADATA_PARTITION {
             // It may be to give way to yet another one by now. Never because of an older wish: what was recovered goes on.
             if std::mem::take(&mut self.succeeds_again) {
@@ -337,13 +337,6 @@ impl Reconciler {
         }
     }
 
-    fn watch(&mut self, partition: &OpenPartition) {
-        let watch = self.watches.spawn(tell_changes(partition.replica.clone(), self.replicas.clone()));
-        if let Some(earlier) = self.watched.insert(partition.tp, watch) {
-            earlier.abort();
-        }
-    }
-
     /// Looks after the metadata's own replica, which was opened before there was any metadata; and gives its place to
     /// another one when the controller says so.
     pub(crate) fn adopt(
@@ -353,7 +346,6 @@ impl Reconciler {
         recoveries: mpsc::Receiver<MetadataRecovery>,
     ) {
         self.replicas.set(partition.tp, Slot::Open(Arc::clone(partition)));
-        self.watch(partition);
         self.succession = Some(succession);
         self.recoveries = Some(recoveries);
     }
@@ -364,9 +356,6 @@ impl Reconciler {
         let Some(Slot::Open(earlier)) = self.replicas.get(METADATA_PARTITION) else { return };
         let from = earlier.replica_id;
         tracing::error!(%from, to = %recovery.survives_as, "the metadata goes on with what this broker has of it");
-        if let Some(watch) = self.watched.remove(&METADATA_PARTITION) {
-            watch.abort();
-        }
         let start = Start::Recovered { from };
         let peers: Peers = Arc::from([(recovery.survives_as, succession.control.me)]);
         let (succession, shards) = (succession.clone(), self.shards.clone());
@@ -403,9 +392,6 @@ impl Reconciler {
         tracing::warn!(from = %earlier.replica_id, to = %next, "the metadata's replica here begins anew");
         let peers: Peers =
             self.table.with(|table| metadata_places(table).map(|place| (place.replica, place.broker)).collect());
-        if let Some(watch) = self.watched.remove(&METADATA_PARTITION) {
-            watch.abort();
-        }
         let opening =
             self.openings.spawn(succession.clone().take(next, earlier, Start::Learner, peers, self.shards.clone()));
         self.opening.insert(METADATA_PARTITION, opening);
@@ -487,7 +473,8 @@ impl Reconciler {
 
     fn make_so(&mut self, shards: &Arc<Shards<PartitionMachine>>, wanted: &Wanted) {
         let topic = &wanted.topic;
-        let config = TopicConfig::resolve(&self.topic_defaults, &topic.overrides);
+        // One for all of them.
+        let config = TopicConfig::resolve(&self.topic_defaults, &topic.overrides).map(Arc::new);
         for wanted in &wanted.replicas {
             let tp = wanted.tp;
             if self.clearing.contains_key(&tp) {
@@ -499,7 +486,7 @@ impl Reconciler {
                 // Defaults of this broker that contradict what the topic was given.
                 Err(error) => {
                     let error = Error::clone(error).with_topic(topic.name.as_str()).with_partition(tp.partition);
-                    self.replicas.set(tp, Slot::Refused(error));
+                    self.replicas.set(tp, Slot::Refused(error.into()));
                     continue;
                 }
             };
@@ -510,12 +497,12 @@ impl Reconciler {
                 }
                 Some(Slot::Open(earlier)) => {
                     tracing::info!(%tp, from = %earlier.replica_id, to = %wanted.replica, "a replica takes another's place");
-                    self.open(shards, topic, wanted, config.clone(), Some(earlier));
+                    self.open(shards, topic, wanted, Arc::clone(config), Some(earlier));
                 }
                 // Looked at again when its opening ends.
                 Some(Slot::Opening) => {}
                 None | Some(Slot::Failed(_) | Slot::Refused(_)) => {
-                    self.open(shards, topic, wanted, config.clone(), None);
+                    self.open(shards, topic, wanted, Arc::clone(config), None);
                 }
             }
         }
@@ -527,14 +514,11 @@ impl Reconciler {
         shards: &Arc<Shards<PartitionMachine>>,
         topic: &Arc<Topic>,
         wanted: &WantedReplica,
-        config: TopicConfig,
+        config: Arc<TopicConfig>,
         earlier: Option<Arc<OpenPartition>>,
     ) {
         let WantedReplica { tp, replica: replica_id, peers, start } = wanted.clone();
         self.replicas.set(tp, Slot::Opening);
-        if let Some(watch) = self.watched.remove(&tp) {
-            watch.abort();
-        }
         let spec = ReplicaSpec {
             tp,
             replica: replica_id,
@@ -574,7 +558,7 @@ impl Reconciler {
                 }
                 Err(error) => {
                     tracing::error!(topic = topic.name, partition = tp.partition.get(), %error, "cannot open a replica");
-                    Slot::Failed(error.with_topic(topic.name.as_str()).with_partition(tp.partition))
+                    Slot::Failed(Box::new(error.with_topic(topic.name.as_str()).with_partition(tp.partition)))
                 }
             };
             (tp, slot)
@@ -584,9 +568,6 @@ impl Reconciler {
 
     fn take_away(&mut self, shards: &Arc<Shards<PartitionMachine>>, tp: TopicPartition, ends: Ends) {
         let Some(slot) = self.replicas.remove(tp) else { return };
-        if let Some(watch) = self.watched.remove(&tp) {
-            watch.abort();
-        }
         // One that was not begun is not; one that was is closed by what follows.
         if let Some(opening) = self.opening.remove(&tp) {
             opening.abort();
@@ -773,13 +754,11 @@ pub(crate) async fn settled(replica: &Replica, has_peers: bool) -> Result<(), Er
     }
 }
 
-/// Tells whenever a replica's leadership or health changes, until aborted: the metadata says nothing of these, and
+/// Tells whenever some replica's leadership or health changes, until aborted: the metadata says nothing of these, and
 /// whoever watches it learns of them in no other way.
-async fn tell_changes(replica: Replica, replicas: LocalReplicas) {
-    let mut seen = replica.status();
-    loop {
+async fn tell_changes(mut changes: watch::Receiver<u64>, replicas: LocalReplicas) {
+    while changes.changed().await.is_ok() {
         replicas.touch();
-        seen = replica.changed(&seen).await;
     }
 }
 
@@ -788,10 +767,10 @@ fn shutting_down() -> Error {
 }
 
 /// Gives a replica its topic's settings, where they are others than it has.
-fn bring_up(partition: &OpenPartition, config: &TopicConfig) {
-    if *partition.config() != *config {
+fn bring_up(partition: &OpenPartition, config: &Arc<TopicConfig>) {
+    if partition.config() != *config {
         partition.replica.reconfigure(reconfigure(config));
-        partition.set_config(config.clone());
+        partition.set_config(Arc::clone(config));
     }
 }
 
@@ -976,7 +955,7 @@ mod tests {
         let Wanted { replicas, .. } = world.reconciler.wanted(&before);
         let tp = replicas[0].tp;
         let shards = Arc::clone(&world.shards);
-        world.reconciler.open(&shards, &before, &replicas[0], config, None);
+        world.reconciler.open(&shards, &before, &replicas[0], config.into(), None);
         world.reconciler.pass();
         assert!(matches!(world.replicas.get(tp), Some(Slot::Opening)));
         tokio::time::timeout(PATIENCE, world.reconciler.catch_up()).await.expect("in time");
@@ -998,7 +977,6 @@ mod tests {
         world.reconciler.pass();
         world.reconciler.on_opened(opened);
         assert!(world.replicas.get(tp).is_none(), "{:?}", world.replicas.get(tp));
-        assert!(world.reconciler.watched.is_empty());
     }
 
     #[tokio::test]
@@ -1009,7 +987,7 @@ mod tests {
         tokio::time::timeout(PATIENCE, world.reconciler.catch_up()).await.expect("in time");
         // As after an opening that failed: the shard knows nothing of it.
         close(&Arc::downgrade(&world.shards), tp, false).await;
-        world.replicas.set(tp, Slot::Failed(Error::new(ErrorCode::StorageFailed, "a sick disk")));
+        world.replicas.set(tp, Slot::Failed(Box::new(Error::new(ErrorCode::StorageFailed, "a sick disk"))));
         let (disk, dir) = (world.disk.shared(), world.reconciler.data_dir.replica_dir(tp));
         assert!(disk.exists(&dir).expect("looked up"));
         let delete = MetadataCommand::DeleteTopic { name: "orders".to_owned() };

@@ -143,7 +143,7 @@ pub(crate) fn coordinator(node: &Node, kind: InternalTopic, key: &str) -> Result
             Role::Elected => Err(begins(kind, tp)),
             _ => Err(elsewhere(node, kind, tp)),
         },
-        Some(Slot::Failed(error) | Slot::Refused(error)) => Err(error),
+        Some(Slot::Failed(error) | Slot::Refused(error)) => Err(*error),
         Some(Slot::Opening) => Err(begins(kind, tp)),
         None => Err(elsewhere(node, kind, tp)),
     }

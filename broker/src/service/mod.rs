@@ -169,7 +169,7 @@ pub(crate) fn now() -> Timestamp {
 pub(crate) fn find(node: &Node, tp: TopicPartition) -> Result<Arc<OpenPartition>, Error> {
     match node.replicas.get(tp) {
         Some(Slot::Open(partition)) => return Ok(partition),
-        Some(Slot::Failed(error) | Slot::Refused(error)) => return Err(error),
+        Some(Slot::Failed(error) | Slot::Refused(error)) => return Err(*error),
         Some(Slot::Opening) | None => {}
     }
     let topic = node.table.with(|table| {
