@@ -19,6 +19,11 @@ const BROKERS: usize = 3;
 const IDLE_PARTITIONS: u32 = 10_000;
 /// How long the idle cluster is watched.
 const IDLE_FOR: Duration = Duration::from_secs(30);
+/// Nothing has moved for so long: all is where it stays. Longer than leaderships wait before they go back.
+const SETTLED_FOR: Duration = Duration::from_secs(20);
+/// Longest wait for that.
+const SETTLED_WITHIN: Duration = Duration::from_secs(900);
+const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// Leaders killed, and leaderships handed over.
 const FAILOVERS: usize = 10;
 /// Longest wait for anything that has to come by itself.
@@ -57,6 +62,7 @@ pub(crate) fn idle(programs: &Programs, folder: &Folder) -> Result<Vec<String>, 
     }
     cluster.healthy()?;
     let created = began.elapsed();
+    cluster.settled()?;
     let processor_before: Vec<f64> = cluster.each(processor_seconds)?;
     let watched = Instant::now();
     std::thread::sleep(IDLE_FOR);
@@ -302,6 +308,33 @@ impl Cluster {
             }
             std::thread::sleep(POLL);
         }
+        Ok(())
+    }
+
+    /// Waits until leaderships have gone where they were meant to be and all groups rest: some dozens per second move in a
+    /// cluster that was just filled, which is work.
+    fn settled(&self) -> Result<(), Failure> {
+        let leaders = || -> Result<Vec<Value>, Failure> {
+            let health = self.flowstone(&["cluster", "health"])?;
+            let brokers = health["brokers"].as_array().ok_or_else(|| format!("no brokers in {health}"))?;
+            Ok(brokers.iter().map(|broker| broker["leaders"].clone()).collect())
+        };
+        let (from, mut since) = (Instant::now(), Instant::now());
+        let mut before = leaders()?;
+        while since.elapsed() < SETTLED_FOR {
+            if from.elapsed() > SETTLED_WITHIN {
+                return Err(
+                    "leaderships keep moving: look at `flowstone cluster health --watch` to see where to".into()
+                );
+            }
+            std::thread::sleep(LOOK_EVERY);
+            let now = leaders()?;
+            if std::mem::replace(&mut before, now) != before {
+                since = Instant::now();
+            }
+        }
+        // Being asked how they are, they stirred.
+        std::thread::sleep(LOOK_EVERY);
         Ok(())
     }
 
