@@ -47,19 +47,42 @@ const MEMBERS_PER_CLIENT: usize = 10;
 /// Longest wait for anything that has to come by itself.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Everything on one cluster, one thing after the other.
+/// What it costs to produce and to read so.
 pub(crate) fn deliveries(cli: &Cli, programs: &Programs, folder: &Folder) -> Result<Vec<String>, Failure> {
-    let cluster = Cluster::start(programs, folder, "deliveries")?;
+    on_three_brokers(programs, folder, "deliveries", async |_, client| {
+        let mut lines = producing(client, cli.pairs).await?;
+        lines.append(&mut reading(client, cli.pairs).await?);
+        Ok(lines)
+    })
+}
+
+/// What a commit takes.
+pub(crate) fn commits(programs: &Programs, folder: &Folder) -> Result<Vec<String>, Failure> {
+    on_three_brokers(programs, folder, "commits", async |_, client| {
+        let mut lines = transactions(client, &folder.0).await?;
+        lines.append(&mut offsets(client).await?);
+        Ok(lines)
+    })
+}
+
+/// How long a group's partitions are without owners.
+pub(crate) fn rebalance(cli: &Cli, programs: &Programs, folder: &Folder) -> Result<Vec<String>, Failure> {
+    on_three_brokers(programs, folder, "rebalance", async |servers, client| {
+        rebalances(servers, client, cli.pairs).await
+    })
+}
+
+fn on_three_brokers(
+    programs: &Programs,
+    folder: &Folder,
+    name: &str,
+    measure: impl AsyncFnOnce(&str, &Client) -> Result<Vec<String>, Failure>,
+) -> Result<Vec<String>, Failure> {
+    let cluster = Cluster::start(programs, folder, name)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let lines = runtime.block_on(async {
         let servers = cluster.servers();
-        let client = Client::connect(&servers).await?;
-        let mut lines = producing(&client, cli.pairs).await?;
-        lines.append(&mut reading(&client, cli.pairs).await?);
-        lines.append(&mut transactions(&client, &folder.0).await?);
-        lines.append(&mut commits(&client).await?);
-        lines.append(&mut rebalances(&servers, &client, cli.pairs).await?);
-        Ok::<_, Failure>(lines)
+        measure(&servers, &Client::connect(&servers).await?).await
     })?;
     cluster.stop()?;
     Ok(lines)
@@ -284,7 +307,7 @@ impl Times {
 }
 
 /// Commits of a position in each of 8 partitions: one after another of one group, and those of many groups.
-async fn commits(client: &Client) -> Result<Vec<String>, Failure> {
+async fn offsets(client: &Client) -> Result<Vec<String>, Failure> {
     let topic = "deliveries-commits";
     create(client, topic, PARTITIONS).await?;
     let producer = client.producer().build().await?;
@@ -322,8 +345,12 @@ async fn committing(client: &Client, topic: &str, groups: usize) -> Result<f64, 
                 let offset = commits as i64 % OFFSETS;
                 let positions: Vec<Position> =
                     (0..PARTITIONS).map(|partition| Position::new(&topic, partition, offset)).collect();
-                member.commit_positions(&positions).await?;
-                commits += 1;
+                match member.commit_positions(&positions).await {
+                    Ok(()) => commits += 1,
+                    // The coordinator has moved.
+                    Err(error) if error.is_retriable() => {}
+                    Err(error) => return Err(error),
+                }
             }
             member.close(PATIENCE).await?;
             Ok(commits)

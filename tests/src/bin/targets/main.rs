@@ -67,14 +67,17 @@ enum Target {
     CatchUp,
     /// A fourth broker takes over from the first one, under load: seconds, bytes, what clients saw.
     Grow,
-    /// Three brokers: idempotent and transactional against plain producing, `read_committed` against `read_uncommitted`,
-    /// commits of transactions in flushes, commits of offsets, a group of 100 members that one leaves.
+    /// Three brokers: idempotent and transactional against plain producing, `read_committed` against `read_uncommitted`.
     Deliveries,
+    /// Three brokers: commits of transactions, in flushes of the same disk, and commits of offsets.
+    Commits,
+    /// Three brokers: a group of 100 members and 1000 partitions that one leaves.
+    Rebalance,
     /// 10 M records over 1 M keys are compacted, without a broker: MB/s, memory, reads meanwhile.
     Compaction,
 }
 
-const ALL: [Target; 14] = [
+const ALL: [Target; 16] = [
     Target::Durable,
     Target::Relaxed,
     Target::Small,
@@ -88,6 +91,8 @@ const ALL: [Target; 14] = [
     Target::CatchUp,
     Target::Grow,
     Target::Deliveries,
+    Target::Commits,
+    Target::Rebalance,
     Target::Compaction,
 ];
 /// Records of the latency target, after those that warm up.
@@ -123,6 +128,8 @@ fn run(cli: &Cli) -> Result<(), Failure> {
             Target::CatchUp => cluster::catch_up(cli, &programs, &folder)?,
             Target::Grow => growing::grow(cli, &programs, &folder)?,
             Target::Deliveries => deliveries::deliveries(cli, &programs, &folder)?,
+            Target::Commits => deliveries::commits(&programs, &folder)?,
+            Target::Rebalance => deliveries::rebalance(cli, &programs, &folder)?,
             Target::Compaction => compaction::compaction(&folder.0.join("compaction"))?,
         };
         let mut out = io::stdout().lock();
