@@ -2,8 +2,9 @@
 
 use std::collections::BTreeMap;
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -254,9 +255,16 @@ impl World {
     }
 }
 
-/// An address of this machine that nobody listens on.
+/// An address of this machine that nobody listens on, nor ever will but for whom it is given to: where this machine has
+/// more than one for itself, no other listener is on it, and whoever connects to somebody gets a port of 127.0.0.1.
 pub(crate) async fn free_address() -> String {
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    static ASKED: AtomicU8 = AtomicU8::new(0);
+    let [.., high, low] = std::process::id().to_be_bytes();
+    let own = Ipv4Addr::new(127, 1 + ASKED.fetch_add(1, Ordering::Relaxed) % 250, high, low);
+    let listener = match tokio::net::TcpListener::bind((own, 0)).await {
+        Ok(listener) => listener,
+        Err(_) => tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port"),
+    };
     listener.local_addr().expect("an address").to_string()
 }
 
