@@ -293,7 +293,7 @@ impl EndTurn {
 
     /// What a partition answered.
     pub fn take(&mut self, tp: TopicPartition, written: &Result<(), Error>) {
-        self.0.take(tp, written.as_ref().map(|()| ()));
+        self.0.take(tp, written);
     }
 
     /// What the coordinator is told once nothing is left.

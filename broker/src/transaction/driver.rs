@@ -218,7 +218,7 @@ async fn end(node: &Arc<Node>, partition: &OpenPartition, mut turn: Turn) -> Don
         }
         let calls = by_broker.into_iter().map(|(broker, tps)| write(node, broker, tps, *decision, *epoch));
         for (tp, written) in join_all(calls).await.into_iter().flatten() {
-            let is_over = turn.take(tp, written.as_ref().map(|()| ()));
+            let is_over = turn.take(tp, &written);
             let Err(error) = written else { continue };
             match is_over {
                 true => {

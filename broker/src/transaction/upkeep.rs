@@ -84,8 +84,8 @@ pub(crate) const fn after(refusal: &Error) -> After {
 
 impl Turn {
     /// What a partition answered; whether it needs no other try.
-    pub(crate) fn take(&mut self, tp: TopicPartition, written: Result<(), &Error>) -> bool {
-        let is_over = written.map_or_else(|refusal| after(refusal) == After::Over, |()| true);
+    pub(crate) fn take(&mut self, tp: TopicPartition, written: &Result<(), Error>) -> bool {
+        let is_over = written.as_ref().err().is_none_or(|refusal| after(refusal) == After::Over);
         if is_over || is_planted(Bug::LoseMarkers) {
             self.left.remove(&tp);
         }
