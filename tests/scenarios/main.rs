@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use flowstone_protocol::{ErrorCode, ProducerEpoch, ProducerId};
 use flowstone_tests::sim::{Plan, World};
 
 /// Three brokers, one partition, producers that never stop.
@@ -221,6 +222,140 @@ fn a_leader_that_nobody_hears_steps_down() {
         world.wait_for_another_leader(0, leader);
         world.wait_for_acknowledgements(30);
         world.mend_everything();
+        ends_well(world);
+    }
+}
+
+/// Coordinators of everything, and a compacted topic, for a scenario to use.
+fn coordinators(seed: u64) -> World {
+    World::new(Plan { scripted: true, producers: 1, ..Plan::calm(seed) })
+}
+
+/// A transactional write that comes after its abort marker is refused, and readers of what is committed go on (KAFKA-14402).
+#[test]
+fn a_write_behind_its_abort_marker_is_refused_and_readers_go_on() {
+    for seed in 0..5 {
+        let mut world = coordinators(seed);
+        let first = world.begin_with("t").expect("an identity");
+        world.write_with("t", first, 0).expect("a write");
+        let (stable, end) = world.stable_and_end();
+        assert!(stable < end, "what is open is not held back: {stable}, {end}");
+        let second = world.end_with("t", first, false).expect("aborted");
+        world.wait_until_stable();
+        for sequence in [0, 1] {
+            let late = world.write_unasked(first, sequence, true);
+            assert_eq!(late, Err(ErrorCode::ProducerFenced), "sequence {sequence}");
+        }
+        assert_eq!(world.write_with("t", first, 1), Err(ErrorCode::ProducerFenced), "the coordinator says the same");
+        let (stable, end) = world.stable_and_end();
+        assert_eq!(stable, end, "something hangs");
+        world.write_with("t", second, 0).expect("the next transaction");
+        world.end_with("t", second, true).expect("committed");
+        world.wait_until_stable();
+        ends_well(world);
+    }
+}
+
+/// An end that comes late does not end the next transaction, nor does an old marker; the same once more, by another
+/// coordinator, is answered as done (KAFKA-17754).
+#[test]
+fn a_late_end_does_not_touch_the_next_transaction() {
+    for seed in 0..5 {
+        let mut world = coordinators(seed);
+        let first = world.begin_with("t").expect("an identity");
+        world.write_with("t", first, 0).expect("a write");
+        let second = world.end_with("t", first, true).expect("committed");
+        world.wait_until_stable();
+        world.write_with("t", second, 0).expect("the next transaction");
+        // Late: the same, and the opposite.
+        assert_eq!(world.end_with("t", first, true), Ok(second), "the same again is answered alike");
+        assert_eq!(world.end_with("t", first, false), Err(ErrorCode::InvalidTransactionState));
+        let (stable, end) = world.stable_and_end();
+        assert!(stable < end, "the next transaction was ended");
+        // The marker of the first one, as its coordinator wrote it, late and again: it is known.
+        let coordinator = i32::MAX;
+        assert_eq!(world.mark(first, true, coordinator), Err(ErrorCode::ProducerFenced), "below the first one's own");
+        world.change_coordinator();
+        let third = world.end_with("t", second, false).expect("aborted, by the next coordinator");
+        world.wait_until_stable();
+        assert_eq!(world.end_with("t", second, false), Ok(third), "the same again, after a failover");
+        // Its marker again, by a coordinator of now, and by one of long ago.
+        assert_eq!(world.mark(third, false, coordinator), Ok(()), "it is there already");
+        assert_eq!(world.mark(third, false, 0), Err(ErrorCode::NotCoordinator), "a coordinator of before");
+        assert_eq!(world.mark(third, true, coordinator), Err(ErrorCode::InvalidTransactionState));
+        let (stable, end) = world.stable_and_end();
+        assert_eq!(stable, end);
+        world.write_with("t", third, 0).expect("a write");
+        world.end_with("t", third, true).expect("committed");
+        world.wait_until_stable();
+        ends_well(world);
+    }
+}
+
+/// A producer that was idle for longer than its state is kept is told so: nothing is taken twice, nor silently (KIP-360).
+#[test]
+fn an_idle_producer_is_told_that_it_is_forgotten() {
+    for seed in 0..3 {
+        let plan = Plan {
+            scripted: true,
+            producers: 1,
+            produce_gap: Duration::from_millis(500),
+            producers_kept: Duration::from_secs(5),
+            // Those who were idle are looked for as what is old is.
+            keeps_for: Some(Duration::from_secs(3_600)),
+            ..Plan::calm(seed)
+        };
+        let mut world = World::new(plan);
+        let owner = (ProducerId::new(900), ProducerEpoch::new(0));
+        let first = world.write_unasked(owner, 0, false).expect("a write");
+        assert_eq!(world.write_unasked(owner, 0, false), Ok(first), "the same again has its place");
+        let mut told = world.write_unasked(owner, 0, false);
+        for _ in 0..10 {
+            if told != Ok(first) {
+                break;
+            }
+            world.run_for(Duration::from_secs(10));
+            told = world.write_unasked(owner, 0, false);
+        }
+        assert_eq!(told, Err(ErrorCode::ProducerExpired));
+        assert_eq!(world.write_unasked(owner, 1, false), Err(ErrorCode::ProducerExpired));
+        world.write_unasked((ProducerId::new(901), ProducerEpoch::new(0)), 0, false).expect("a new producer writes");
+        ends_well(world);
+    }
+}
+
+/// Offsets expire while a transaction has one pending, and a plain commit meets a transactional one: what the coordinator has
+/// is what a replay of its log gives, which the simulator's last look compares.
+#[test]
+fn offsets_in_open_transactions_meet_expiry_and_plain_commits() {
+    for seed in 0..5 {
+        let plan = Plan { scripted: true, producers: 1, offsets_kept: Duration::from_secs(2), ..Plan::calm(seed) };
+        let mut world = World::new(plan);
+        let first = world.begin_with("t").expect("an identity");
+        world.commit_offset("g", 5, None).expect("a plain commit");
+        world.run_for(Duration::from_millis(1_500));
+        world.commit_offset("g", 8, Some(("t", first))).expect("one in a transaction");
+        assert_eq!(world.offset_of("g"), (Some(5), false), "it counts before its transaction is committed");
+        world.run_for(Duration::from_millis(800));
+        world.expire_offsets();
+        assert_eq!(world.offset_of("g").0, Some(5), "what is pending keeps it");
+        let second = world.end_with("t", first, true).expect("committed");
+        world.wait_until("the offset counts", |world| world.is_offset("g", Some(8), true));
+        // A plain commit is the newest word, however the transaction ends.
+        world.commit_offset("g", 9, Some(("t", second))).expect("one in the next transaction");
+        world.commit_offset("g", 11, None).expect("a plain one behind it");
+        world.change_coordinator();
+        world.end_with("t", second, true).expect("committed");
+        world.run_for(Duration::from_secs(1));
+        assert_eq!(world.offset_of("g"), (Some(11), true));
+        assert_eq!(
+            world.commit_offset("g", 9, Some(("t", second))),
+            Err(ErrorCode::ProducerFenced),
+            "a commit of a transaction that is over"
+        );
+        world.run_for(Duration::from_secs(4));
+        world.expire_offsets();
+        assert_eq!(world.offset_of("g"), (None, true), "nothing holds it any more");
         ends_well(world);
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use flowstone_storage::planted::{Bug, plant};
-use flowstone_tests::sim::{hear_panics, run};
+use flowstone_tests::sim::{Plan, World, hear_panics};
 
 /// Each with at most how many seeds it may take: some three times what it took, see `docs/testing.md`.
 const FOUND_WITHIN: [(Bug, u64); 30] = [
@@ -40,6 +40,15 @@ const FOUND_WITHIN: [(Bug, u64); 30] = [
     (Bug::KeepOlderRecords, 30),
 ];
 
+/// Those of coordinators and of compaction are looked for where there are such.
+fn plan(bug: Bug, seed: u64) -> Plan {
+    let mut plan = Plan::plain(seed);
+    if bug >= Bug::ServeUnstable {
+        plan.coordinate();
+    }
+    plan
+}
+
 #[test]
 fn planted_bugs_are_found() {
     hear_panics();
@@ -52,7 +61,8 @@ fn planted_bugs_are_found() {
                     plant(Some(bug));
                     let is_found = (0..seeds).any(|seed| {
                         // A broken invariant may show as a panic, too.
-                        std::panic::catch_unwind(|| run(seed)).map_or(true, |report| report.broken.is_some())
+                        std::panic::catch_unwind(|| World::new(plan(bug, seed)).run())
+                            .map_or(true, |report| report.broken.is_some())
                     });
                     plant(None);
                     if !is_found {

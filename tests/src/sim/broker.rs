@@ -24,8 +24,6 @@ use super::time::LocalClock;
 use super::transactions::Transacting;
 use super::workers::SimWorkers;
 
-/// How long an empty group keeps its offsets: clocks that jump never make it so old.
-pub(crate) const OFFSETS_KEPT: Duration = Duration::from_secs(7 * 86_400);
 /// Where a broker keeps its data.
 const DATA_DIR: &str = "/data";
 /// What a broker that is full has less than.
@@ -320,13 +318,13 @@ impl Running {
         let who = Listener { tp, replica };
         let kind = Kind::of(tp.topic);
         let (inner, view) = match (kind, &self.view) {
-            (Kind::Records | Kind::Keyed, _) => (LogMachine::records(), View::None),
+            (Kind::Records | Kind::Keyed, _) => (LogMachine::forgetful_records(plan.producers_kept), View::None),
             (Kind::Transactions, _) => {
                 let (machine, view) = LogMachine::transactions();
                 (machine, View::Transactions(view))
             }
             (Kind::Groups, _) => {
-                let (machine, view) = LogMachine::groups(OFFSETS_KEPT);
+                let (machine, view) = LogMachine::groups(plan.offsets_kept);
                 (machine, View::Groups(view))
             }
             (Kind::Metadata, Some(view)) => (LogMachine::metadata_again(view), View::None),

@@ -79,6 +79,10 @@ pub(crate) enum Client {
     Member(Member),
     KeyedWriter(KeyedWriter),
     KeyedReader(KeyedReader),
+    /// Asks what a scenario says, once.
+    Script {
+        answer: Option<Answer>,
+    },
     /// Asks for the high watermark that is certain.
     Asker {
         group: usize,
@@ -145,6 +149,7 @@ impl Client {
             Self::KeyedWriter(it) => format!("{it:?}"),
             Self::KeyedReader(it) => format!("{it:?}"),
             Self::Reader(it) => format!("reader of group {} at {} of {:?}", it.group, it.position, it.until),
+            Self::Script { answer } => format!("{answer:?}"),
             Self::Asker { .. } | Self::Trimmer { .. } => "another".to_owned(),
         }
     }
@@ -158,7 +163,7 @@ impl Client {
             Self::KeyedWriter(it) => it.is_done(),
             Self::KeyedReader(it) => it.is_done(),
             Self::Reader(reader) => reader.until.is_none_or(|until| reader.position >= until),
-            Self::Asker { .. } | Self::Trimmer { .. } => true,
+            Self::Asker { .. } | Self::Trimmer { .. } | Self::Script { .. } => true,
         }
     }
 }
@@ -248,6 +253,7 @@ impl World {
             Client::Member(member) => self.on_member(client, member),
             Client::KeyedWriter(writer) => self.on_keyed_writer(client, writer),
             Client::KeyedReader(reader) => self.on_keyed_reader(client, reader),
+            Client::Script { .. } => None,
             Client::Asker { group } => self.on_asker(client, *group),
             Client::Trimmer { group, to, is_done } => {
                 let broker = self.leader_of(*group).unwrap_or(0);
@@ -461,6 +467,10 @@ impl World {
             (Client::Reader(reader), answer) => self.on_read(client, reader, &operation, answer),
             (Client::Transactor(it), answer) => self.on_transacted(client, it, &operation, answer),
             (Client::Member(it), answer) => self.on_membered(client, it, &operation, answer),
+            (Client::Script { answer: heard }, answer) => {
+                *heard = Some(answer);
+                None
+            }
             (Client::KeyedWriter(it), answer) => self.on_keyed_written(it, &operation, answer),
             (Client::KeyedReader(it), answer) => self.on_keyed_read(it, &operation, answer),
             (Client::Asker { .. }, Answer::HighWatermark(Ok(offset))) => {

@@ -117,10 +117,10 @@ counts! {
     compacted_away_bytes,
     /// Times that a topic that is compacted was read from its beginning to its end.
     keyed_scans,
-    /// Markers that came a second time, or late.
-    markers_repeated,
-    /// Markers that were refused: of an earlier coordinator, or of a transaction that was over.
-    markers_refused,
+    /// Additions to transactions and markers that were answered a second time.
+    errands_repeated,
+    /// Those that were refused: late, of a transaction that was over, or of a coordinator that is none any more.
+    errands_refused,
     /// Partitions that were added to transactions.
     partitions_added,
     /// Batches of aborted transactions that readers of committed records passed over.

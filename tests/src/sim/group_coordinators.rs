@@ -19,7 +19,9 @@ pub(crate) type Grouping = Option<(Term, GroupDuty)>;
 /// An offset on its way to a group's coordinator.
 #[derive(Debug, Clone)]
 pub(crate) struct Committing {
-    pub(crate) member: (String, i32),
+    pub(crate) group: String,
+    /// Nobody in particular: of a group without members.
+    pub(crate) member: Option<(String, i32)>,
     pub(crate) tp: TopicPartition,
     pub(crate) offset: Offset,
     /// It counts once this transaction commits.
@@ -28,9 +30,9 @@ pub(crate) struct Committing {
 
 impl Committing {
     pub(crate) fn command(&self) -> Command {
-        let member = Some((self.member.0.as_str(), self.member.1));
+        let member = self.member.as_ref().map(|(member, epoch)| (member.as_str(), *epoch));
         let owner = self.transaction.as_ref().map(|(_, owner)| *owner);
-        Command::commit_offsets(GROUP, member, &[(self.tp, self.offset)], owner)
+        Command::commit_offsets(&self.group, member, &[(self.tp, self.offset)], owner)
     }
 }
 
@@ -76,12 +78,14 @@ impl World {
                 None => handle.command(committing.command(), asked),
                 Some((id, owner)) => {
                     // The groups' partition is one of the transaction's from now on: its end reaches it.
-                    let errand = Errand::Add { id: id.clone(), owner: *owner, tp, group: Some(GROUP.to_owned()) };
+                    let errand =
+                        Errand::Add { id: id.clone(), owner: *owner, tp, group: Some(committing.group.clone()) };
                     let until = self.now + ADD_MAX;
                     let purpose = Purpose::Commit { operation, tp, committing: committing.clone(), until };
                     self.errand(broker, errand, purpose, Duration::ZERO);
                 }
             },
+            Ask::Expire => handle.command(Command::expire_offsets(), asked),
             Ask::Init { .. } | Ask::End { .. } | Ask::Abort { .. } => {
                 unreachable!("{ask:?} is nothing for a coordinator of groups")
             }

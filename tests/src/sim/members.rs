@@ -18,7 +18,7 @@ use super::clients::{Client, Operation, READ_BYTES, Request};
 use super::group_coordinators::Committing;
 use super::groups::Kind;
 use super::outbox::Answer;
-use super::transactions::Ask;
+use super::transactions::{Ask, may_pass};
 use super::world::World;
 
 /// The group's name.
@@ -74,6 +74,8 @@ struct Work {
     /// How far was read.
     to: Offset,
     step: Step,
+    /// It was not read at all: a commit of what another member owns.
+    is_forged: bool,
     /// Another one was known to own it when its commit was asked for.
     is_anothers: bool,
     /// In a transaction: what was made of it.
@@ -262,12 +264,12 @@ impl World {
                 // It commits what it may not even own.
                 let group = self.random.index(self.plan.groups);
                 let known = self.ownership.owners.get(&group).map(|(owner, _)| *owner);
-                if it.in_transactions || it.owned.contains_key(&group) {
+                let is_anothers = known.is_some_and(|known| known != client);
+                if it.in_transactions || !is_anothers {
                     return None;
                 }
                 let to = Offset::ZERO;
-                let is_anothers = known.is_some_and(|known| known != client);
-                it.work = Some(Work { group, to, step: Step::Commit, is_anothers, made: None });
+                it.work = Some(Work { group, to, step: Step::Commit, is_forged: true, is_anothers, made: None });
                 None
             }
             _ => None,
@@ -319,13 +321,24 @@ impl World {
             Step::Commit => {
                 let known = self.ownership.owners.get(&work.group).map(|(owner, _)| *owner);
                 work.is_anothers = known.is_some_and(|known| known != client);
+                if work.is_forged && !work.is_anothers {
+                    // It may be its own by now.
+                    it.work = None;
+                    return Some(Duration::from_millis(1));
+                }
                 let transaction = match (&work.made, owner) {
                     (Some(_), Some((producer, epoch, _))) => Some((id, (producer, epoch))),
                     _ => None,
                 };
                 let asked = transaction.is_none().then(|| self.ask_committed(work.group)).flatten();
                 let tp = self.groups[work.group].tp;
-                let ask = Ask::Commit(Committing { member, tp, offset: work.to, transaction });
+                let ask = Ask::Commit(Committing {
+                    group: GROUP.to_owned(),
+                    member: Some(member),
+                    tp,
+                    offset: work.to,
+                    transaction,
+                });
                 let group = self.group_with(Kind::Groups)?;
                 it.waits_for = Some(Wait::Commit);
                 self.ask(client, group, it.believes[0], Request::Ask(ask), 0, asked);
@@ -492,7 +505,7 @@ impl World {
             Made { transaction, value, sink, request, is_written: false, may_be_committed: false }
         });
         let step = if made.is_some() { Step::Write } else { Step::Commit };
-        it.work = Some(Work { group, to, step, is_anothers: false, made });
+        it.work = Some(Work { group, to, step, is_forged: false, is_anothers: false, made });
     }
 
     /// An offset was taken: it counts, or will once the transaction commits.
@@ -598,7 +611,7 @@ impl World {
     ) -> Option<Duration> {
         self.note("member refused", &[it.number as u64], || format!("member {}: {wait:?}: {error}", it.id()));
         let pause = self.random.millis(5, 150);
-        if error.is_retriable() && !matches!(error.code, ErrorCode::StaleMemberEpoch | ErrorCode::NotAssigned) {
+        if may_pass(error) && !matches!(error.code, ErrorCode::StaleMemberEpoch | ErrorCode::NotAssigned) {
             match wait {
                 Wait::Init | Wait::End if error.code != ErrorCode::ConcurrentTransactions => {
                     it.believes[1] = self.other_broker(self.group_with(Kind::Transactions)?, operation.broker);

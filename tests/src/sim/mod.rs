@@ -33,6 +33,7 @@ mod outbox;
 mod plan;
 mod random;
 mod scenario;
+mod scripted;
 mod time;
 mod trace;
 mod transactions;
@@ -44,6 +45,7 @@ pub use counts::Counts;
 #[doc(hidden)]
 pub use network::Weather;
 pub use plan::{Fault, Plan};
+pub use scripted::Owner;
 pub use world::{Report, World, hear_panics, take_panic};
 
 /// Runs one seed.

@@ -142,11 +142,20 @@ pub struct Plan {
     pub members: usize,
     /// There is a topic of which the last record of each key is kept.
     pub keyed: bool,
+    /// All coordinators and the compacted topic are there, and nobody uses them but a scenario.
+    pub scripted: bool,
+    /// Producers that are idle for so long are forgotten.
+    pub producers_kept: Duration,
+    /// For so long a group without members keeps its offsets: so long that clocks that jump never make it so old.
+    pub offsets_kept: Duration,
     /// Every event is printed.
     pub prints: bool,
 }
 
 impl Plan {
+    const PRODUCERS_KEPT: Duration = Duration::from_secs(24 * 60 * 60);
+    pub(crate) const OFFSETS_KEPT: Duration = Duration::from_secs(7 * 24 * 60 * 60);
+
     /// Nothing goes wrong.
     pub fn calm(seed: u64) -> Self {
         Self {
@@ -169,12 +178,24 @@ impl Plan {
             transactional_ids: 0,
             members: 0,
             keyed: false,
+            scripted: false,
+            producers_kept: Self::PRODUCERS_KEPT,
+            offsets_kept: Self::OFFSETS_KEPT,
             prints: false,
         }
     }
 
     /// What the seed says.
     pub fn drawn(seed: u64) -> Self {
+        let mut plan = Self::plain(seed);
+        if Random::new(seed, 5).one_in(2) {
+            plan.coordinate();
+        }
+        plan
+    }
+
+    /// The same without coordinators, and without a compacted topic.
+    pub fn plain(seed: u64) -> Self {
         let mut random = Random::new(seed, 1);
         let brokers = [3, 3, 4, 4, 5][random.index(5)];
         let mut faults = Fault::ALL.to_vec();
@@ -185,7 +206,7 @@ impl Plan {
                 faults.swap_remove(random.index(faults.len()));
             }
         }
-        let mut plan = Self {
+        Self {
             seed,
             brokers,
             groups: 1 + random.index(2),
@@ -205,15 +226,14 @@ impl Plan {
             transactional_ids: 0,
             members: 0,
             keyed: false,
+            scripted: false,
+            producers_kept: Self::PRODUCERS_KEPT,
+            offsets_kept: Self::OFFSETS_KEPT,
             prints: false,
-        };
-        if random.one_in(2) {
-            plan.coordinate();
         }
-        plan
     }
 
-    /// Transactions are in it from now on.
+    /// Transactions are in it from now on, and perhaps groups and a compacted topic.
     pub fn coordinate(&mut self) {
         if self.transactional_ids > 0 {
             return;
@@ -230,14 +250,13 @@ impl Plan {
         self.produce_gap = self.produce_gap.max(Duration::from_millis(80));
     }
 
-    /// None of [`Plan::coordinate`] is in it.
-    pub fn without_coordinators(&mut self) {
-        (self.transactional_ids, self.members, self.keyed) = (0, 0, false);
-    }
-
     /// The topics that are made in a run, with their partitions, those of users' records first.
     pub(crate) fn topics(&self) -> Vec<(Kind, i32)> {
         let mut topics = vec![(Kind::Records, self.groups as i32)];
+        if self.scripted {
+            topics.extend([(Kind::Keyed, 1), (Kind::Transactions, 1), (Kind::Groups, 1)]);
+            return topics;
+        }
         topics.extend(self.keyed.then_some((Kind::Keyed, 1)));
         topics.extend((self.transactional_ids > 0).then_some((Kind::Transactions, 1)));
         topics.extend((self.members > 0).then_some((Kind::Groups, 1)));

@@ -11,7 +11,7 @@ use super::network::Node;
 use super::world::World;
 
 /// How long anything that is waited for may take.
-const SOON: Duration = Duration::from_secs(30);
+pub(super) const SOON: Duration = Duration::from_secs(30);
 
 impl World {
     /// Waits until the partition has a leader that serves, and says which broker that is.

@@ -51,6 +51,8 @@ pub(crate) enum Ask {
         keep_place: bool,
     },
     Commit(Committing),
+    /// Offsets that are too old go.
+    Expire,
     /// What a group has committed.
     Fetch {
         tp: TopicPartition,
@@ -71,7 +73,7 @@ impl Ask {
         match self {
             Self::Init { .. } | Self::End { .. } | Self::Abort { .. } | Self::Report { .. } => true,
             Self::Commit(committing) => committing.transaction.is_some(),
-            Self::Join(_) | Self::Leave { .. } | Self::Fetch { .. } => false,
+            Self::Join(_) | Self::Leave { .. } | Self::Fetch { .. } | Self::Expire => false,
         }
     }
 }
@@ -107,6 +109,11 @@ pub(crate) struct Transacting {
     added: BTreeMap<(TopicPartition, ProducerId), ProducerEpoch>,
     /// When it looks again, if that is planned.
     looks_at: Option<Duration>,
+}
+
+/// Whether another broker, or the same one later, may say something else: it has lost its place, or its disk is ill.
+pub(crate) fn may_pass(error: &Error) -> bool {
+    error.is_retriable() || matches!(error.code, ErrorCode::Quarantined | ErrorCode::StorageFailed)
 }
 
 pub(crate) fn nobody_there() -> Error {
@@ -319,11 +326,16 @@ impl World {
             return;
         }
         let Some(running) = &mut self.brokers[broker].running else { return };
-        let Some((errand, purpose)) = running.transacting.errands.remove(&number) else {
-            // Its answer came before, or it was given up.
-            self.counts.markers_repeated += 1;
-            return;
-        };
+        let known = running.transacting.errands.remove(&number);
+        match &result {
+            Err(error) if matches!(error.code, ErrorCode::ProducerFenced | ErrorCode::NotCoordinator) => {
+                self.counts.errands_refused += 1;
+            }
+            Err(error) if error.code == ErrorCode::TimedOut => {}
+            // Its answer came before.
+            _ => self.counts.errands_repeated += u64::from(known.is_none()),
+        }
+        let Some((errand, purpose)) = known else { return };
         self.note("errand done", &[broker as u64, number, u64::from(result.is_ok())], || {
             format!("broker {}: {number}: {result:?}", broker_id(broker))
         });
@@ -335,7 +347,7 @@ impl World {
                     running.transacting.added.insert((tp, header.producer_id), header.producer_epoch);
                     self.append(broker, operation, tp, batch, header);
                 }
-                Err(error) if error.is_retriable() && self.now < until => {
+                Err(error) if may_pass(&error) && self.now < until => {
                     let purpose = Purpose::Write { operation, tp, batch, header, until };
                     let pause = self.random.millis(2, 100);
                     self.errand(broker, errand, purpose, pause);
@@ -347,7 +359,7 @@ impl World {
                     self.counts.partitions_added += 1;
                     self.commit_added(broker, operation, tp, &committing);
                 }
-                Err(error) if error.is_retriable() && self.now < until => {
+                Err(error) if may_pass(&error) && self.now < until => {
                     let purpose = Purpose::Commit { operation, tp, committing, until };
                     let pause = self.random.millis(2, 100);
                     self.errand(broker, errand, purpose, pause);
@@ -443,14 +455,10 @@ impl World {
         ending.take(tp, result);
         awaited.remove(&tp);
         let is_over = awaited.is_empty();
-        match result {
-            Err(error) if error.code == ErrorCode::InvalidTransactionState => {
-                self.fail(&format!("{tp}: a transaction is ended otherwise than it was decided: {error}"));
-            }
-            Err(error) if matches!(error.code, ErrorCode::ProducerFenced | ErrorCode::NotCoordinator) => {
-                self.counts.markers_refused += 1;
-            }
-            _ => {}
+        if let Err(error) = result
+            && error.code == ErrorCode::InvalidTransactionState
+        {
+            self.fail(&format!("{tp}: a transaction is ended otherwise than it was decided: {error}"));
         }
         if is_over {
             self.end_turn(broker, turn);

@@ -16,7 +16,7 @@ use flowstone_replication::ReadAnswer;
 use super::clients::{Client, Operation, Request};
 use super::groups::Kind;
 use super::outbox::Answer;
-use super::transactions::Ask;
+use super::transactions::{Ask, may_pass};
 use super::world::World;
 
 /// The place in an operation of what is asked of the coordinator, where a write has its number.
@@ -373,7 +373,7 @@ impl World {
         if self.random.one_in(4) {
             write.believes = self.other_broker(write.group, operation.broker);
         }
-        let Some(error) = error.filter(|error| !error.is_retriable()) else {
+        let Some(error) = error.filter(|error| !may_pass(error)) else {
             let wait = self.random.millis(5, 150);
             write.retry_at = now + wait;
             return Some(wait);
@@ -433,7 +433,7 @@ impl World {
                 Some(self.random.millis(1, 300))
             }
             (Ok(_), _) => Some(self.random.millis(10, 200)),
-            (Err(error), _) if error.is_retriable() => {
+            (Err(error), _) if may_pass(&error) => {
                 if error.code != ErrorCode::ConcurrentTransactions {
                     let group = self.group_with(Kind::Transactions)?;
                     it.believes = self.other_broker(group, operation.broker);

@@ -57,11 +57,12 @@ struct Arguments {
 
 impl Arguments {
     fn plan(&self, seed: u64) -> Plan {
-        let mut plan = Plan::drawn(seed);
-        match self.coordinators {
-            Some(true) => plan.coordinate(),
-            Some(false) => plan.without_coordinators(),
-            None => {}
+        let mut plan = match self.coordinators {
+            Some(_) => Plan::plain(seed),
+            None => Plan::drawn(seed),
+        };
+        if self.coordinators == Some(true) {
+            plan.coordinate();
         }
         plan.faults.retain(|fault| {
             let name = fault.name();

@@ -9,9 +9,9 @@ use flowstone_protocol::TopicPartition;
 use flowstone_replication::{Machine, Role};
 use flowstone_storage::checkpoint::CREATION_INDEX;
 
-use super::super::broker::OFFSETS_KEPT;
 use super::super::groups::Kind;
 use super::super::machine::{CommittedEntry, Heard, Listener};
+use super::super::plan::Plan;
 use super::{Cut, Held, Invariant, Sight};
 
 /// One log, replayed by a machine that never crashed, never led and was never restored.
@@ -58,7 +58,7 @@ fn machine_of(tp: TopicPartition) -> LogMachine {
     match Kind::of(tp.topic) {
         Kind::Metadata => LogMachine::metadata().0,
         Kind::Transactions => LogMachine::transactions().0,
-        Kind::Groups => LogMachine::groups(OFFSETS_KEPT).0,
+        Kind::Groups => LogMachine::groups(Plan::OFFSETS_KEPT).0,
         Kind::Records | Kind::Keyed => LogMachine::records(),
     }
 }
