@@ -59,6 +59,8 @@ pub(crate) struct SimBroker {
     pub(crate) rotted_at: Option<Duration>,
     /// Its last life ended with its power.
     pub(crate) lost_power: bool,
+    /// It ended otherwise than by a clean stop.
+    pub(crate) crashed: bool,
     /// When it was started last.
     pub(crate) started_at: Duration,
     /// How long flushes take, where the disk is ill.
@@ -127,6 +129,7 @@ impl SimBroker {
             rots: false,
             rotted_at: None,
             lost_power: false,
+            crashed: false,
             started_at: Duration::ZERO,
             slow_flushes: None,
             random: Random::new(seed, 100 + index as u64),

@@ -325,8 +325,9 @@ impl World {
         }
         let it = &self.brokers[broker];
         let is_up = it.running.is_some();
-        // The same the other way round: see `is_rot_hidden`.
-        if it.lost_power && (!is_up || self.now < it.started_at + FLUSHED_IS_NOTED_WITHIN) {
+        // The same the other way round: see `is_rot_hidden`. Whoever was killed may not have come to note its last flush.
+        let is_noted = is_up && self.now >= it.started_at + FLUSHED_IS_NOTED_WITHIN;
+        if it.lost_power && !is_noted || it.crashed && !is_up {
             return;
         }
         let mut files = it.files();

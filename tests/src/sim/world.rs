@@ -624,6 +624,7 @@ impl World {
         if running.is_stopping && running.shards.stopped().is_some() {
             self.note("stopped", &[broker as u64], || format!("broker {}", broker_id(broker)));
             self.die(broker, Crash::Process);
+            self.brokers[broker].crashed = false;
             let after = self.random.millis(50, 1_000);
             self.restart_after(broker, after);
             return;
@@ -904,6 +905,7 @@ impl World {
         it.is_paused = false;
         it.slow_flushes = None;
         it.lost_power = crash == Crash::Power;
+        it.crashed = true;
         if crash == Crash::Power {
             it.boots += 1;
             self.counts.power_failures += 1;
