@@ -212,7 +212,9 @@ impl World {
             return None;
         }
         let broker = it.pinned.unwrap_or(it.believes);
-        let request = ReadRequest { any_replica: true, ..ReadRequest::new(it.position, READ_BYTES) };
+        // Little at a time, so that what is read is cleaned meanwhile.
+        let bytes = if it.pinned.is_some() { READ_BYTES } else { 500 };
+        let request = ReadRequest { any_replica: true, ..ReadRequest::new(it.position, bytes) };
         it.is_asked = true;
         self.ask(client, group, broker, Request::Read(request), 0, None);
         None
@@ -235,7 +237,7 @@ impl World {
         }
         self.take_keyed(it, &answer);
         if it.position < answer.high_watermark {
-            return Some(self.random.micros(500, 60_000));
+            return Some(self.random.micros(500, 90_000));
         }
         self.judge_keyed(it);
         self.counts.keyed_scans += 1;

@@ -90,6 +90,8 @@ struct Made {
     request: Request,
     is_written: bool,
     may_be_committed: bool,
+    /// What was committed before its commit was asked for first: whenever the answer comes, it may have counted since.
+    asked: Option<Asked>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -349,12 +351,14 @@ impl World {
                 if let Some(made) = work.made.as_mut().filter(|_| commit) {
                     made.may_be_committed = true;
                     self.history.committing(made.transaction);
+                    if made.asked.is_none() {
+                        made.asked = self.ask_committed(group);
+                    }
                 }
-                let asked = commit.then(|| self.ask_committed(group)).flatten();
                 let transactions = self.group_with(Kind::Transactions)?;
                 it.waits_for = Some(Wait::End);
                 let ask = Ask::End { id, owner: (producer, epoch), commit };
-                self.ask(client, transactions, it.believes[1], Request::Ask(ask), 0, asked);
+                self.ask(client, transactions, it.believes[1], Request::Ask(ask), 0, None);
             }
         }
         None
@@ -473,7 +477,7 @@ impl World {
                 Some((_, error)) => error,
             },
             (Wait::End, Answer::Asked(Ok(Answered::Producer { producer, epoch }))) => {
-                return self.on_work_ended(it, operation, (producer, epoch));
+                return self.on_work_ended(it, (producer, epoch));
             }
             (_, Answer::Asked(Err(error))) => error,
             (_, Answer::Member(Err(error)) | Answer::Offset(Err(error))) => error,
@@ -502,7 +506,7 @@ impl World {
             let batch = builder.build();
             let header = BatchHeader::parse(&batch).expect("just built");
             let request = Request::Transact { group: sink, id: it.transactional_id(), batch, header };
-            Made { transaction, value, sink, request, is_written: false, may_be_committed: false }
+            Made { transaction, value, sink, request, is_written: false, may_be_committed: false, asked: None }
         });
         let step = if made.is_some() { Step::Write } else { Step::Commit };
         it.work = Some(Work { group, to, step, is_forged: false, is_anothers: false, made });
@@ -532,12 +536,7 @@ impl World {
         Some(self.random.millis(1, 60))
     }
 
-    fn on_work_ended(
-        &mut self,
-        it: &mut Member,
-        operation: &Operation,
-        (producer, epoch): (ProducerId, ProducerEpoch),
-    ) -> Option<Duration> {
+    fn on_work_ended(&mut self, it: &mut Member, (producer, epoch): (ProducerId, ProducerEpoch)) -> Option<Duration> {
         let work = it.work.take()?;
         if let Some(owner) = &mut it.owner {
             (owner.0, owner.1) = (producer, epoch);
@@ -546,7 +545,7 @@ impl World {
         if work.step == Step::End(true) {
             self.end_made(&made, TransactionEnd::Committed);
             self.counts.transactional_offset_commits += 1;
-            if let Some(asked) = operation.asked {
+            if let Some(asked) = made.asked {
                 self.history.told(asked, work.to);
             }
             if let Some(position) = it.owned.get_mut(&work.group) {
