@@ -11,7 +11,7 @@ use super::metadata::{brokers, controller};
 use super::topics::in_sync;
 use crate::cluster::control::Again;
 use crate::cluster::report::{Reports, Rows};
-use crate::controller::change::PartitionEntry;
+use crate::controller::change::{PartitionEntry, Place};
 use crate::controller::commands::{MetadataCommand, MetadataReply, PlannedMove, ReplaceBroker, can_replace};
 use crate::controller::table::{BrokerEntry, MetadataTable, Topic};
 use crate::node::Node;
@@ -144,11 +144,13 @@ fn partition_health(
     entry: &PartitionEntry,
     leader: Option<(BrokerId, &flowstone_protocol::peer::ReplicaReport)>,
 ) -> Option<pb::PartitionHealth> {
+    let mut burdens = Vec::new();
     let (problem, in_sync) = match leader {
         None => (pb::PartitionProblem::Leaderless, Vec::new()),
         Some((leader, report)) => {
             let in_sync = in_sync((tp, entry), leader, report, rows);
-            if in_sync.len() >= entry.replicas().len() {
+            burdens = dead_leavers((tp, entry), report, rows);
+            if burdens.is_empty() && in_sync.len() >= entry.replicas().len() {
                 return None;
             }
             (pb::PartitionProblem::UnderReplicated, in_sync)
@@ -170,15 +172,32 @@ fn partition_health(
             },
         }
     });
+    let burdens = burdens.into_iter().map(|place| {
+        format!("replica {} of broker {} is on its way out, gone, and votes still", place.replica, place.broker)
+    });
     Some(pb::PartitionHealth {
         topic: topic.name.clone(),
         partition: tp.partition.get(),
         problem: problem.into(),
         leader_id: leader.map_or(-1, |(leader, _)| leader.get()),
         replicas: entry.replicas().iter().map(|place| place.broker.get()).collect(),
-        detail: lacking.collect::<Vec<_>>().join("; "),
+        detail: lacking.chain(burdens).collect::<Vec<_>>().join("; "),
         in_sync,
     })
+}
+
+/// Replicas that leave, and count for the majority though they take no part any more: with one of these a partition bears the
+/// death of one broker less than it has replicas for.
+fn dead_leavers(
+    (tp, entry): (TopicPartition, &PartitionEntry),
+    report: &flowstone_protocol::peer::ReplicaReport,
+    rows: &Rows<'_>,
+) -> Vec<Place> {
+    let is_dead = |place: &&Place| {
+        let member = report.members.iter().find(|member| member.replica_id == place.replica.get());
+        member.is_some_and(|member| !member.is_learner && (!member.in_sync || rows.is_away(tp, place)))
+    };
+    entry.leaving().iter().filter(is_dead).copied().collect()
 }
 
 pub(super) async fn drain(node: &Arc<Node>, request: pb::DrainBrokerRequest) -> Result<pb::DrainBrokerResponse, Error> {
@@ -315,4 +334,53 @@ pub(super) fn not_a_replica(node: &Node, broker: BrokerId, entry: &PartitionEntr
     let known = node.table.with(|table| table.broker(broker).is_some());
     let what = if known { "has no replica of the partition" } else { "is none of the cluster" };
     Error::new(ErrorCode::InvalidRequest, format!("broker {broker} {what}; name one of {}", holders.join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use flowstone_protocol::peer::{MemberReport, ReplicaReport, ReportResponse};
+    use flowstone_protocol::{DirectoryId, PartitionId, ReplicaId, TopicId};
+
+    use super::*;
+    use crate::controller::change::Assignment;
+
+    #[test]
+    fn who_leaves_and_is_gone_burdens_its_partition_while_it_votes() {
+        let tp = TopicPartition { topic: TopicId::from_bytes([7; 16]), partition: PartitionId::new(0) };
+        let place = |broker: i32, replica: u64| Place {
+            broker: BrokerId::new(broker),
+            directory: DirectoryId::from_bytes([1; 16]),
+            replica: ReplicaId::new(replica),
+        };
+        let lost = place(2, 12);
+        let before = PartitionEntry::new(Assignment::new(vec![place(1, 11), lost, place(3, 13)]));
+        let entry = PartitionEntry::new(Assignment::replaced(&before, lost, place(2, 22)));
+        // The new one caught up, and counts, before the old one is out.
+        let burdens = |old: MemberReport, of_broker_2: &[u64]| {
+            let member = |replica_id: u64| MemberReport { replica_id, in_sync: true, ..MemberReport::default() };
+            let members = vec![member(11), member(22), member(13), old];
+            let report = ReplicaReport { replica_id: 11, members, ..ReplicaReport::default() };
+            let row = |&replica_id: &u64| ReplicaReport {
+                topic_id: tp.topic.to_bytes().to_vec().into(),
+                replica_id,
+                role: "follower".to_owned(),
+                ..ReplicaReport::default()
+            };
+            let mut reports = Reports::default();
+            let answer =
+                ReportResponse { replicas: of_broker_2.iter().map(row).collect(), ..ReportResponse::default() };
+            reports.by_broker.insert(BrokerId::new(2), answer);
+            dead_leavers((tp, &entry), &report, &reports.rows())
+        };
+        let old = |in_sync: bool, is_learner: bool| MemberReport {
+            replica_id: 12,
+            in_sync,
+            is_learner,
+            ..MemberReport::default()
+        };
+        assert_eq!(burdens(old(false, false), &[12, 22]), [lost], "its leader does not hear of it");
+        assert_eq!(burdens(old(true, false), &[22]), [lost], "its broker says that it is gone");
+        assert_eq!(burdens(old(true, false), &[12, 22]), [], "it lives");
+        assert_eq!(burdens(old(false, true), &[22]), [], "it does not vote");
+    }
 }
