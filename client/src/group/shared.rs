@@ -268,6 +268,10 @@ impl Shared {
                 }
                 Some(Response::Joined(_)) => (true, false),
                 Some(Response::Assignment(_)) => (false, true),
+                Some(Response::Heartbeat(_)) => {
+                    state.send_commits();
+                    (false, false)
+                }
                 _ => (false, false),
             };
             let (steps, standing) = state.membership.heard(response, now);
@@ -587,6 +591,14 @@ impl State {
             // What the member was given meanwhile is on its way on this very stream, or here already.
             self.committing[at].is_stale = true;
             self.commit_stale_again();
+            return;
+        }
+        let passes = |failed: &pb::OffsetError| {
+            failed.error.as_ref().is_some_and(|detail| Error::from_detail(detail).is_retriable())
+        };
+        if answer.errors.iter().any(passes) {
+            // A coordinator that is not it any more, or cannot write just now: on the next stream, or with the next heartbeat.
+            self.queue_again(at);
             return;
         }
         let Some(mut committing) = self.committing.remove(at) else { return };
@@ -990,6 +1002,21 @@ mod tests {
         assert_eq!(code(asked), None);
         member.shared.state().commit_processed(None);
         assert_eq!(member.said(), [Said::Commit(3, 1, vec![(0, 10)])]);
+    }
+
+    #[test]
+    fn a_commit_that_cannot_be_taken_just_now_goes_again_with_the_next_heartbeat() {
+        let member = Member::with(&[0], false);
+        member.hand_out(0, 10);
+        let mut asked = member.commit();
+        assert_eq!(member.said(), [Said::Commit(1, 1, vec![(0, 10)])]);
+        member.answer(1, &[(0, ErrorCode::NotLeader)]);
+        assert_eq!(member.said(), []);
+        assert!(asked.try_recv().is_err(), "it is not answered");
+        member.hear(Heard::Heartbeat(pb::HeartbeatTaken { member_epoch: 1 }));
+        assert_eq!(member.said(), [Said::Commit(2, 1, vec![(0, 10)])]);
+        member.answer(2, &[]);
+        assert_eq!(code(asked), None);
     }
 
     #[test]
