@@ -26,9 +26,13 @@ use crate::service::{confirmed, coordinator, coordinator_broker, submit};
 const ADD_MAX: Duration = Duration::from_secs(10);
 /// A call takes at most this long.
 const CALL_MAX: Duration = Duration::from_secs(5);
-/// Between two tries where nobody could be asked, or the transaction before is still being ended; doubles.
+/// Between two tries where nobody could be asked; doubles.
 const RETRY_MIN: Duration = Duration::from_millis(2);
 const RETRY_MAX: Duration = Duration::from_millis(200);
+/// The same where the transaction before is still being ended, which takes a few flushes: a producer that begins the next
+/// one at once waits for nothing else.
+const ENDING_RETRY_MAX: Duration = Duration::from_millis(4);
+const ENDING_SOON: Duration = Duration::from_millis(100);
 /// Additions of one call.
 const CALL_ADDITIONS_MAX: usize = 1_000;
 /// Additions that wait for the next call to one broker; then `OVERLOADED`.
@@ -85,7 +89,10 @@ impl TransactionAdder {
             };
             hint = error.leader_hint.as_ref().map(|(broker, _)| *broker);
             if hint.is_none() || was_hinted {
-                tokio::time::sleep(pause).await;
+                let is_ending = error.code == ErrorCode::ConcurrentTransactions;
+                // Not for long: where it does not end, a partition cannot be reached.
+                let is_soon = is_ending && began.elapsed() < ENDING_SOON;
+                tokio::time::sleep(if is_soon { pause.min(ENDING_RETRY_MAX) } else { pause }).await;
                 pause = (pause * 2).min(RETRY_MAX);
             }
             was_hinted = hint.is_some();
