@@ -31,11 +31,11 @@ const FOUND_WITHIN: [(Bug, u64); 29] = [
     (Bug::LoseMarkers, 10),
     (Bug::WriteUnadded, 10),
     (Bug::KeepPreparing, 40),
-    (Bug::TakeStaleCommits, 50),
+    (Bug::TakeStaleCommits, 90),
     (Bug::GiveTwice, 60),
-    (Bug::LosePendingOffsets, 15),
-    (Bug::KeepAbortedOffsets, 15),
-    (Bug::CommitPendingAtOnce, 15),
+    (Bug::LosePendingOffsets, 30),
+    (Bug::KeepAbortedOffsets, 30),
+    (Bug::CommitPendingAtOnce, 30),
     (Bug::KeepOlderRecords, 10),
 ];
 
