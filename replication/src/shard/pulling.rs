@@ -528,6 +528,11 @@ impl<M: Machine> Shard<M> {
     pub(super) fn on_pulled(&mut self, key: SlotKey, number: u64, answer: Result<PullAnswer, Error>) {
         let index = key.index;
         let Some(slot) = self.slots.get_mut(index as usize).filter(|slot| slot.life == key.life) else { return };
+        // Its place is given away once what is under way for its end is done: nothing more begins.
+        if slot.closing.is_some() {
+            slot.pull = None;
+            return;
+        }
         let Some(pull) = slot.pull.as_mut().filter(|pull| pull.number == number && pull.step == Step::Answer) else {
             return;
         };
