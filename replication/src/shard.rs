@@ -32,7 +32,7 @@ use flowstone_protocol::{BrokerId, Error, ErrorCode, Offset, ReplicaId, Term, Ti
 use flowstone_storage::hard_state::HardStateFlushDone;
 use flowstone_storage::{
     CheckpointDone, Compaction, CompactionStep, DataDir, DataDirError, Disk, FlushDone, HardState, OpenError,
-    RangeTicket, ReadError, RetentionConfig, Scrubbed, StorageError,
+    RangeTicket, ReadError, Scrubbed, StorageError,
 };
 use tokio::sync::watch;
 
@@ -923,9 +923,6 @@ impl<M: Machine> Shard<M> {
             slot.spec.flush = change.flush;
             slot.spec.max_message_bytes = change.max_message_bytes;
             self.reconfigure(key.index);
-            if change.retention != RetentionConfig::default() {
-                self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
-            }
             return;
         }
         if let Some(slot) = self.slots.get(key.index as usize).filter(|slot| slot.life == key.life)
@@ -1130,9 +1127,8 @@ impl<M: Machine> Shard<M> {
                 slot.state = State::Running(replica);
                 slot.running_since = self.now;
                 slot.events.clear();
-                if slot.spec.retention != RetentionConfig::default() {
-                    self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
-                }
+                // Whatever is kept of its records: producers that are idle for long are let go of then, too.
+                self.timers.retention_at.get_or_insert(self.now + self.timers.retention_step);
                 // Settings may have changed while it was opened.
                 self.reconfigure(key.index);
                 if alone {
@@ -1941,16 +1937,11 @@ impl<M: Machine> Shard<M> {
             let mut any = false;
             for index in 0..self.slots.len() as u32 {
                 let slot = &self.slots[index as usize];
-                let may_expire = matches!(&slot.state, State::Running(replica) if replica.machine().may_expire());
-                if may_expire
-                    || (slot.spec.retention != RetentionConfig::default() && !matches!(slot.state, State::Free))
-                {
-                    any = true;
-                    let is_due = index % RETENTION_SLICES == slice
-                        && matches!(&slot.state, State::Running(replica) if replica.may_retain((self.clock)()));
-                    if is_due {
-                        self.event(index, Event::Retain);
-                    }
+                any |= !matches!(slot.state, State::Free);
+                let is_due = index % RETENTION_SLICES == slice
+                    && matches!(&slot.state, State::Running(replica) if replica.may_retain((self.clock)()));
+                if is_due {
+                    self.event(index, Event::Retain);
                 }
             }
             if any {

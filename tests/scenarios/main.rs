@@ -301,8 +301,6 @@ fn an_idle_producer_is_told_that_it_is_forgotten() {
             producers: 1,
             produce_gap: Duration::from_millis(500),
             producers_kept: Duration::from_secs(5),
-            // Those who were idle are looked for as what is old is.
-            keeps_for: Some(Duration::from_secs(3_600)),
             ..Plan::calm(seed)
         };
         let mut world = World::new(plan);

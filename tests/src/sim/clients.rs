@@ -76,7 +76,7 @@ pub(crate) enum Client {
     Producer(Producer),
     Reader(Reader),
     Transactor(Transactor),
-    Member(Member),
+    Member(Box<Member>),
     KeyedWriter(KeyedWriter),
     KeyedReader(KeyedReader),
     /// Asks what a scenario says, once.

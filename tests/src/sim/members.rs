@@ -149,7 +149,7 @@ impl World {
             let instance = if self.random.one_in(2) { format!("i{}", number % 2) } else { String::new() };
             let believes = [self.random.index(self.plan.brokers), self.random.index(self.plan.brokers)];
             let wakes_at = self.random.millis(0, 4_000);
-            self.add_client(Client::Member(Member {
+            self.add_client(Client::Member(Box::new(Member {
                 number,
                 instance,
                 process: 0,
@@ -164,7 +164,7 @@ impl World {
                 owner: None,
                 work: None,
                 is_finished: false,
-            }));
+            })));
         }
     }
 
