@@ -36,7 +36,9 @@ impl Invariant for LeaderCompleteness {
         if !sight.leads() || !self.elected.insert((who.tp, replica.status().term, who.replica)) {
             return Ok(());
         }
-        let Some(&(index, term)) = self.committed.get(&who.tp) else { return Ok(()) };
+        // One that was paused since it was voted for may come into an old term much later: what is of a newer one it lacks.
+        let newest = self.committed.get(&who.tp).filter(|(_, term)| *term <= replica.status().term);
+        let Some(&(index, term)) = newest else { return Ok(()) };
         let log = replica.log();
         if log.term_at(index) == Some(term) || index <= log.checkpoint().applied {
             return Ok(());
