@@ -50,6 +50,12 @@ pub fn next_step(view: &GroupStatus, wanted: &[ReplicaId], leaving: &[ReplicaId]
             || member(replica).is_some_and(|member: &MemberStatus| member.is_active && member.in_sync)
     };
 
+    // One whose removal was committed only after it was elected leads on; but what it proposes is not taken any more.
+    if !is_member(view.replica) {
+        let successor = wanted.iter().copied().find(|&replica| is_voter(replica) && in_sync(replica));
+        return successor.map_or(PlanStep::Nothing, PlanStep::TransferAway);
+    }
+
     // New ones begin to catch up at once: they do not count, so any number may do so side by side.
     if let Some(&replica) = wanted.iter().find(|&&replica| !is_member(replica)) {
         return PlanStep::AddLearner(replica);
@@ -294,6 +300,15 @@ mod tests {
         assert_eq!(next(&group), PlanStep::Remove(id(3)), "again, which changes nothing");
         group.view.change_is_known = true;
         assert_eq!(next(&group), PlanStep::Done { removed: ids(&[3]) });
+    }
+
+    #[test]
+    fn a_leader_that_is_out_hands_over_before_it_is_forgotten() {
+        let mut group = Group::new(&[1, 2, 4], 3, &[]);
+        let next = |group: &Group| next_step(&group.view, &ids(&[1, 2, 4]), &ids(&[3]), true);
+        assert_eq!(next(&group), PlanStep::TransferAway(id(1)));
+        (group.view.replica, group.view.leader) = (id(1), Some(id(1)));
+        assert_eq!(next(&group), PlanStep::Remove(id(3)));
     }
 
     #[test]

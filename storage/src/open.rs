@@ -560,11 +560,15 @@ impl LogWalk<'_> {
                     return Ok(true);
                 }
                 SegmentDecision::Quarantine => {
+                    let answered = if facts.last_valid < self.durable {
+                        format!("entries up to {} were flushed", self.durable)
+                    } else {
+                        "those in the segments behind it were answered for".to_owned()
+                    };
                     let detail = format!(
-                        "{} at position {}: {detail}; entries up to {} were flushed, {} is the last one there",
+                        "{} at position {}: {detail}; {answered}, {} is the last one there",
                         name.log_file(),
                         segment.end(),
-                        self.durable,
                         facts.last_valid,
                     );
                     return Err(quarantine(self.dir, segment.end_offset, detail));

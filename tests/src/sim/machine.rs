@@ -82,7 +82,7 @@ pub(crate) struct Listener {
 pub(crate) struct Ears(Mutex<Vec<(Listener, Heard)>>);
 
 impl Ears {
-    fn hear(&self, who: Listener, what: Heard) {
+    pub(crate) fn hear(&self, who: Listener, what: Heard) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push((who, what));
     }
 
