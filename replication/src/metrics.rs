@@ -92,6 +92,8 @@ pub(crate) struct Counters {
     pub(crate) compaction_total_bytes: AtomicU64,
     // Guards the moment for the time of a copy.
     slow_until: Mutex<Option<Instant>>,
+    // When the flush that the shard's own thread waits for will have been slow; as above.
+    slow_from: Mutex<Option<Instant>>,
     flush_nanos: AtomicU64,
     flush_buckets: [AtomicU64; FLUSH_BUCKETS.len() + 1],
 }
@@ -102,8 +104,15 @@ impl Counters {
         *self.slow_until.lock().unwrap_or_else(PoisonError::into_inner) = Some(now + SLOW_FOR);
     }
 
+    /// The shard's own thread waits for a flush, which counts as slow from then on; `None`: it is over. While it waits it
+    /// tells nobody else.
+    pub(crate) fn waits_for_flush(&self, slow_from: Option<Instant>) {
+        *self.slow_from.lock().unwrap_or_else(PoisonError::into_inner) = slow_from;
+    }
+
     pub(crate) fn is_disk_slow(&self, now: Instant) -> bool {
-        self.slow_until.lock().unwrap_or_else(PoisonError::into_inner).is_some_and(|until| now < until)
+        let read = |moment: &Mutex<Option<Instant>>| *moment.lock().unwrap_or_else(PoisonError::into_inner);
+        read(&self.slow_until).is_some_and(|until| now < until) || read(&self.slow_from).is_some_and(|from| now >= from)
     }
 
     pub(crate) fn flushed(&self, took: Duration) {
@@ -162,5 +171,11 @@ mod tests {
         counters.disk_is_slow(now);
         assert!(counters.is_disk_slow(now + SLOW_FOR / 2));
         assert!(!counters.is_disk_slow(now + SLOW_FOR));
+        // One that the shard itself waits for is slow before it is over.
+        let from = now + 2 * SLOW_FOR;
+        counters.waits_for_flush(Some(from));
+        assert!(!counters.is_disk_slow(from - Duration::from_nanos(1)) && counters.is_disk_slow(from));
+        counters.waits_for_flush(None);
+        assert!(!counters.is_disk_slow(from));
     }
 }

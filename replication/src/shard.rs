@@ -1781,8 +1781,10 @@ impl<M: Machine> Shard<M> {
         let Some((key, order)) = self.flushes.pop() else { return };
         self.port.counters.flushes_inline.fetch_add(1, Ordering::Relaxed);
         let began = self.workers.now();
+        self.port.counters.waits_for_flush(Some(began + self.config.tick * SLOW_FLUSH_TICKS));
         let done = order.job.run();
         let ended = self.workers.now();
+        self.port.counters.waits_for_flush(None);
         self.now = ended;
         self.note_flush_time(ended - began);
         self.report(key, Event::Flushed(done));

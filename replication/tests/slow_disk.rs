@@ -375,7 +375,10 @@ fn leadership_moves_away_from_a_slow_disk() {
         assert!(took < BOUND, "write {number} to the partition of the broker with the slow disk took {took:?}");
     }
     until("leadership moves to a broker whose disk is well", || (cluster.leader(0) != SICK).then_some(()));
-    assert!(cluster.handle(SICK, 0).is_disk_slow(Instant::now()), "nobody gives it back at once");
+    // Handed over, or, where the shard's own thread waits for that flush, lost to those who heard nothing of it.
+    until("its disk counts as slow: nobody gives it back at once", || {
+        cluster.handle(SICK, 0).is_disk_slow(Instant::now()).then_some(())
+    });
     assert!(!cluster.handle(1, 0).is_disk_slow(Instant::now()));
 }
 

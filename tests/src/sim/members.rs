@@ -342,7 +342,12 @@ impl World {
                     transaction,
                 });
                 let group = self.group_with(Kind::Groups)?;
+                let (of, to, is_forged, is_anothers) = (work.group, work.to, work.is_forged, work.is_anothers);
                 it.waits_for = Some(Wait::Commit);
+                self.note("commits", &[it.number as u64, of as u64, to.get() as u64], || {
+                    let how = if is_forged { "forged" } else { "earned" };
+                    format!("member {} in epoch {}: {to} of {of}, {how}, another's: {is_anothers}", it.id(), it.epoch)
+                });
                 self.ask(client, group, it.believes[0], Request::Ask(ask), 0, asked);
             }
             Step::End(commit) => {
@@ -408,6 +413,7 @@ impl World {
                 it.is_out();
                 it.epoch = epoch;
                 it.reports_at = self.now;
+                self.note("joined", &[it.number as u64, epoch as u64], || format!("member {} in epoch {epoch}", it.id()));
                 return Some(Duration::from_millis(1));
             }
             (Wait::Report, Answer::Member(Ok(Some(view)))) => {
@@ -514,6 +520,7 @@ impl World {
 
     /// An offset was taken: it counts, or will once the transaction commits.
     fn on_offset_taken(&mut self, it: &mut Member, operation: &Operation) -> Option<Duration> {
+        self.note("committed", &[it.number as u64], || format!("member {}: {:?}", it.id(), it.work));
         let work = it.work.as_mut()?;
         if work.is_anothers {
             let detail = format!("member {} committed offset {} of what another member owned", it.number, work.to);

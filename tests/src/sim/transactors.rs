@@ -364,6 +364,10 @@ impl World {
                 for (number, &value) in write.values.iter().enumerate() {
                     self.history.acknowledged(value, produced.base_offset.plus(number as i64), now);
                 }
+                let (group, sequence, offset) = (write.group, write.header.base_sequence, produced.base_offset);
+                self.note("wrote", &[it.id as u64, at as u64, offset.get() as u64], || {
+                    format!("t{}: write {at}, sequence {sequence} of group {group}, at {offset}", it.id)
+                });
                 return Some(Duration::from_micros(100));
             }
             Answer::Produced(Err(error)) => Some(error),
