@@ -41,6 +41,8 @@ pub struct MemberView {
     pub epoch: i32,
     /// What it owns.
     pub owned: Vec<TopicPartition>,
+    /// What it was asked to give up, and holds until it says that it has.
+    pub revoking: Vec<TopicPartition>,
     /// Grows with each change of it.
     pub changed_at: Offset,
 }
@@ -85,7 +87,12 @@ impl GroupsView {
     pub fn member(&self, group: &str, member: &str) -> Option<MemberView> {
         self.0.with(|table| {
             let member = table.group(group)?.members.get(member)?;
-            Some(MemberView { epoch: member.epoch, owned: member.owned.clone(), changed_at: member.changed_at })
+            Some(MemberView {
+                epoch: member.epoch,
+                owned: member.owned.clone(),
+                revoking: member.revoking.clone(),
+                changed_at: member.changed_at,
+            })
         })
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use flowstone_broker::simulation::{Command, GroupDuty, GroupsView, Joining};
 use flowstone_protocol::{Error, Offset, ProducerEpoch, ProducerId, Term, TopicPartition};
 
-use super::broker::View;
+use super::broker::{View, broker_id};
 use super::groups::Kind;
 use super::members::GROUP;
 use super::outbox::{Answer, Commanded, Out};
@@ -146,6 +146,9 @@ impl World {
             other => &mut other.insert((term, GroupDuty::new(view, now))).1,
         };
         let mut commands = duty.due(view, metadata, now);
+        for command in &commands {
+            self.trace.note(self.now, "duty", &[broker as u64], || format!("broker {}: {command:?}", broker_id(broker)));
+        }
         if expires {
             commands.push(Command::expire_offsets());
         }

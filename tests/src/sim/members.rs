@@ -76,7 +76,7 @@ struct Work {
     step: Step,
     /// It was not read at all: a commit of what another member owns.
     is_forged: bool,
-    /// Another one was known to own it when its commit was asked for.
+    /// It was known to be another one's when its commit was asked for: see [`World::is_anothers`].
     is_anothers: bool,
     /// In a transaction: what was made of it.
     made: Option<Made>,
@@ -265,17 +265,31 @@ impl World {
             6 => {
                 // It commits what it may not even own.
                 let group = self.random.index(self.plan.groups);
-                let known = self.ownership.owners.get(&group).map(|(owner, _)| *owner);
-                let is_anothers = known.is_some_and(|known| known != client);
-                if it.in_transactions || !is_anothers {
+                if it.in_transactions || !self.is_anothers(client, it, group) {
                     return None;
                 }
                 let to = Offset::ZERO;
-                it.work = Some(Work { group, to, step: Step::Commit, is_forged: true, is_anothers, made: None });
+                it.work = Some(Work { group, to, step: Step::Commit, is_forged: true, is_anothers: true, made: None });
                 None
             }
             _ => None,
         }
+    }
+
+    /// Whether a commit of the member for this partition is to be refused: another one was told that it owns it. What the
+    /// member holds it may have been given since then, and have to give up before it was told: under an epoch of its own that
+    /// is older than the other one's word, or in which some broker knows it without the partition, it does not get it any
+    /// more.
+    fn is_anothers(&self, client: usize, it: &Member, group: usize) -> bool {
+        let Some(&(owner, told_at)) = self.ownership.owners.get(&group) else { return false };
+        if owner == client {
+            return false;
+        }
+        let is_older = it.changed_at >= Offset::ZERO && it.changed_at < told_at;
+        let tp = self.groups[group].tp;
+        let views = (0..self.brokers.len()).filter_map(|broker| self.groups_view(broker)?.member(GROUP, &it.id()));
+        let mut known = views.filter(|view| view.epoch == it.epoch);
+        is_older || known.any(|view| !view.owned.contains(&tp) && !view.revoking.contains(&tp))
     }
 
     fn ask_group(&mut self, client: usize, it: &mut Member, wait: Wait, ask: Ask) {
@@ -310,6 +324,7 @@ impl World {
     fn work_on(&mut self, client: usize, it: &mut Member) -> Option<Duration> {
         let owner = it.owner;
         let (id, member) = (it.transactional_id(), (it.id(), it.epoch));
+        let is_anothers = it.work.as_ref().is_some_and(|work| self.is_anothers(client, it, work.group));
         let work = it.work.as_mut()?;
         match work.step {
             Step::Write => {
@@ -321,8 +336,7 @@ impl World {
                 self.ask(client, sink, broker, request, 0, None);
             }
             Step::Commit => {
-                let known = self.ownership.owners.get(&work.group).map(|(owner, _)| *owner);
-                work.is_anothers = known.is_some_and(|known| known != client);
+                work.is_anothers = is_anothers;
                 if work.is_forged && !work.is_anothers {
                     // It may be its own by now.
                     it.work = None;
@@ -342,7 +356,7 @@ impl World {
                     transaction,
                 });
                 let group = self.group_with(Kind::Groups)?;
-                let (of, to, is_forged, is_anothers) = (work.group, work.to, work.is_forged, work.is_anothers);
+                let (of, to, is_forged) = (work.group, work.to, work.is_forged);
                 it.waits_for = Some(Wait::Commit);
                 self.note("commits", &[it.number as u64, of as u64, to.get() as u64], || {
                     let how = if is_forged { "forged" } else { "earned" };
