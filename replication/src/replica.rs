@@ -177,15 +177,40 @@ struct Transfer {
     until: u64,
 }
 
-/// Reads that have to know that this replica still leads. One question is under way at a time; who comes meanwhile waits
+/// Those who have to know that this replica still leads. One question is under way at a time; who comes meanwhile waits
 /// for the next, as only that was asked after it.
 #[derive(Debug, Default)]
 struct LinearizableReads {
     number: u64,
-    to_ask: Vec<Reply<Result<Offset, Error>>>,
-    asked: Vec<Reply<Result<Offset, Error>>>,
+    to_ask: Vec<Linearizable>,
+    asked: Vec<Linearizable>,
     /// Confirmed up to there; to be answered once that is applied.
-    confirmed: Vec<(RaftIndex, Reply<Result<Offset, Error>>)>,
+    confirmed: Vec<(RaftIndex, Linearizable)>,
+}
+
+/// An answer that only a leader may give, and one that does not know yet that it is none any more must not.
+#[derive(Debug)]
+enum Linearizable {
+    /// How far is committed.
+    Read { reply: Reply<Result<Offset, Error>> },
+    /// That a batch is refused for what is not in the log: the next leader's may have it.
+    Missing { reply: Reply<Result<Produced, Error>>, error: Error, permit: Permit },
+}
+
+impl Linearizable {
+    fn confirmed<M: Machine>(self, high_watermark: Offset) -> Answer<M> {
+        match self {
+            Self::Read { reply } => Answer::ReadIndex { reply, result: Ok(high_watermark) },
+            Self::Missing { reply, error, permit } => Answer::Produce { reply, result: Err(error), permit },
+        }
+    }
+
+    fn failed<M: Machine>(self, error: Error) -> Answer<M> {
+        match self {
+            Self::Read { reply } => Answer::ReadIndex { reply, result: Err(error) },
+            Self::Missing { reply, permit, .. } => Answer::Produce { reply, result: Err(error), permit },
+        }
+    }
 }
 
 impl LinearizableReads {
@@ -199,9 +224,15 @@ impl LinearizableReads {
 
     fn fail_all<M: Machine>(&mut self, error: &Error, answers: &mut Vec<Answer<M>>) {
         let waiting = self.to_ask.drain(..).chain(self.asked.drain(..));
-        let waiting = waiting.chain(self.confirmed.drain(..).map(|(_, reply)| reply));
-        answers.extend(waiting.map(|reply| Answer::ReadIndex { reply, result: Err(error.clone()) }));
+        let waiting = waiting.chain(self.confirmed.drain(..).map(|(_, waiting)| waiting));
+        answers.extend(waiting.map(|waiting| waiting.failed(error.clone())));
     }
+}
+
+/// Whether a batch is refused because something is not in the log. Who leads without knowing that another one does since
+/// would say so of what that one has: a producer then takes for lost what is stored, and stores it again.
+fn says_what_is_missing(error: &Error) -> bool {
+    matches!(error.code, ErrorCode::OutOfOrderSequence | ErrorCode::UnknownProducer | ErrorCode::ProducerExpired)
 }
 
 /// A ready that waits to cut the log.
@@ -784,7 +815,7 @@ impl<M: Machine> Replica<M> {
                 let result = Ok(self.group());
                 fx.answers.push(Answer::Group { reply, result });
             }
-            Event::ReadIndex { reply } => self.read_index(reply, fx),
+            Event::ReadIndex { reply } => self.linearize(Linearizable::Read { reply }, fx),
             Event::Unreachable(replicas) => {
                 self.propose_all()?;
                 for replica in replicas {
@@ -865,6 +896,9 @@ impl<M: Machine> Replica<M> {
             }
             Err(error) => {
                 let Produce { permit, reply, .. } = produce;
+                if says_what_is_missing(&error) {
+                    return self.linearize(Linearizable::Missing { reply, error, permit }, fx);
+                }
                 fx.answers.push(Answer::Produce { reply, result: Err(error), permit });
             }
         }
@@ -1353,17 +1387,17 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn read_index(&mut self, reply: Reply<Result<Offset, Error>>, fx: &mut Effects<M>) {
+    /// Answers once a majority has confirmed that this still leads.
+    fn linearize(&mut self, waiting: Linearizable, fx: &mut Effects<M>) {
         let refusal = self.unavailable().or_else(|| {
             (self.linearizable.len() >= PARKED_MAX).then(|| self.overloaded("too many wait to learn what is committed"))
         });
         match refusal {
-            Some(error) => fx.answers.push(Answer::ReadIndex { reply, result: Err(error) }),
+            Some(error) => fx.answers.push(waiting.failed(error)),
             None if is_planted(Bug::ReadWithoutQuorum) => {
-                let result = Ok(self.log().high_watermark());
-                fx.answers.push(Answer::ReadIndex { reply, result });
+                fx.answers.push(waiting.confirmed(self.log().high_watermark()));
             }
-            None => self.linearizable.to_ask.push(reply),
+            None => self.linearizable.to_ask.push(waiting),
         }
     }
 
@@ -1374,7 +1408,7 @@ impl<M: Machine> Replica<M> {
         }
         let (applied, high_watermark) = (self.applied, self.log().high_watermark());
         let known = self.linearizable.confirmed.extract_if(.., |(index, _)| *index <= applied);
-        fx.answers.extend(known.map(|(_, reply)| Answer::ReadIndex { reply, result: Ok(high_watermark) }));
+        fx.answers.extend(known.map(|(_, waiting)| waiting.confirmed(high_watermark)));
         if self.linearizable.asked.is_empty() && !self.linearizable.to_ask.is_empty() && self.serving {
             self.linearizable.asked = std::mem::take(&mut self.linearizable.to_ask);
             self.linearizable.number += 1;
@@ -1389,7 +1423,7 @@ impl<M: Machine> Replica<M> {
             if raft_adapter::request_of(&state.request_ctx) == Some(self.linearizable.number) {
                 let index = RaftIndex::new(state.index);
                 let asked = std::mem::take(&mut self.linearizable.asked);
-                self.linearizable.confirmed.extend(asked.into_iter().map(|reply| (index, reply)));
+                self.linearizable.confirmed.extend(asked.into_iter().map(|waiting| (index, waiting)));
             }
         }
     }

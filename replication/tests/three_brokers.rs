@@ -124,6 +124,8 @@ struct Cluster {
     flush: FlushMode,
     /// Machines read the log again when they step down.
     replays: bool,
+    /// Machines take a producer's batches in order alone.
+    demands_order: bool,
     next_sequence: i32,
 }
 
@@ -177,6 +179,7 @@ impl Cluster {
             log,
             flush: FlushMode::Quorum,
             replays: false,
+            demands_order: false,
             next_sequence: 0,
         };
         for at in 0..3 {
@@ -233,6 +236,7 @@ impl Cluster {
         };
         let mut machine = Ledger::default();
         machine.replays = self.replays;
+        machine.demands_order = self.demands_order;
         let handle = ask(|opened| broker.shards.open(spec, machine, opened)).unwrap();
         broker.handle = Some(handle);
     }
@@ -506,6 +510,30 @@ fn who_waits_at_a_follower_that_is_cut_off_is_sent_elsewhere() {
     cluster.cut(follower);
     let answer = until("the reader is told", || receiver.try_recv().ok());
     assert_eq!(answer.unwrap_err().code, ErrorCode::NotLeader);
+}
+
+#[test]
+fn a_leader_that_was_replaced_without_knowing_does_not_say_what_is_missing() {
+    let mut cluster = Cluster::new(config(), LogConfig::default());
+    cluster.demands_order = true;
+    cluster.open_founders();
+    cluster.write();
+    cluster.until_equal(&[0, 1, 2]);
+    let old = cluster.leader();
+    let produce = |handle: &ReplicaHandle<Ledger>, sequence| {
+        let (bytes, header) = batch(1, sequence, 1, 10);
+        let (sender, receiver) = oneshot::channel();
+        handle.produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
+        receiver
+    };
+    let gap = wait(produce(cluster.handle(old), 2));
+    assert_eq!(gap.unwrap_err().code, ErrorCode::OutOfOrderSequence, "it leads, and says so");
+    // From now on it can not know what the others have.
+    cluster.cut(old);
+    let missing = produce(cluster.handle(old), 2);
+    cluster.write();
+    assert_eq!(wait(missing).unwrap_err().code, ErrorCode::NotLeader, "the new leader has it");
+    assert!(wait(produce(cluster.handle(cluster.leader()), 2)).is_ok());
 }
 
 #[test]

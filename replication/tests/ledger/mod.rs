@@ -40,9 +40,16 @@ pub struct Ledger {
     pub leads: Vec<Term>,
     /// As a coordinator does: what was appended is applied, and all is read again when it steps down.
     pub replays: bool,
+    /// A producer's batch is taken in its turn alone.
+    pub demands_order: bool,
 }
 
 impl Ledger {
+    fn knows_before(&self, batch: &BatchHeader) -> bool {
+        let before = (batch.producer_id.get(), batch.base_sequence.get() - 1);
+        self.in_flight.contains_key(&before) || self.committed.contains_key(&before)
+    }
+
     pub fn committed(&self) -> &BTreeMap<(i64, i32), (Offset, RaftIndex)> {
         &self.committed
     }
@@ -60,6 +67,10 @@ impl Machine for Ledger {
         match self.in_flight.get(&key(batch)).or_else(|| self.committed.get(&key(batch))) {
             Some(&(base_offset, index)) if batch.has_producer() => {
                 Admission::Duplicate { base_offset, index, timestamp: Timestamp::new(1_000) }
+            }
+            _ if self.demands_order && batch.base_sequence.get() > 0 && !self.knows_before(batch) => {
+                let what = format!("batches before {} are missing; send them first", batch.base_sequence);
+                Admission::Refuse(Error::new(ErrorCode::OutOfOrderSequence, what))
             }
             _ => Admission::Append,
         }
@@ -127,7 +138,7 @@ impl Machine for Ledger {
 
     fn restore(&mut self, mut checkpoint: &[u8]) -> Result<(), Error> {
         let leads = std::mem::take(&mut self.leads);
-        *self = Self { leads, replays: self.replays, ..Self::default() };
+        *self = Self { leads, replays: self.replays, demands_order: self.demands_order, ..Self::default() };
         if checkpoint.is_empty() {
             return Ok(());
         }
