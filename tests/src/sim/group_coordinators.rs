@@ -147,7 +147,8 @@ impl World {
         };
         let mut commands = duty.due(view, metadata, now);
         for command in &commands {
-            self.trace.note(self.now, "duty", &[broker as u64], || format!("broker {}: {command:?}", broker_id(broker)));
+            self.trace
+                .note(self.now, "duty", &[broker as u64], || format!("broker {}: {command:?}", broker_id(broker)));
         }
         if expires {
             commands.push(Command::expire_offsets());

@@ -427,7 +427,9 @@ impl World {
                 it.is_out();
                 it.epoch = epoch;
                 it.reports_at = self.now;
-                self.note("joined", &[it.number as u64, epoch as u64], || format!("member {} in epoch {epoch}", it.id()));
+                self.note("joined", &[it.number as u64, epoch as u64], || {
+                    format!("member {} in epoch {epoch}", it.id())
+                });
                 return Some(Duration::from_millis(1));
             }
             (Wait::Report, Answer::Member(Ok(Some(view)))) => {
