@@ -336,7 +336,9 @@ impl Log {
         for parent in dir.ancestors().skip(1).take(2).filter(|parent| !parent.as_os_str().is_empty()) {
             disk.sync_dir(parent).map_err(StorageError::io("flush", parent))?;
         }
-        // Its rename is flushed with everything before it in the folder.
+        // The checkpoint's name, too: of two names that are flushed together one may be there alone after a power failure, and
+        // a replica that has a manifest and no checkpoint is lost.
+        disk.sync_dir(dir).map_err(StorageError::io("flush", dir))?;
         identity.write(disk, dir)
     }
 
