@@ -98,10 +98,10 @@ impl Log {
     /// Looks at the batch that holds `offset`, and as far around it as it is rotten: for a read that found corrupt bytes
     /// there. `None` where it lies in no sealed segment whose entries are all committed ([`Self::seal`]).
     pub fn scrub_job_at(&self, offset: Offset) -> Option<ScrubJob> {
-        match self.segment_of_offset(offset) {
-            Which::Sealed(at) if self.sealed[at].name.base_offset <= offset => self.scrub(at, From::Offset(offset), 0),
-            _ => None,
-        }
+        let Which::Sealed(at) = self.segment_of_offset(offset) else { return None };
+        // It may have been trimmed since it was read.
+        self.sealed.get(at).filter(|segment| segment.name.base_offset <= offset)?;
+        self.scrub(at, From::Offset(offset), 0)
     }
 
     /// Whether `offset` lies in the active segment, or behind it: what has rotted there can be repaired once that is sealed

@@ -291,6 +291,16 @@ fn a_read_that_found_rot_leads_to_the_same_repair() {
 }
 
 #[test]
+fn what_was_trimmed_since_it_was_read_is_not_looked_at() {
+    let (_sim, mut log) = filled(1, 2_000, 6, 120);
+    log.commit_to(log.last_index());
+    assert!(log.seal().expect("sealed"));
+    let all = log.high_watermark();
+    trim(&mut log, all);
+    assert!(log.scrub_job_at(flowstone_protocol::Offset::ZERO).is_none());
+}
+
+#[test]
 fn what_was_mapped_is_read_anew_after_a_repair() {
     let (sim, mut log, mut peer) = replicas(6);
     let files = segments(&sim, ".log");
