@@ -627,10 +627,13 @@ impl RaftAdapter {
         self.node.raft.has_pending_conf()
     }
 
-    /// Gives the entries that were asked for.
+    /// Gives the entries that were asked for. Those that could not be read are asked for again with the follower's next
+    /// answer, not at once: they may be damaged, and stay so for a while.
     pub(crate) fn fetched(&mut self, fetched: Fetched) -> Result<(), Panicked> {
         let Fetched { first, entries, context } = fetched;
-        self.node.store().take_fetched(first, entries);
+        if !self.node.store().take_fetched(first, entries) {
+            return Ok(());
+        }
         let result = self.call(|node| node.on_entries_fetched(context.0));
         self.node.store().drop_fetched();
         result

@@ -68,16 +68,21 @@ impl RaftLog {
         std::mem::take(&mut self.reads.borrow_mut().orders)
     }
 
-    /// Keeps what was read for the call that follows.
-    pub(crate) fn take_fetched(&self, first: RaftIndex, entries: Result<Vec<LogEntry>, ReadError>) {
+    /// Keeps what was read for the call that follows; whether there is anything.
+    pub(crate) fn take_fetched(&self, first: RaftIndex, entries: Result<Vec<LogEntry>, ReadError>) -> bool {
         let mut reads = self.reads.borrow_mut();
         if let Some(at) = reads.under_way.iter().position(|&other| other == first) {
             reads.under_way.swap_remove(at);
         }
         match entries {
-            Ok(entries) => reads.fetched = Some((first, entries.into_iter().map(to_raft).collect())),
-            // Asked for again with the follower's next answer; it stays behind for as long as it can not be read.
-            Err(error) => tracing::warn!(%first, %error, "cannot read entries for a follower"),
+            Ok(entries) => {
+                reads.fetched = Some((first, entries.into_iter().map(to_raft).collect()));
+                true
+            }
+            Err(error) => {
+                tracing::warn!(%first, %error, "cannot read entries for a follower");
+                false
+            }
         }
     }
 

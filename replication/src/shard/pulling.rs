@@ -790,11 +790,13 @@ impl<M: Machine> Shard<M> {
                 if !is_trimmed
                     // After a round of all of them it does not matter whose it was: that one may be gone.
                     || ((pull.failures as usize) < pull.sources && (source.is_none() || *source != pull.asked)) => {}
-            // That is begun anew, with another's newest checkpoint.
+            // That is begun anew, with its newest checkpoint: all that goes with it this one has. (A checkpoint of one that has
+            // not compacted what is wanted, and can not read it any more, would lead here again.)
             Goal::Install { install, unflushed, source, .. } => {
                 *install = None;
                 *unflushed = 0;
                 *source = None;
+                pull.turn -= 1;
             }
         }
     }
@@ -805,22 +807,14 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[index as usize];
         tracing::warn!(tp = %slot.spec.tp, "what a replica misses was trimmed everywhere: it is copied as a whole");
         slot.hint = slot.shown.leader_broker;
-        self.rise(index);
-        let slot = &mut self.slots[index as usize];
         let at_least = match slot.pull.as_deref() {
             Some(Pull { goal: Goal::CatchUp { offered, .. }, .. }) => Some(offered.index),
             _ => None,
         };
-        slot.repair = None;
-        let State::Running(mut replica) = std::mem::replace(&mut slot.state, State::Ending) else { return };
-        let error = super::gone().with_partition(slot.spec.tp.partition);
-        let mut fx = replica.close(&error);
-        self.answers.append(&mut fx.answers);
-        let late = std::mem::take(&mut slot.events);
-        self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
+        let Some(replica) = self.take_down(index) else { return };
+        let slot = &mut self.slots[index as usize];
         slot.state = State::Pulling { machine: replica.into_machine() };
         slot.pull = Some(Box::new(Pull::new(Goal::install(None, None, at_least))));
-        self.wakes[index as usize] = super::NEVER;
         self.note_pull(index);
         self.show(index);
         self.drive_pull(index);
