@@ -609,21 +609,27 @@ impl World {
         }
     }
 
+    /// Whether what was read is what was written. Where it is not, the service tells its client to ask again, and the replica
+    /// to look at its files.
+    pub(crate) fn is_undamaged(&mut self, group: usize, broker: usize, answer: &ReadAnswer) -> bool {
+        let Err(error) = answer.bytes.verify() else { return true };
+        self.note("rotten", &[broker as u64], || error.to_string());
+        if let ReadError::Corrupt { offset, .. } = &error
+            && let Some(handle) = self.brokers[broker].handle(self.groups[group].tp)
+        {
+            handle.found_corrupt(*offset);
+            self.counts.rotten_reads += 1;
+            self.after(broker);
+        }
+        false
+    }
+
     /// Whether it got on.
     fn take_read(&mut self, it: &mut Reader, broker: usize, answer: &ReadAnswer) -> bool {
         // A leader that does not know yet that it is none any more tells what it knows: like a client, a reader forgets
         // nothing that it was told before. (That of one replica never goes back: see the invariants.)
         it.high_watermark = it.high_watermark.max(answer.high_watermark);
-        if let Err(error) = answer.bytes.verify() {
-            // The service tells its client to ask again, and the replica to look at its files.
-            self.note("rotten", &[broker as u64], || error.to_string());
-            if let ReadError::Corrupt { offset, .. } = &error
-                && let Some(handle) = self.brokers[broker].handle(self.groups[it.group].tp)
-            {
-                handle.found_corrupt(*offset);
-                self.counts.rotten_reads += 1;
-                self.after(broker);
-            }
+        if !self.is_undamaged(it.group, broker, answer) {
             it.believes = self.other_broker(it.group, broker);
             return false;
         }
@@ -643,7 +649,8 @@ impl World {
             let (position, high_watermark) = (it.position, answer.high_watermark);
             self.fail(&format!("a reader is given records up to {position} above the high watermark {high_watermark}"));
         }
-        if it.committed && it.position > answer.last_stable_offset {
+        // Another replica may have told it more before.
+        if it.committed && it.position > before.max(answer.last_stable_offset) {
             let (position, stable) = (it.position, answer.last_stable_offset);
             self.fail(&format!(
                 "a reader of what is committed is given records up to {position}, and stable is {stable}"

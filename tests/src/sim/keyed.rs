@@ -18,7 +18,7 @@ use super::world::World;
 
 /// How long a deletion is told after it was first cleaned.
 pub(crate) const TOMBSTONES_KEPT: Duration = Duration::from_secs(4);
-/// Who reads everything within this time is told of every deletion, whatever its broker's clock.
+/// Who reads everything of one replica within this time is told of every deletion, whatever its broker's clock.
 const TOLD_WITHIN: Duration = Duration::from_secs(3);
 /// Keys that are written again and again; besides, each has some that are written once.
 const KEYS: u64 = 5;
@@ -60,6 +60,10 @@ pub(crate) struct KeyedReader {
     position: Offset,
     began: Duration,
     found: BTreeMap<u64, (i64, Option<u64>)>,
+    /// Which broker the first part was of, and how many replicas had been copied from others by then; whether another part
+    /// may be of another replica's files. Each is cleaned by itself: what one has still, another one has told the end of.
+    first: Option<(usize, u64)>,
+    is_mixed: bool,
     /// The last one, of this broker.
     pinned: Option<usize>,
     believes: usize,
@@ -103,6 +107,8 @@ impl World {
             position: Offset::ZERO,
             began: self.now,
             found: BTreeMap::new(),
+            first: None,
+            is_mixed: false,
             pinned,
             believes,
             is_asked: false,
@@ -231,10 +237,12 @@ impl World {
             it.believes = self.other_broker(operation.group, operation.broker);
             return Some(self.random.millis(20, 200));
         };
-        if answer.bytes.verify().is_err() {
+        if !self.is_undamaged(operation.group, operation.broker, &answer) {
             it.believes = self.other_broker(operation.group, operation.broker);
             return Some(self.random.millis(20, 200));
         }
+        let of = (operation.broker, self.counts.snapshots);
+        it.is_mixed |= *it.first.get_or_insert(of) != of;
         self.take_keyed(it, &answer);
         if it.position < answer.high_watermark {
             return Some(self.random.micros(500, 90_000));
@@ -246,6 +254,7 @@ impl World {
             return None;
         }
         (it.position, it.found) = (Offset::ZERO, BTreeMap::new());
+        (it.first, it.is_mixed) = (None, false);
         let pause = self.random.millis(50, 500);
         it.began = self.now + pause;
         it.believes = self.random.index(self.brokers.len());
@@ -292,7 +301,7 @@ impl World {
     /// Somebody has read everything: of each key the last word is told, unless a newer one has come meanwhile.
     fn judge_keyed(&mut self, it: &KeyedReader) {
         // A clock that jumped may have ended the time of deletions; a scan that took long may have missed them.
-        let in_time = self.now - it.began < TOLD_WITHIN && self.counts.clock_jumps == 0;
+        let in_time = self.now - it.began < TOLD_WITHIN && self.counts.clock_jumps == 0 && !it.is_mixed;
         let mut wrong = None;
         for (key, (offset, number)) in self.keyed.last() {
             let is_under_way = self.keyed.under_way.get(&key).is_some_and(|count| *count > 0);

@@ -465,7 +465,7 @@ impl World {
             (Wait::Read(group), Answer::Read(Ok(answer))) => {
                 let position = it.owned.get(&group).copied().flatten()?;
                 let mut to = position;
-                if answer.bytes.verify().is_ok() {
+                if self.is_undamaged(operation.group, operation.broker, &answer) {
                     for chunk in &answer.bytes.chunks {
                         for batch in split_batches(chunk.clone()).flatten() {
                             to = to.max(batch.0.next_offset());
