@@ -49,6 +49,7 @@ pub(crate) struct Door {
     /// Told that something may be new.
     pub(crate) wake: Notify,
     ended: OnceLock<Error>,
+    removed_for: OnceLock<Error>,
 }
 
 impl Door {
@@ -61,6 +62,11 @@ impl Door {
     /// Why it is over.
     pub(crate) fn ended(&self) -> Option<&Error> {
         self.ended.get()
+    }
+
+    /// Why the member is being removed, if it is: the session may find it gone before it is told to end.
+    pub(crate) fn removed_for(&self) -> Option<&Error> {
+        self.removed_for.get()
     }
 }
 
@@ -152,6 +158,15 @@ impl LedGroups {
         }
     }
 
+    /// The member is about to be removed.
+    fn removing(&self, group: &Arc<str>, member: &Arc<str>, why: Error) {
+        if let Some(attendance) = self.present.lock().get(&(Arc::clone(group), Arc::clone(member)))
+            && let Some(door) = &attendance.door
+        {
+            door.removed_for.get_or_init(|| why);
+        }
+    }
+
     /// The member is one no more.
     pub(crate) fn end(&self, group: &Arc<str>, member: &Arc<str>, why: Error) {
         let gone = self.present.lock().remove(&(Arc::clone(group), Arc::clone(member)));
@@ -164,6 +179,18 @@ impl LedGroups {
     fn counts(&self) -> (usize, usize) {
         self.view.with(|table| (table.group_count(), table.member_count()))
     }
+}
+
+/// What a member is told that is removed.
+fn removal(group: &str, is_silent: bool) -> Error {
+    let mut why = unknown_member(group);
+    if !is_silent {
+        why.message =
+            "this member did not give up in time what it was asked for, and was removed from its group: give up \
+                       everything and join anew under member epoch 0"
+                .to_owned();
+    }
+    why
 }
 
 fn not_coordinator() -> Error {
@@ -479,6 +506,7 @@ impl Driver {
         let removals = silent.iter().map(|(name, id, is_silent)| {
             let why = if *is_silent { "silent" } else { "keeps what it was asked to give up" };
             tracing::info!(group = &**name, member = &**id, why, "a member is removed from its group");
+            self.led.removing(name, id, removal(name, *is_silent));
             self.submit(GroupCommand::Remove { group: Arc::clone(name), member: Arc::clone(id) })
         });
         let removed = futures::future::join_all(removals).await;
@@ -486,14 +514,7 @@ impl Driver {
             match removed {
                 Ok(_) => {
                     self.node.metrics.group_members_removed.inc();
-                    let mut why = unknown_member(name);
-                    if !is_silent {
-                        why.message =
-                            "this member did not give up in time what it was asked for, and was removed from its \
-                                       group: give up everything and join anew under member epoch 0"
-                                .to_owned();
-                    }
-                    self.led.end(name, id, why);
+                    self.led.end(name, id, removal(name, *is_silent));
                 }
                 Err(error) => tracing::debug!(%error, "a member could not be removed; it is tried again"),
             }

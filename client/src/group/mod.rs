@@ -287,6 +287,16 @@ pub struct GroupConsumer {
     current: Option<Current>,
 }
 
+/// Positions as they are committed.
+#[derive(Debug, Default)]
+struct Placed {
+    offsets: BTreeMap<Part, Place>,
+    /// The topic's name, the partition, and for which time the member has it.
+    owned: Vec<(String, Part, u64)>,
+    /// Those beyond what was ever seen: their leaders have to say whether they are there.
+    unseen: Vec<Position>,
+}
+
 /// A batch of which records are handed out one by one.
 #[derive(Debug)]
 struct Current {
@@ -508,13 +518,20 @@ impl GroupConsumer {
         let placed = self.places(positions);
         let (shared, coordinator) = (Arc::clone(&self.shared), Arc::clone(&self.coordinator));
         async move {
-            let (offsets, unseen) = placed?;
+            let Placed { offsets, owned, unseen } = placed?;
             check_range(coordinator.cluster(), &unseen).await?;
             let (reply, answered) = oneshot::channel();
             {
                 let mut state = shared.state();
                 if state.over || state.closing.is_some() {
                     return Err(Error::closed("group's consumer"));
+                }
+                // Given to it anew since, it may begin where another member got to.
+                if let Some((topic, (_, partition), _)) =
+                    owned.iter().find(|(_, part, serial)| !state.owns(part, *serial))
+                {
+                    let message = "another member may have it by now, and reads on from what was committed before";
+                    return Err(Error::new(ErrorCode::NotAssigned, message).at(topic, *partition));
                 }
                 state.commit(offsets, Some(reply));
             }
@@ -523,23 +540,26 @@ impl GroupConsumer {
         }
     }
 
-    /// What is to be committed for these positions, and those of which their leaders have to say whether they are there:
-    /// they lie beyond what was ever seen.
-    fn places(&self, positions: &[Position]) -> Result<(BTreeMap<Part, Place>, Vec<Position>)> {
-        let (mut offsets, mut unseen) = (BTreeMap::new(), Vec::new());
+    /// What is to be committed for these positions.
+    fn places(&self, positions: &[Position]) -> Result<Placed> {
+        let mut placed = Placed::default();
         for position in positions {
             let (topic, partition) = (&*position.topic, position.partition);
-            let topic_id = self.consumer.topic_id(topic, partition).ok_or_else(|| {
+            let topic_id = self.consumer.topic_id(topic, partition);
+            let part = topic_id.map(|topic_id| (topic_id, partition));
+            let serial = part.as_ref().and_then(|part| self.shared.state().serial(part));
+            let (Some(part), Some(serial)) = (part, serial) else {
                 let message = "this member does not own this partition; commit what was handed out by it";
-                Error::new(ErrorCode::UnknownPartition, message).at(topic, partition)
-            })?;
+                return Err(Error::new(ErrorCode::UnknownPartition, message).at(topic, partition));
+            };
             let seen = self.consumer.high_watermark(topic, partition)?.unwrap_or(0);
             if position.offset < 0 || position.offset > seen {
-                unseen.push(position.clone());
+                placed.unseen.push(position.clone());
             }
-            offsets.insert((topic_id, partition), Place { offset: position.offset, epoch: -1 });
+            placed.owned.push((topic.to_owned(), part.clone(), serial));
+            placed.offsets.insert(part, Place { offset: position.offset, epoch: -1 });
         }
-        Ok((offsets, unseen))
+        Ok(placed)
     }
 
     /// What happens to this member's partitions from now on. While somebody listens, partitions wait for their
@@ -659,7 +679,12 @@ impl GroupConsumer {
             Ok(None) => Ok(()),
             Ok(Some(error)) => Err(error),
             Err(_) => {
-                Err(Error::unreachable(format!("the group did not hear of this member's leaving in {timeout:?}")))
+                let late =
+                    Error::unreachable(format!("the group did not hear of this member's leaving in {timeout:?}"));
+                Err(match self.shared.state().trouble() {
+                    Some(trouble) => late.caused_by(trouble.clone()),
+                    None => late,
+                })
             }
         }
     }

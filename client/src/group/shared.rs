@@ -9,7 +9,7 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::task::Waker;
 use std::time::Instant;
 
@@ -92,7 +92,33 @@ struct Committing {
     offsets: BTreeMap<Part, Place>,
     /// Some of it belongs to another member by now.
     failure: Option<Error>,
-    replies: Vec<oneshot::Sender<Result<()>>>,
+    /// Why it was not taken when it was tried last, where it goes again.
+    trouble: Option<Error>,
+    replies: Vec<Arc<Reply>>,
+}
+
+/// Where it goes how a commit ended. Where a later commit has some of its partitions, both have to end before it is told.
+#[derive(Debug)]
+struct Reply {
+    sender: oneshot::Sender<Result<()>>,
+    failure: OnceLock<Error>,
+}
+
+impl Reply {
+    fn new(sender: oneshot::Sender<Result<()>>) -> Arc<Self> {
+        Arc::new(Self { sender, failure: OnceLock::new() })
+    }
+
+    /// One of the commits that it waits for has ended; the last one tells.
+    fn settle(self: Arc<Self>, failure: Option<&Error>) {
+        if let Some(failure) = failure {
+            self.failure.get_or_init(|| failure.clone());
+        }
+        if let Some(Self { sender, failure }) = Arc::into_inner(self) {
+            // A receiver that is gone does not mind.
+            let _ = sender.send(failure.into_inner().map_or(Ok(()), Err));
+        }
+    }
 }
 
 /// How the session is to end.
@@ -512,8 +538,8 @@ impl State {
         }
         if let Some(last) = self.committing.back_mut() {
             last.offsets.extend(offsets);
-            last.replies.retain(|reply| !reply.is_closed());
-            last.replies.extend(reply);
+            last.replies.retain(|reply| !reply.sender.is_closed());
+            last.replies.extend(reply.map(Reply::new));
         }
         self.send_commits();
     }
@@ -559,19 +585,18 @@ impl State {
     }
 
     /// Has this commit sent again, without what a later one has of its partitions: a position must not go back. True
-    /// where nothing of it is left, and it is part of a later one now.
+    /// where nothing of it is left. Whoever waits for it waits for the later ones, too.
     fn queue_again(&mut self, at: usize) -> bool {
         let Some(mut committing) = self.committing.remove(at) else { return false };
-        for later in self.committing.range(at..) {
+        for later in self.committing.range_mut(at..) {
+            let before = committing.offsets.len();
             committing.offsets.retain(|part, _| !later.offsets.contains_key(part));
-        }
-        if committing.offsets.is_empty()
-            && let Some(last) = self.committing.back_mut()
-        {
-            last.replies.append(&mut committing.replies);
-            if last.failure.is_none() {
-                last.failure = committing.failure;
+            if committing.offsets.len() < before {
+                later.replies.extend(committing.replies.iter().cloned());
             }
+        }
+        if committing.offsets.is_empty() {
+            self.settle(committing);
             return true;
         }
         committing.sent = None;
@@ -593,11 +618,12 @@ impl State {
             self.commit_stale_again();
             return;
         }
-        let passes = |failed: &pb::OffsetError| {
-            failed.error.as_ref().is_some_and(|detail| Error::from_detail(detail).is_retriable())
-        };
-        if answer.errors.iter().any(passes) {
+        let passing =
+            |failed: &pb::OffsetError| failed.error.as_ref().map(Error::from_detail).filter(Error::is_retriable);
+        if let Some(error) = answer.errors.iter().find_map(passing) {
             // A coordinator that is not it any more, or cannot write just now: on the next stream, or with the next heartbeat.
+            tracing::warn!(group = self.membership.group(), %error, "a commit was not taken; it goes again");
+            self.committing[at].trouble = Some(error);
             self.queue_again(at);
             return;
         }
@@ -633,12 +659,13 @@ impl State {
                     self.close_failure.get_or_insert(error);
                 }
             }
-            (_, failure) => {
-                for reply in committing.replies {
-                    let _ = reply.send(failure.clone().map_or(Ok(()), Err));
-                }
-            }
+            (_, failure) => committing.replies.into_iter().for_each(|reply| reply.settle(failure.as_ref())),
         }
+    }
+
+    /// Why commits that are under way were not taken when they were tried last.
+    pub(crate) fn trouble(&self) -> Option<&Error> {
+        self.committing.iter().find_map(|committing| committing.trouble.as_ref())
     }
 
     /// These may be another member's by now: nothing of them may be committed any more, now or after they come back.
@@ -751,6 +778,11 @@ impl State {
         if let Some(held) = self.held.get_mut(part) {
             held.in_transactions = true;
         }
+    }
+
+    /// That of the time for which this member has the partition.
+    pub(crate) fn serial(&self, part: &Part) -> Option<u64> {
+        self.held.get(part).map(|held| held.serial)
     }
 
     /// Whether this partition is this member's, and has been since the time with this serial began.
@@ -1017,6 +1049,27 @@ mod tests {
         assert_eq!(member.said(), [Said::Commit(2, 1, vec![(0, 10)])]);
         member.answer(2, &[]);
         assert_eq!(code(asked), None);
+    }
+
+    #[test]
+    fn a_commit_of_which_a_later_one_has_a_part_ends_with_both() {
+        let member = Member::with(&[0, 1], false);
+        let commit = |offsets: &[(i32, i64)]| {
+            let (reply, answered) = oneshot::channel();
+            let offsets = offsets.iter().map(|&(partition, offset)| (part(partition), place(offset))).collect();
+            member.shared.state().commit(offsets, Some(reply));
+            answered
+        };
+        let (mut first, second) = (commit(&[(0, 10), (1, 5)]), commit(&[(0, 20)]));
+        assert_eq!(member.said(), [Said::Commit(1, 1, vec![(0, 10), (1, 5)]), Said::Commit(2, 1, vec![(0, 20)])]);
+        member.answer(1, &[(0, ErrorCode::NotLeader), (1, ErrorCode::NotLeader)]);
+        assert_eq!(member.shared.state().trouble().map(Error::code), Some(ErrorCode::NotLeader));
+        member.hear(Heard::Heartbeat(pb::HeartbeatTaken { member_epoch: 1 }));
+        assert_eq!(member.said(), [Said::Commit(3, 1, vec![(1, 5)])]);
+        member.answer(3, &[]);
+        assert!(first.try_recv().is_err(), "its other partition is in the later one");
+        member.answer(2, &[(0, ErrorCode::NotAssigned)]);
+        assert_eq!((code(first), code(second)), (Some(ErrorCode::NotAssigned), Some(ErrorCode::NotAssigned)));
     }
 
     #[test]

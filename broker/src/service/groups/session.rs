@@ -226,7 +226,7 @@ impl Session<'_> {
                 member.target.iter().filter(|tp| member.owned.binary_search(tp).is_err()).copied().collect();
             Some(Some((member.changed_at, member.epoch, group.epoch, member.owned.clone(), pending)))
         });
-        let looked = looked.ok_or_else(|| End::Over(unknown_member(&self.group)))?;
+        let looked = looked.ok_or_else(|| self.no_member())?;
         let Some((seen, member_epoch, group_epoch, owned, pending)) = looked else { return Ok(()) };
         let assignment = pb::Assignment {
             member_epoch,
@@ -245,6 +245,11 @@ impl Session<'_> {
         }
         self.seen = Some(seen);
         Ok(())
+    }
+
+    /// The membership is gone: why, if it was taken away.
+    fn no_member(&self) -> End {
+        End::Over(self.door.removed_for().cloned().unwrap_or_else(|| unknown_member(&self.group)))
     }
 
     async fn take(&mut self, request: pb::SessionRequest) -> Result<(), End> {
@@ -291,13 +296,17 @@ impl Session<'_> {
                 owned,
                 subscription,
             };
-            decided(self.node, &self.led.partition, GroupCommand::Report(report)).await.map_err(End::Over)?;
+            let decided = decided(self.node, &self.led.partition, GroupCommand::Report(report)).await;
+            decided.map_err(|error| match error.code {
+                ErrorCode::UnknownMember => self.no_member(),
+                _ => End::Over(error),
+            })?;
         }
         let epoch = self.led.view.with(|table| {
             let member = table.group(&self.group).and_then(|group| group.members.get(&self.member));
             member.map(|member| member.epoch)
         });
-        let Some(member_epoch) = epoch else { return Err(End::Over(unknown_member(&self.group))) };
+        let Some(member_epoch) = epoch else { return Err(self.no_member()) };
         self.tell(Told::Heartbeat(pb::HeartbeatTaken { member_epoch })).await
     }
 
