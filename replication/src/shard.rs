@@ -1583,38 +1583,14 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[index as usize];
         slot.repair = None;
         match std::mem::replace(&mut slot.state, State::Ending) {
-            State::Mending { replica, message } => self.set_lost(index, &replica, message),
+            State::Mending { replica, message } => {
+                tracing::error!(tp = %slot.spec.tp, message, "a replica is lost: it is to be replaced");
+                let (last_term, last_index) = (replica.log().last_term(), replica.log().last_index());
+                slot.state = State::Lost(Lost { message, lost_memory: false, last_term, last_index });
+                self.show(index);
+            }
             state => slot.state = state,
         }
-    }
-
-    fn set_lost(&mut self, index: u32, replica: &Replica<M>, message: String) {
-        let slot = &mut self.slots[index as usize];
-        tracing::error!(tp = %slot.spec.tp, message, "a replica is lost: it is to be replaced");
-        let (last_term, last_index) = (replica.log().last_term(), replica.log().last_index());
-        slot.state = State::Lost(Lost { message, lost_memory: false, last_term, last_index });
-        self.show(index);
-    }
-
-    /// Ends a replica that runs, and refuses all that waits for it. `None` where it does not run.
-    fn take_down(&mut self, index: u32) -> Option<Box<Replica<M>>> {
-        self.rise(index);
-        let slot = &mut self.slots[index as usize];
-        (slot.repair, slot.pull) = (None, None);
-        let mut replica = match std::mem::replace(&mut slot.state, State::Ending) {
-            State::Running(replica) => replica,
-            state => {
-                slot.state = state;
-                return None;
-            }
-        };
-        let error = gone().with_partition(slot.spec.tp.partition);
-        let mut fx = replica.close(&error);
-        self.answers.append(&mut fx.answers);
-        let late = std::mem::take(&mut slot.events);
-        self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
-        self.wakes[index as usize] = NEVER;
-        Some(replica)
     }
 
     /// What was damaged in a replica that ended over it is repaired, or was not found: it is opened anew.

@@ -49,7 +49,8 @@ pub(crate) struct Door {
     /// Told that something may be new.
     pub(crate) wake: Notify,
     ended: OnceLock<Error>,
-    removed_for: OnceLock<Error>,
+    /// Held for a look or a change.
+    removed_for: Mutex<Option<Error>>,
 }
 
 impl Door {
@@ -65,8 +66,8 @@ impl Door {
     }
 
     /// Why the member is being removed, if it is: the session may find it gone before it is told to end.
-    pub(crate) fn removed_for(&self) -> Option<&Error> {
-        self.removed_for.get()
+    pub(crate) fn removed_for(&self) -> Option<Error> {
+        self.removed_for.lock().clone()
     }
 }
 
@@ -158,12 +159,12 @@ impl LedGroups {
         }
     }
 
-    /// The member is about to be removed.
-    fn removing(&self, group: &Arc<str>, member: &Arc<str>, why: Error) {
+    /// The member is about to be removed for this reason; or, with none, stays after all.
+    fn removing(&self, group: &Arc<str>, member: &Arc<str>, why: Option<Error>) {
         if let Some(attendance) = self.present.lock().get(&(Arc::clone(group), Arc::clone(member)))
             && let Some(door) = &attendance.door
         {
-            door.removed_for.get_or_init(|| why);
+            *door.removed_for.lock() = why;
         }
     }
 
@@ -506,7 +507,7 @@ impl Driver {
         let removals = silent.iter().map(|(name, id, is_silent)| {
             let why = if *is_silent { "silent" } else { "keeps what it was asked to give up" };
             tracing::info!(group = &**name, member = &**id, why, "a member is removed from its group");
-            self.led.removing(name, id, removal(name, *is_silent));
+            self.led.removing(name, id, Some(removal(name, *is_silent)));
             self.submit(GroupCommand::Remove { group: Arc::clone(name), member: Arc::clone(id) })
         });
         let removed = futures::future::join_all(removals).await;
@@ -516,7 +517,10 @@ impl Driver {
                     self.node.metrics.group_members_removed.inc();
                     self.led.end(name, id, removal(name, *is_silent));
                 }
-                Err(error) => tracing::debug!(%error, "a member could not be removed; it is tried again"),
+                Err(error) => {
+                    self.led.removing(name, id, None);
+                    tracing::debug!(%error, "a member could not be removed; it is tried again");
+                }
             }
         }
     }

@@ -31,7 +31,7 @@ const RETRY_MIN: Duration = Duration::from_millis(2);
 const RETRY_MAX: Duration = Duration::from_millis(200);
 /// The same where the transaction before is still being ended, which takes a few flushes: a producer that begins the next
 /// one at once waits for nothing else.
-const ENDING_RETRY_MAX: Duration = Duration::from_millis(4);
+const ENDING_RETRY: Duration = Duration::from_millis(1);
 const ENDING_SOON: Duration = Duration::from_millis(100);
 /// Additions of one call.
 const CALL_ADDITIONS_MAX: usize = 1_000;
@@ -92,7 +92,7 @@ impl TransactionAdder {
                 let is_ending = error.code == ErrorCode::ConcurrentTransactions;
                 // Not for long: where it does not end, a partition cannot be reached.
                 let is_soon = is_ending && began.elapsed() < ENDING_SOON;
-                tokio::time::sleep(if is_soon { pause.min(ENDING_RETRY_MAX) } else { pause }).await;
+                tokio::time::sleep(if is_soon { ENDING_RETRY } else { pause }).await;
                 pause = (pause * 2).min(RETRY_MAX);
             }
             was_hinted = hint.is_some();

@@ -141,40 +141,6 @@ async fn a_partition_without_a_majority_goes_on_with_what_a_survivor_has() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_metadata_goes_on_with_what_its_last_voter_has() {
-    let mut world = World::of(3).await;
-    let topic = world.any().create("orders", 1, 3).await.expect("created");
-    world.produce(&topic, 0, "kept").await;
-    for lost in [1, 2] {
-        world.kill(lost).await;
-        world.wipe(lost);
-    }
-    let recover = |topic: &str| pb::RecoverPartitionRequest {
-        topic: topic.to_owned(),
-        partition: 0,
-        from_broker_id: 3,
-        validate_only: false,
-    };
-    until("the metadata is recovered", async || {
-        let answered = soon("recover", world.client(3).admin.recover_partition(recover("__cluster_metadata"))).await;
-        answered.map(|_| ()).map_err(|status| error_of(status).to_string())
-    })
-    .await;
-    until("the partition is recovered", async || {
-        let answered = soon("recover", world.client(3).admin.recover_partition(recover("orders"))).await;
-        answered.map(|_| ()).map_err(|status| error_of(status).to_string())
-    })
-    .await;
-    assert_eq!(world.values(&topic, 0).await, ["kept"]);
-    for lost in [1, 2] {
-        world.start(lost).await;
-    }
-    world.healthy().await;
-    world.kill(3).await;
-    assert_eq!(world.values(&topic, 0).await, ["kept"]);
-}
-
-#[tokio::test(flavor = "multi_thread")]
 async fn a_move_that_cannot_end_is_cancelled() {
     let mut world = World::places(3).await;
     for id in 1..=3 {

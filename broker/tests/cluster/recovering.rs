@@ -46,6 +46,24 @@ async fn goes_on(mut world: World, topic: Topic) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_metadata_goes_on_with_what_its_last_voter_has() {
+    let mut world = World::of(3).await;
+    let topic = world.any().create("orders", 1, 3).await.expect("created");
+    world.produce(&topic, 0, "kept").await;
+    for lost in [1, 2] {
+        world.kill(lost).await;
+        world.wipe(lost);
+    }
+    until("the metadata is recovered", async || {
+        let answered =
+            soon("recover", world.client(3).admin.recover_partition(recovery("__cluster_metadata", 3))).await;
+        answered.map(|_| ()).map_err(|status| error_of(status).to_string())
+    })
+    .await;
+    goes_on(world, topic).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_survivor_that_was_started_again_recovers_the_metadata_before_it_is_registered() {
     let (mut world, topic) = only_the_third_disk_is_left().await;
     let address = free_address().await;

@@ -239,22 +239,15 @@ async fn read_committed(
     end: i64,
     any: bool,
 ) -> Result<Vec<String>, Error> {
-    let (requests, receiver) = mpsc::channel(1);
     let set = pb::FetchPartition { known_high_watermark: end, ..position(topic, partition, any, READ_COMMITTED) };
-    let request = pb::FetchRequest { set: vec![set], remove: Vec::new(), credit_bytes: 64 << 20 };
-    requests.send(request).await.expect("room");
-    let answers = soon("fetch", client.log.fetch(ReceiverStream::new(receiver))).await.map_err(error_of)?;
-    let mut answers = answers.into_inner();
-    let (mut values, mut next) = (Vec::new(), 0);
-    while next < end {
-        let answer = soon("batches", answers.message()).await.map_err(error_of)?;
-        let answer = answer.ok_or_else(|| Error::new(ErrorCode::ShuttingDown, "the stream ended"))?;
-        if let Some(error) = &answer.error {
-            return Err(Error::from_detail(error));
-        }
-        next = take(&answer, &mut values);
-        assert!(next <= answer.last_stable_offset, "{next} is above {}", answer.last_stable_offset);
-    }
+    let mut values = Vec::new();
+    client
+        .fetch(set, end, |answer| {
+            let next = take(answer, &mut values);
+            assert!(next <= answer.last_stable_offset, "{next} is above {}", answer.last_stable_offset);
+            next
+        })
+        .await?;
     Ok(values)
 }
 

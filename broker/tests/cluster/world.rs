@@ -395,7 +395,6 @@ impl Client {
         end: i64,
         any: bool,
     ) -> Result<Vec<String>, Error> {
-        let (requests, receiver) = mpsc::channel(1);
         let set = pb::FetchPartition {
             fetch_id: 1,
             session: 1,
@@ -407,18 +406,10 @@ impl Client {
             known_high_watermark: end,
             ..Default::default()
         };
-        let request = pb::FetchRequest { set: vec![set], remove: Vec::new(), credit_bytes: 64 << 20 };
-        requests.send(request).await.expect("room");
-        let answers = soon("fetch", self.log.fetch(ReceiverStream::new(receiver))).await.map_err(error_of)?;
-        let mut answers = answers.into_inner();
-        let (mut values, mut next) = (Vec::new(), 0);
-        while next < end {
-            let answer = soon("batches", answers.message()).await.map_err(error_of)?;
-            let answer = answer.ok_or_else(|| Error::new(ErrorCode::ShuttingDown, "the stream ended"))?;
-            if let Some(error) = &answer.error {
-                return Err(Error::from_detail(error));
-            }
-            for batch in split_batches(answer.batches) {
+        let mut values = Vec::new();
+        self.fetch(set, end, |answer| {
+            let mut next = 0;
+            for batch in split_batches(answer.batches.clone()) {
                 let (header, batch) = batch.expect("whole batches");
                 next = header.next_offset().get();
                 if header.attributes.is_control() {
@@ -429,8 +420,34 @@ impl Client {
                     values.push(String::from_utf8(value.to_vec()).expect("text"));
                 }
             }
-        }
+            next
+        })
+        .await?;
         Ok(values)
+    }
+
+    /// Reads on until `take`, which says where an answer ends, has come to `end`.
+    pub(crate) async fn fetch(
+        &mut self,
+        set: pb::FetchPartition,
+        end: i64,
+        mut take: impl FnMut(&pb::FetchResponse) -> i64,
+    ) -> Result<(), Error> {
+        let (requests, receiver) = mpsc::channel(1);
+        let request = pb::FetchRequest { set: vec![set], remove: Vec::new(), credit_bytes: 64 << 20 };
+        requests.send(request).await.expect("room");
+        let answers = soon("fetch", self.log.fetch(ReceiverStream::new(receiver))).await.map_err(error_of)?;
+        let mut answers = answers.into_inner();
+        let mut next = 0;
+        while next < end {
+            let answer = soon("batches", answers.message()).await.map_err(error_of)?;
+            let answer = answer.ok_or_else(|| Error::new(ErrorCode::ShuttingDown, "the stream ended"))?;
+            if let Some(error) = &answer.error {
+                return Err(Error::from_detail(error));
+            }
+            next = take(&answer);
+        }
+        Ok(())
     }
 }
 

@@ -97,7 +97,8 @@ struct Committing {
     replies: Vec<Arc<Reply>>,
 }
 
-/// Where it goes how a commit ended. Where a later commit has some of its partitions, both have to end before it is told.
+/// Where it goes how a commit ended. Where a later commit has some of its partitions, both have to end before it is told, and
+/// what either met is its failure.
 #[derive(Debug)]
 struct Reply {
     sender: oneshot::Sender<Result<()>>,
@@ -780,8 +781,11 @@ impl State {
         }
     }
 
-    /// That of the time for which this member has the partition.
+    /// That of the time for which this member has the partition; none where the consumer is yet to hear of that time.
     pub(crate) fn serial(&self, part: &Part) -> Option<u64> {
+        if self.changes.contains_key(part) {
+            return None;
+        }
         self.held.get(part).map(|held| held.serial)
     }
 

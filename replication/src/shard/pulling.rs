@@ -807,14 +807,22 @@ impl<M: Machine> Shard<M> {
         let slot = &mut self.slots[index as usize];
         tracing::warn!(tp = %slot.spec.tp, "what a replica misses was trimmed everywhere: it is copied as a whole");
         slot.hint = slot.shown.leader_broker;
+        self.rise(index);
+        let slot = &mut self.slots[index as usize];
         let at_least = match slot.pull.as_deref() {
             Some(Pull { goal: Goal::CatchUp { offered, .. }, .. }) => Some(offered.index),
             _ => None,
         };
-        let Some(replica) = self.take_down(index) else { return };
-        let slot = &mut self.slots[index as usize];
+        slot.repair = None;
+        let State::Running(mut replica) = std::mem::replace(&mut slot.state, State::Ending) else { return };
+        let error = super::gone().with_partition(slot.spec.tp.partition);
+        let mut fx = replica.close(&error);
+        self.answers.append(&mut fx.answers);
+        let late = std::mem::take(&mut slot.events);
+        self.answers.extend(late.into_iter().filter_map(|event| event.refused(error.clone())));
         slot.state = State::Pulling { machine: replica.into_machine() };
         slot.pull = Some(Box::new(Pull::new(Goal::install(None, None, at_least))));
+        self.wakes[index as usize] = super::NEVER;
         self.note_pull(index);
         self.show(index);
         self.drive_pull(index);

@@ -8,13 +8,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use flowstone_protocol::{Error, ErrorCode, Offset, ReplicaId};
+use flowstone_protocol::{Error, Offset};
 use flowstone_storage::{
     ReadError, Repair, RepairDone, Rotten, ScrubJob, ScrubPosition, Scrubbed, SegmentCopy, StorageError,
 };
 
 use super::{Message, Shard, ShardsConfig, Slot, SlotKey, State};
-use crate::effects::Event;
 use crate::machine::Machine;
 use crate::reply::Reply;
 use crate::transport::{PullAnswer, PullRequest, PullWhat};
@@ -85,12 +84,6 @@ impl Scrubbing {
 /// A replica that ended over what is damaged is given up after so many failures in a row.
 const MENDING_FAILURES_MAX: u32 = 12;
 
-/// A range that nobody has as entries any more is not given up before so many failures: it may have been trimmed, and this
-/// one is yet to hear of it.
-const GIVING_UP_FAILURES_MIN: u32 = 6;
-/// A leader that hands over for that has done so when this is over, or tries again.
-const HANDING_OVER: Duration = Duration::from_secs(1);
-
 /// What of a replica is being repaired.
 #[derive(Debug)]
 pub(super) struct Repairing {
@@ -102,10 +95,6 @@ pub(super) struct Repairing {
     step: Step,
     number: u64,
     failures: u32,
-    /// Sources that said that their logs begin above: that does not change any more.
-    begin_above: BTreeSet<ReplicaId>,
-    /// Who was asked last.
-    asked: Option<ReplicaId>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -269,8 +258,6 @@ impl<M: Machine> Shard<M> {
                     step: Step::Ask,
                     number: 0,
                     failures: 0,
-                    begin_above: BTreeSet::new(),
-                    asked: None,
                 }));
                 if !self.scrubbing.repairing.contains(&index) {
                     self.scrubbing.repairing.push(index);
@@ -339,7 +326,6 @@ impl<M: Machine> Shard<M> {
         }
         let (source, of) = sources[repairing.failures as usize % sources.len()];
         repairing.number += 1;
-        repairing.asked = Some(of);
         repairing.step = Step::Answer;
         let (tp, number) = (slot.spec.tp, repairing.number);
         let port = Arc::clone(&self.port);
@@ -397,13 +383,8 @@ impl<M: Machine> Shard<M> {
                 });
             }
             Repaired::Answered { answer, .. } => {
-                let error = answer.err();
-                if error.as_ref().is_some_and(|error| error.code == ErrorCode::OffsetOutOfRange) {
-                    repairing.begin_above.extend(repairing.asked);
-                }
-                let error = error.map_or_else(|| "it answered something else".to_owned(), |error| error.to_string());
+                let error = answer.err().map_or_else(|| "it answered something else".to_owned(), |e| e.to_string());
                 self.repair_failed(index, &error);
-                self.give_up_if_compacted(index);
             }
             Repaired::Goes(repair, None) => {
                 repairing.repair = Some(repair);
@@ -466,44 +447,6 @@ impl<M: Machine> Shard<M> {
         }
     }
 
-    /// What is damaged is still entries here, and everywhere else it was compacted: nobody can give the same bytes any more. A
-    /// follower gives itself up, to be copied by offset as another replica. A leader hands over before: it could not serve
-    /// those who still need the entries, and whoever has compacted them can.
-    fn give_up_if_compacted(&mut self, index: u32) {
-        let slot = &mut self.slots[index as usize];
-        let (Some(repairing), State::Running(replica)) = (&slot.repair, &slot.state) else { return };
-        // Below the log start nobody reads it, and it goes by itself.
-        let is_wanted = repairing.copy.is_none() && repairing.rotten.first_offset >= replica.log().log_start();
-        let is_ending = slot.closing.is_some() || self.stopping.is_some();
-        let sources = slot.places.sources(slot.spec.replica, None);
-        if !is_wanted || is_ending || repairing.failures < GIVING_UP_FAILURES_MIN {
-            return;
-        }
-        let tp = slot.spec.tp;
-        let mut compacted = sources.iter().map(|&(_, of)| of).filter(|of| repairing.begin_above.contains(of));
-        if replica.leader() == Some(slot.spec.replica) {
-            let Some(to) = compacted.next() else { return };
-            drop(compacted);
-            if let Some(repairing) = &mut slot.repair {
-                repairing.step = Step::Until(self.now + HANDING_OVER);
-            }
-            let reply = Reply::new(move |handed_over: Result<(), Error>| {
-                if let Err(error) = handed_over {
-                    tracing::warn!(%tp, %error, "a leader with damaged entries could not hand over; tried again");
-                }
-            });
-            return self.event(index, Event::TransferLeader { to: Some(to), reply });
-        }
-        if sources.is_empty() || compacted.count() < sources.len() {
-            return;
-        }
-        let segment = repairing.rotten.segment.log_file();
-        let message = format!("{segment} is damaged, and all other replicas have compacted what was in it");
-        if let Some(replica) = self.take_down(index) {
-            self.set_lost(index, &replica, message);
-        }
-    }
-
     /// This one is done with.
     fn next_repair(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
@@ -514,7 +457,6 @@ impl<M: Machine> Shard<M> {
                 (repairing.repair, repairing.copy) = (None, None);
                 repairing.step = Step::Ask;
                 repairing.failures = 0;
-                repairing.begin_above.clear();
                 self.drive_repair(index);
             }
             None => {

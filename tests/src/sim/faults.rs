@@ -9,6 +9,7 @@ use flowstone_storage::sim_disk::{Crash, Operation};
 use super::broker::{ROOM_KEPT_BYTES, broker_id};
 use super::clients::Client;
 use super::controller::Call;
+use super::groups::Kind;
 use super::machine::Listener;
 use super::network::Node;
 use super::plan::Fault;
@@ -330,6 +331,12 @@ impl World {
             return;
         }
         let mut files = it.files();
+        // What others have compacted they do not have as the entries that a repair of a log asks for.
+        let compacted = [Kind::Keyed, Kind::Transactions, Kind::Groups].map(|kind| kind.topic_id().to_string());
+        files.retain(|file| {
+            let is_of = |part: &str| compacted.iter().any(|topic| topic == part);
+            !file.components().any(|part| part.as_os_str().to_str().is_some_and(is_of))
+        });
         if is_up {
             // What a process has open and still writes is not believed to rot under it: a sealed segment.
             let logs: Vec<_> =

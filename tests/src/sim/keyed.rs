@@ -249,7 +249,7 @@ impl World {
         }
         self.judge_keyed(it);
         self.counts.keyed_scans += 1;
-        if it.pinned.is_some() {
+        if it.pinned.is_some() && !it.is_mixed {
             it.is_done = true;
             return None;
         }
@@ -301,7 +301,7 @@ impl World {
     /// Somebody has read everything: of each key the last word is told, unless a newer one has come meanwhile.
     fn judge_keyed(&mut self, it: &KeyedReader) {
         // A clock that jumped may have ended the time of deletions; a scan that took long may have missed them.
-        let in_time = self.now - it.began < TOLD_WITHIN && self.counts.clock_jumps == 0 && !it.is_mixed;
+        let in_time = self.now - it.began < TOLD_WITHIN && self.counts.clock_jumps == 0;
         let mut wrong = None;
         for (key, (offset, number)) in self.keyed.last() {
             let is_under_way = self.keyed.under_way.get(&key).is_some_and(|count| *count > 0);
@@ -314,7 +314,7 @@ impl World {
                 // It was deleted, and is gone altogether.
                 (None, None) => true,
                 // What was deleted was read, and its deletion was not told.
-                (None, Some(_)) => !in_time && it.pinned.is_none(),
+                (None, Some(_)) => it.is_mixed || !in_time && it.pinned.is_none(),
                 (Some(_), _) => false,
             };
             if !is_well {

@@ -249,7 +249,7 @@ impl Session<'_> {
 
     /// The membership is gone: why, if it was taken away.
     fn no_member(&self) -> End {
-        End::Over(self.door.removed_for().cloned().unwrap_or_else(|| unknown_member(&self.group)))
+        End::Over(self.door.removed_for().unwrap_or_else(|| unknown_member(&self.group)))
     }
 
     async fn take(&mut self, request: pb::SessionRequest) -> Result<(), End> {
