@@ -97,7 +97,7 @@ pub struct SecurityConfig {
 /// Section `[storage]`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StorageConfig {
-    /// Threads that run replicas; 0: by the machine's cores.
+    /// Threads that run replicas; 0: half of the machine's cores.
     pub shards: usize,
     /// Threads that flush.
     pub flush_threads: usize,
@@ -410,7 +410,7 @@ pub const KEYS: &[Key] = &[
         storage.shards,
         parsed,
         shown,
-        "Threads that run partitions; 0: by the machine's cores."
+        "Threads that run partitions; 0: half of the machine's cores."
     ),
     key!("storage.flush_threads", "16", storage.flush_threads, positive, shown, "Flushes that run side by side."),
     key!("storage.read_threads", "4", storage.read_threads, positive, shown, "Reads from disk that run side by side."),

@@ -34,8 +34,8 @@ const RUNNING_NAME: &str = "running";
 const MANIFEST_MAGIC: [u8; 8] = *b"FLOWDATA";
 /// The newest version of a data directory.
 pub const DATA_DIR_FORMAT_VERSION: u32 = 1;
-/// The feature level of everything that this program writes (rule 29 of growing old: every new record, control type and
-/// file format waits for the cluster to reach its level).
+/// The feature level of everything that this program writes: every new record, control type and file format waits for the
+/// cluster to reach its level.
 pub const FEATURE_LEVEL: u32 = 1;
 /// More stripes than this are a damaged manifest.
 const STRIPES_MAX: u32 = 4096;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use flowstone_storage::planted::{Bug, plant};
 use flowstone_tests::sim::{Plan, World, hear_panics};
 
-/// Each with at most how many seeds it may take: some three times what it took, see `docs/testing.md`.
+/// Each with at most how many seeds it may take: a few times what it took, see `docs/testing.md`.
 const FOUND_WITHIN: [(Bug, u64); 29] = [
     (Bug::CutWithoutMark, 2_000),
     (Bug::AckBeforeFlush, 10),
