@@ -182,6 +182,11 @@ impl RaftAdapter {
         self.node.store().unreadable.take()
     }
 
+    /// What a follower needs, is not known to be committed, and is damaged.
+    pub(crate) fn damaged_tail(&self) -> Option<StorageError> {
+        self.node.store().damaged_tail.take()
+    }
+
     pub(crate) fn log_mut(&mut self) -> &mut Log {
         self.node.mut_store().log.get_mut()
     }

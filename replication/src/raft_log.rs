@@ -26,6 +26,8 @@ pub(crate) struct RaftLog {
     pub(crate) log: RefCell<Log>,
     // Why an entry could not be given: the crate, which takes no such answer, panics next.
     pub(crate) unreadable: RefCell<Option<flowstone_storage::StorageError>>,
+    // An entry that is not known to be committed, damaged, and a follower needs it: perhaps nobody else has it.
+    pub(crate) damaged_tail: RefCell<Option<flowstone_storage::StorageError>>,
     // As found when it was opened; the crate asks once.
     hard_state: HardState,
     membership: Membership,
@@ -49,6 +51,7 @@ impl RaftLog {
         Self {
             log: RefCell::new(log),
             unreadable: RefCell::new(None),
+            damaged_tail: RefCell::new(None),
             hard_state,
             membership,
             offer_after_bytes,
@@ -140,6 +143,9 @@ impl RaftLog {
                 // Asked for again with the follower's next answer; it stays behind for as long as it can not be read.
                 Err(error) if entries.is_empty() => {
                     tracing::warn!(index, %error, "cannot read an entry for a follower");
+                    if matches!(error, flowstone_storage::StorageError::Corrupt { .. }) {
+                        *self.damaged_tail.borrow_mut() = Some(error);
+                    }
                     return Err(raft::Error::Store(StorageError::LogTemporarilyUnavailable));
                 }
                 Err(_) => break,

@@ -389,8 +389,10 @@ impl<M: Machine> Replica<M> {
                 outcome = self.on_event(event, now, &mut fx);
             }
         }
+        // Leading on it would never commit what it was elected with; and it answered for that.
+        let can_be_sent = |it: &Self| it.raft.damaged_tail().map_or(Ok(()), |error| Err(Ended::Storage(error)));
         if !self.ended
-            && let Err(ended) = outcome.and_then(|()| self.settle(now, &mut fx))
+            && let Err(ended) = outcome.and_then(|()| self.settle(now, &mut fx)).and_then(|()| can_be_sent(self))
         {
             // What the Raft crate could not read is the reason, rather than that it can not do without.
             let ended = match (ended, self.raft.unreadable()) {

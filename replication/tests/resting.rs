@@ -90,6 +90,8 @@ struct World {
     held: BTreeMap<usize, Vec<(usize, Vec<GroupMessage>)>>,
     sent: Sent,
     sequence: i32,
+    /// What would tell a follower only that it has all of it, and that it is committed, is lost.
+    loses_news_of_commits: bool,
 }
 
 fn broker_id(at: usize) -> BrokerId {
@@ -118,6 +120,7 @@ impl World {
             held: BTreeMap::new(),
             sent: Sent::default(),
             sequence: 0,
+            loses_news_of_commits: false,
         };
         for at in 0..BROKERS {
             world.start(at);
@@ -199,8 +202,13 @@ impl World {
                 }
                 any |= running.shards.is_waiting();
                 let outgoing = std::mem::take(&mut *running.outbox.0.lock().unwrap());
-                for (to, messages) in outgoing {
+                for (to, mut messages) in outgoing {
                     let to = (to.get() - 1) as usize;
+                    if self.loses_news_of_commits {
+                        let is_news =
+                            |body: &PeerBody| matches!(body, PeerBody::Append { entries, .. } if entries.is_empty());
+                        messages.retain(|message| !is_news(&message.message.body));
+                    }
                     self.sent.all += messages.len();
                     for message in &messages {
                         match message.message.body {
@@ -321,6 +329,28 @@ fn beats_take_the_place_of_all_heartbeats() {
         assert!(sent.beats <= 101 * 6 * shards * shards && sent.beats >= 99 * 6, "{sent:?}");
         assert!(sent.all <= 2 * sent.beats + BROKERS, "{sent:?}");
         assert_eq!((world.leaders(), world.terms()), (leaders, terms), "nobody stood for election");
+    }
+}
+
+#[test]
+fn one_that_is_written_to_as_it_comes_back_stays_until_all_know_what_is_committed() {
+    let mut world = World::at_rest(1);
+    let leader = world.leader(0).unwrap();
+    for (phase, quiet) in (0..3).flat_map(|phase| (0..20).map(move |quiet| (phase, quiet))) {
+        for _ in 0..phase {
+            world.tick();
+        }
+        drop(world.produce(0, leader));
+        for _ in 0..quiet {
+            world.tick();
+        }
+        world.loses_news_of_commits = true;
+        let produced = world.produce(0, leader);
+        world.tick();
+        world.loses_news_of_commits = false;
+        world.until_rest();
+        let end = produced.blocking_recv().unwrap().unwrap().base_offset.next();
+        assert_eq!(world.ends(0), [end; BROKERS], "written to after {quiet} quiet ticks");
     }
 }
 

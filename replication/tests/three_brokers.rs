@@ -1541,3 +1541,43 @@ fn damage_in_a_compacted_segment_is_replaced_by_what_another_replica_has() {
         (answer.ok()? == expected).then_some(())
     });
 }
+
+#[test]
+fn a_leader_that_can_not_read_what_is_not_committed_gives_way() {
+    let mut cluster = Cluster::founded(config(), small_segments());
+    cluster.write_many(20);
+    cluster.until_equal(&[0, 1, 2]);
+    let at = cluster.leader();
+    let others = [(at + 1) % 3, (at + 2) % 3];
+    for other in others {
+        cluster.kill(other, false);
+    }
+    // What it takes in from now on nobody else gets.
+    let (before, handle) = (cluster.status(at).end_offset, cluster.handle(at).clone());
+    for sequence in 20..320 {
+        let (bytes, header) = batch(1, sequence, 1, 900);
+        let (sender, _) = oneshot::channel();
+        handle.produce(bytes, header, Acks::Quorum, Permit::unbounded(), Reply::from(sender));
+    }
+    drop(handle);
+    until("it has all of it", || (cluster.status(at).end_offset >= before.plus(300)).then_some(()));
+    cluster.kill(at, false);
+    cluster.restart(at);
+    cluster.open_founder(at);
+    let damaged = cluster.segments(at)[2].clone();
+    damage(&damaged, std::fs::metadata(&damaged).unwrap().len() / 2);
+    // One that has less is not elected by it.
+    cluster.restart(others[0]);
+    cluster.open_founder(others[0]);
+    until_or(
+        "it gives way",
+        || format!("{:?}", cluster.status(at)),
+        || matches!(cluster.status(at).health, Health::Lost { .. }).then_some(()),
+    );
+    cluster.restart(others[1]);
+    cluster.open_founder(others[1]);
+    cluster.next_sequence = 20;
+    cluster.write();
+    assert_ne!(cluster.leader(), at);
+    cluster.until_equal(&others);
+}

@@ -361,9 +361,10 @@ impl<M: Machine> Shard<M> {
         let mut joins = Vec::new();
         for (index, follower) in std::mem::take(&mut told.joins) {
             let tp = self.slots[index as usize].spec.tp;
-            let Some(quiet) = self.quiet[index as usize].as_mut().filter(|it| it.is_certain && it.rest.leads) else {
-                continue;
-            };
+            // Something may have been committed since the follower answered, and it may not have heard of that.
+            let still_rests =
+                |it: &&mut Quiet| it.is_certain && it.rest.leads && self.ticks >= it.since + JOIN_AFTER_TICKS;
+            let Some(quiet) = self.quiet[index as usize].as_mut().filter(still_rests) else { continue };
             let Some((at, _)) = quiet.others().find(|&(_, other)| other == follower) else { continue };
             // Once, though it may have been found twice.
             if quiet.lanes[at].is_none() {
