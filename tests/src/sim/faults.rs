@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use flowstone_protocol::{Offset, ReplicaId, Term, TopicPartition};
-use flowstone_replication::{GroupMessage, PeerBody};
+use flowstone_replication::{GroupMessage, PeerBody, Role};
 use flowstone_storage::sim_disk::{Crash, Operation};
 
 use super::broker::{ROOM_KEPT_BYTES, broker_id};
@@ -535,7 +535,12 @@ impl World {
             running.map(|running| (broker, running.data_dir.replica_dir(tp)))
         };
         let folders: Vec<_> = brokers[..brokers.len() / 2 + 1].iter().filter_map(|&broker| folder(broker)).collect();
-        if folders.len() <= brokers.len() / 2 {
+        // Whoever is left must have a log: one that is being copied as a whole has none, and nobody to copy from any more.
+        let has_log = |&broker: &usize| {
+            let status = self.brokers[broker].handle(tp).map(|handle| handle.status());
+            status.is_some_and(|status| !matches!(status.role, Role::Pulling | Role::Opening))
+        };
+        if folders.len() <= brokers.len() / 2 || !brokers[brokers.len() / 2 + 1..].iter().any(has_log) {
             return;
         }
         self.counts.lost_majorities += 1;
