@@ -57,7 +57,7 @@ pub(crate) struct SimBroker {
     pub(crate) rots: bool,
     /// When that was last.
     pub(crate) rotted_at: Option<Duration>,
-    /// Its last life ended with its power.
+    /// A life ended with its power, and none since was long enough to note how much had been flushed by then.
     pub(crate) lost_power: bool,
     /// It ended otherwise than by a clean stop.
     pub(crate) crashed: bool,

@@ -26,7 +26,7 @@ pub(crate) enum Undo {
 }
 
 /// How old the note of what is flushed may be: with the slowest disk.
-const FLUSHED_IS_NOTED_WITHIN: Duration = Duration::from_secs(15);
+pub(crate) const FLUSHED_IS_NOTED_WITHIN: Duration = Duration::from_secs(15);
 /// How long voters are struck after a leader went.
 const STRIKES_FOR: Duration = Duration::from_secs(5);
 /// Calls for votes that are remembered, to come again.

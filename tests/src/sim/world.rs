@@ -17,7 +17,7 @@ use super::broker::{Running, SimBroker, broker_id, broker_index};
 use super::clients::{Client, Operation, Request};
 use super::controller::{Call, LostReplica};
 use super::counts::Counts;
-use super::faults::{Behind, Strikes, Undo};
+use super::faults::{Behind, FLUSHED_IS_NOTED_WITHIN, Strikes, Undo};
 use super::groups::Group;
 use super::invariants::{self, Cut, Invariant, Sight};
 use super::keyed::KeyedLog;
@@ -905,12 +905,15 @@ impl World {
     /// The process is gone, and perhaps the power.
     pub(crate) fn die(&mut self, broker: usize, crash: Crash) {
         self.count(broker);
+        let now = self.now;
         let it = &mut self.brokers[broker];
+        // A short life may have ended before it came to note what the one before had flushed.
+        let is_noted = it.running.is_some() && now >= it.started_at + FLUSHED_IS_NOTED_WITHIN;
         it.running = None;
         it.life += 1;
         it.is_paused = false;
         it.slow_flushes = None;
-        it.lost_power = crash == Crash::Power;
+        it.lost_power = crash == Crash::Power || it.lost_power && !is_noted;
         it.crashed = true;
         if crash == Crash::Power {
             it.boots += 1;
