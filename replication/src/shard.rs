@@ -1344,6 +1344,8 @@ impl<M: Machine> Shard<M> {
     fn free_slot(&mut self, index: u32) {
         let slot = &mut self.slots[index as usize];
         slot.state = State::Free;
+        // What others still answer is for nobody: it must not begin a job for whoever has the place next.
+        (slot.pull, slot.repair) = (None, None);
         self.by_partition.remove(&slot.spec.tp);
         if let Some(closing) = slot.closing.take() {
             for closed in closing.closed {
