@@ -2,8 +2,9 @@
 //! network of the test's own.
 
 mod ledger;
+mod manual;
 
-use std::collections::{BTreeMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, HashSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -13,12 +14,12 @@ use flowstone_protocol::{
     BrokerId, DirectoryId, Error, ErrorCode, Offset, PartitionId, ReplicaId, Timestamp, TopicId, TopicPartition,
 };
 use flowstone_replication::{
-    Acks, FlushMode, GroupMessage, JobKind, LogConfig, ManualShards, PeerBody, PeerTransport, Permit, Produced,
-    PullAnswer, PullRequest, ReplicaHandle, ReplicaSpec, Reply, RetentionConfig, Role, ShardsConfig, Start, Workers,
+    Acks, FlushMode, GroupMessage, LogConfig, ManualShards, PeerBody, PeerTransport, Permit, Produced, PullAnswer,
+    PullRequest, ReplicaHandle, ReplicaSpec, Reply, RetentionConfig, Role, ShardsConfig, Start,
 };
-use flowstone_storage::flush::Job;
 use flowstone_storage::{DataDir, Disk, SimDisk};
 use ledger::{Ledger, batch};
+use manual::Jobs;
 use tokio::sync::oneshot;
 
 const BROKERS: usize = 3;
@@ -28,25 +29,6 @@ const TICK: Duration = Duration::from_millis(100);
 const PATIENCE: usize = 300;
 /// An election timeout at most, and what an election takes.
 const FAILED_OVER_WITHIN: usize = 7 + 1 + 2 * 3 + 4;
-
-#[derive(Default)]
-struct Jobs(Mutex<VecDeque<Job>>, Mutex<Option<Instant>>);
-
-impl std::fmt::Debug for Jobs {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Jobs").finish_non_exhaustive()
-    }
-}
-
-impl Workers for Jobs {
-    fn submit(&self, _kind: JobKind, job: Job) {
-        self.0.lock().unwrap().push_back(job);
-    }
-
-    fn now(&self) -> Instant {
-        self.1.lock().unwrap().expect("set before the first round")
-    }
-}
 
 /// What was sent in this round.
 #[derive(Debug, Default)]
@@ -134,7 +116,7 @@ impl World {
         let dir = DataDir::open_or_create(disk, Path::new("/data"), DirectoryId::new(at as u128 + 1), 4).unwrap();
         let dir = Arc::new(dir);
         let (jobs, outbox) = (Arc::new(Jobs::default()), Arc::new(Outbox::default()));
-        *jobs.1.lock().unwrap() = Some(self.now);
+        jobs.set_now(self.now);
         let config = ShardsConfig {
             shards: self.shards,
             // Brokers draw their own: the order in which voters stand is the same for all of them nevertheless.
@@ -197,9 +179,7 @@ impl World {
                 }
                 running.shards.round(self.now);
                 // Jobs of a round are done in its order.
-                while let Some(job) = running.jobs.0.lock().unwrap().pop_front() {
-                    job();
-                }
+                running.jobs.run();
                 any |= running.shards.is_waiting();
                 let outgoing = std::mem::take(&mut *running.outbox.0.lock().unwrap());
                 for (to, mut messages) in outgoing {
@@ -236,7 +216,7 @@ impl World {
         self.now += TICK;
         self.wall.fetch_add(TICK.as_millis() as i64, Ordering::Relaxed);
         for running in self.brokers.iter().flatten() {
-            *running.jobs.1.lock().unwrap() = Some(self.now);
+            running.jobs.set_now(self.now);
         }
         self.deliver();
     }
