@@ -645,11 +645,11 @@ impl World {
                 self.take_batch(it, &header, bytes, is_aborted);
             }
         }
-        if it.position > answer.high_watermark {
+        // Another replica may have told it more before.
+        if it.position > before.max(answer.high_watermark) {
             let (position, high_watermark) = (it.position, answer.high_watermark);
             self.fail(&format!("a reader is given records up to {position} above the high watermark {high_watermark}"));
         }
-        // Another replica may have told it more before.
         if it.committed && it.position > before.max(answer.last_stable_offset) {
             let (position, stable) = (it.position, answer.last_stable_offset);
             self.fail(&format!(
