@@ -389,10 +389,8 @@ impl<M: Machine> Replica<M> {
                 outcome = self.on_event(event, now, &mut fx);
             }
         }
-        // Leading on it would never commit what it was elected with; and it answered for that.
-        let can_be_sent = |it: &Self| it.raft.damaged_tail().map_or(Ok(()), |error| Err(Ended::Storage(error)));
         if !self.ended
-            && let Err(ended) = outcome.and_then(|()| self.settle(now, &mut fx)).and_then(|()| can_be_sent(self))
+            && let Err(ended) = outcome.and_then(|()| self.settle(now, &mut fx)).and_then(|()| self.can_send())
         {
             // What the Raft crate could not read is the reason, rather than that it can not do without.
             let ended = match (ended, self.raft.unreadable()) {
@@ -403,6 +401,13 @@ impl<M: Machine> Replica<M> {
         }
         self.settle_mark(&mut fx);
         fx
+    }
+
+    /// # Errors
+    /// What a follower needs is not known to be committed, and damaged: leading on, this would never commit what it was elected
+    /// with; and it answered for that.
+    fn can_send(&self) -> Result<(), Ended> {
+        self.raft.damaged_tail().map_or(Ok(()), |error| Err(Ended::Storage(error)))
     }
 
     /// One state leaves a step, the newest: a mark that was noted before a vote, or before a cut was decided, would take

@@ -30,7 +30,7 @@ const CALL_MAX: Duration = Duration::from_secs(5);
 const RETRY_MIN: Duration = Duration::from_millis(2);
 const RETRY_MAX: Duration = Duration::from_millis(200);
 /// The same where the transaction before is still being ended, which takes a few flushes: a producer that begins the next
-/// one at once waits for nothing else.
+/// one at once waits for nothing else. It does not double, and is over after [`ENDING_SOON`].
 const ENDING_RETRY: Duration = Duration::from_millis(1);
 const ENDING_SOON: Duration = Duration::from_millis(100);
 /// Additions of one call.

@@ -1,8 +1,5 @@
 //! Workers that do nothing by themselves: a test does their jobs when it says so.
 
-// Each test program uses its own part of this.
-#![allow(dead_code, missing_docs, unreachable_pub)]
-
 use std::collections::VecDeque;
 use std::sync::Mutex;
 use std::time::Instant;
@@ -12,7 +9,7 @@ use flowstone_storage::flush::Job;
 
 /// What was ordered and not done yet, and what time it is.
 #[derive(Default)]
-pub struct Jobs {
+pub(crate) struct Jobs {
     waiting: Mutex<VecDeque<Job>>,
     now: Mutex<Option<Instant>>,
 }
@@ -24,18 +21,17 @@ impl std::fmt::Debug for Jobs {
 }
 
 impl Jobs {
-    pub fn set_now(&self, now: Instant) {
+    /// From now on it is so late.
+    pub(crate) fn set_now(&self, now: Instant) {
         *self.now.lock().unwrap() = Some(now);
     }
 
-    /// Does all of them, in their order; how many.
-    pub fn run(&self) -> usize {
-        let mut done = 0;
+    /// Does all of them, in their order.
+    pub(crate) fn run(&self) {
         loop {
             // A job may order the next one.
-            let Some(job) = self.waiting.lock().unwrap().pop_front() else { return done };
+            let Some(job) = self.waiting.lock().unwrap().pop_front() else { return };
             job();
-            done += 1;
         }
     }
 }

@@ -296,8 +296,8 @@ impl Session<'_> {
                 owned,
                 subscription,
             };
-            let decided = decided(self.node, &self.led.partition, GroupCommand::Report(report)).await;
-            decided.map_err(|error| match error.code {
+            let reported = decided(self.node, &self.led.partition, GroupCommand::Report(report)).await;
+            reported.map_err(|error| match error.code {
                 ErrorCode::UnknownMember => self.no_member(),
                 _ => End::Over(error),
             })?;
